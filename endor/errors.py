@@ -1,0 +1,70 @@
+"""Every error that a caller of Endor can cause.
+
+EndorError
+├── FormatError            the bytes of a packed file or tensor break the format
+│   ├── TruncatedError     a file ends before its own header says
+│   └── ChecksumError      the bytes differ from their recorded checksum
+├── ShapeError             a buffer or tensor has the wrong shape or layout
+├── DTypeError             an element type that the operation does not take
+├── CheckpointError        a checkpoint directory is incomplete or contradicts itself
+│   └── OutputExistsError  the output is there already
+├── ReadError              the operating system failed to deliver bytes
+├── BackendError           a kernel, reader or device that was asked for cannot run here
+├── BudgetError            a memory budget is too small for the plan
+├── PruningError           a pruning run cannot go on
+└── ConfigError            an option or combination of options makes no sense
+
+A message says where, the rule, what was found and the next step.
+"""
+
+
+class EndorError(Exception):
+    """Base of all errors that Endor raises on purpose."""
+
+
+class FormatError(EndorError):
+    """The bytes of a packed file or tensor break the format."""
+
+
+class TruncatedError(FormatError):
+    """A file ends before its own header says."""
+
+
+class ChecksumError(FormatError):
+    """The bytes differ from their recorded checksum."""
+
+
+class ShapeError(EndorError):
+    """A buffer or tensor has the wrong shape or memory layout."""
+
+
+class DTypeError(EndorError):
+    """An element type that the operation does not take."""
+
+
+class CheckpointError(EndorError):
+    """A checkpoint directory is incomplete or contradicts itself."""
+
+
+class OutputExistsError(CheckpointError):
+    """The output is there already."""
+
+
+class ReadError(EndorError):
+    """The operating system failed to deliver the bytes of a record."""
+
+
+class BackendError(EndorError):
+    """A kernel, reader or device that was asked for cannot run here."""
+
+
+class BudgetError(EndorError):
+    """A memory budget is too small for the plan."""
+
+
+class PruningError(EndorError):
+    """A pruning run cannot go on."""
+
+
+class ConfigError(EndorError):
+    """An option, or a combination of options, makes no sense."""
