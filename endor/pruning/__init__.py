@@ -1,0 +1,17 @@
+"""Pruning: which weights become zero, and what the others become to make up for it.
+
+Start at `contract.py`: options, the table of methods, and the two protocols they follow.
+
+Modules (who needs what):
+- contract     Pattern, PruneOptions, Method, METHODS; no torch
+- select       exact counts with ties broken by index: `keep_mask`, `keep_mask_rows`
+- nm           N:M groups: `nm_mask(score, kept, group) -> bool tensor, True = keep`
+- magnitude, wanda, sparsegpt, admm, alps    one method each
+- allocation   a sparsity for each layer
+- calibration  text to token windows
+- stream       layer by layer through a checkpoint that does not fit; `source` hands its tensors out
+"""
+
+from endor.pruning.contract import METHODS, Method, Pattern, PruneOptions
+
+__all__ = ["METHODS", "Method", "Pattern", "PruneOptions"]
