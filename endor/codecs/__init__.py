@@ -114,7 +114,7 @@ def decode(encoded: Encoded, out: np.ndarray | None = None) -> np.ndarray:
         return flat.reshape(spec.shape)
     if out.size != spec.numel or out.dtype != spec.dtype.uint:
         raise ShapeError(
-            f"out must hold {spec.numel} elements of {spec.dtype.uint}, got {out.size} of {out.dtype}"
+            f"out must hold {spec.numel} of {spec.dtype.uint}, got {out.size} of {out.dtype}"
         )
     out[...] = flat.reshape(out.shape)
     return out

@@ -1,4 +1,4 @@
-"""What is stored for one tensor: its shape, codec parameters and the arrays that follow from them."""
+"""What is stored for one tensor: shape, codec parameters and the arrays that follow from them."""
 
 import math
 from collections.abc import Mapping

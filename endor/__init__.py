@@ -1,0 +1,66 @@
+"""Endor: a sparse bitmap weight format, and the tools that pack, verify, stream and run it."""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from endor.errors import EndorError
+
+if TYPE_CHECKING:
+    from endor.checkpoint import (
+        inspect_checkpoint,
+        pack_checkpoint,
+        unpack_checkpoint,
+        verify_checkpoint,
+    )
+    from endor.hf import EndorConfig, load_model
+    from endor.packed import PackedTensor, compress, decompress
+    from endor.storage import load_file, safe_open, save_file
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "EndorConfig",
+    "EndorError",
+    "PackedTensor",
+    "__version__",
+    "compress",
+    "decompress",
+    "inspect_checkpoint",
+    "load_file",
+    "load_model",
+    "pack_checkpoint",
+    "safe_open",
+    "save_file",
+    "unpack_checkpoint",
+    "verify_checkpoint",
+]
+
+_HOMES = {
+    "EndorConfig": "endor.hf",
+    "PackedTensor": "endor.packed",
+    "compress": "endor.packed",
+    "decompress": "endor.packed",
+    "inspect_checkpoint": "endor.checkpoint",
+    "load_file": "endor.storage",
+    "load_model": "endor.hf",
+    "pack_checkpoint": "endor.checkpoint",
+    "safe_open": "endor.storage",
+    "save_file": "endor.storage",
+    "unpack_checkpoint": "endor.checkpoint",
+    "verify_checkpoint": "endor.checkpoint",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Import a public name on first use, so that `import endor` stays light."""
+    try:
+        home = _HOMES[name]
+    except KeyError:
+        raise AttributeError(f"module 'endor' has no attribute {name!r}") from None
+    value = getattr(import_module(home), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,206 @@
+"""One torch tensor, packed and unpacked."""
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from endor import codecs, kernels
+from endor.codecs import CodecChoice, DType, Encoded, TensorSpec
+from endor.errors import DTypeError, ShapeError
+
+if TYPE_CHECKING:
+    import torch
+
+
+@dataclass(frozen=True, slots=True)
+class PackedTensor:
+    """A weight in stored form, on the host or on a CUDA device.
+
+    Attributes:
+        spec: Shape, element type, codec and sizes.
+        data: `Encoded` numpy arrays on the host; `endor.kernels.gpu.DeviceEncoded` on a device.
+    """
+
+    spec: TensorSpec
+    data: Any
+
+    @property
+    def shape(self) -> "torch.Size":
+        import torch
+
+        return torch.Size(self.spec.shape)
+
+    @property
+    def dtype(self) -> "torch.dtype":
+        return torch_dtype(self.spec.dtype)
+
+    @property
+    def device(self) -> "torch.device":
+        import torch
+
+        return torch.device("cpu") if isinstance(self.data, Encoded) else self.data.device
+
+    @property
+    def nnz(self) -> int:
+        """Stored elements."""
+        return self.spec.nnz
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the stored arrays."""
+        return self.spec.nbytes
+
+    @property
+    def bits_per_weight(self) -> float:
+        return self.spec.bits_per_weight
+
+    def to(self, device: "str | torch.device") -> "PackedTensor":
+        """Return the tensor on `device`, still packed."""
+        import torch
+
+        target = torch.device(device)
+        if target == self.device or (target.type == "cpu" and self.device.type == "cpu"):
+            return self
+        from endor.kernels import gpu
+
+        moved = gpu.download(self.data) if target.type == "cpu" else gpu.upload(self.data, target)
+        return PackedTensor(self.spec, moved)
+
+
+def compress(
+    tensor: "torch.Tensor", *, codec: CodecChoice = "auto", bitmap: bool | None = None
+) -> PackedTensor:
+    """Return `tensor` in stored form; `decompress` gives back its exact bits.
+
+    Args:
+        tensor: Any shape and element type of the safetensors format, on any device. Packing runs
+            on the CPU.
+        codec: `"auto"` takes whatever needs the fewest bytes; `"raw"` is a bitmap and the
+            non-zeros, `"exp"` codes their exponents too, `"dense"` stores the tensor as it is.
+        bitmap: Force a bitmap on or off; None leaves it to the size.
+
+    Returns:
+        The packed tensor, on `tensor`'s device. It owns its memory.
+
+    Raises:
+        DTypeError: The element type has no safetensors code.
+        ConfigError: The forced codec does not apply to the element type.
+    """
+    bits = bits_of(tensor.detach().cpu())
+    encoded = kernels.encode(bits, endor_dtype(tensor.dtype), codec=codec, bitmap=bitmap)
+    if encoded.spec.codec == "dense":
+        encoded = Encoded(encoded.spec, {"": encoded.arrays[""].copy()})
+    packed = PackedTensor(encoded.spec, encoded)
+    return packed if tensor.device.type == "cpu" else packed.to(tensor.device)
+
+
+def decompress(packed: PackedTensor, *, out: "torch.Tensor | None" = None) -> "torch.Tensor":
+    """Write the dense form of `packed` and return it.
+
+    Bit-exact: a stored element keeps its bits (NaN payloads, -0.0); an absent one becomes +0.0.
+
+    Args:
+        packed: Packed weight of any shape.
+        out: Destination of the same shape and element type, row-major, on `packed.device`.
+            Allocated when omitted. Its old content is lost even when this raises.
+
+    Returns:
+        `out`. On CUDA the write is ordered on torch's current stream, not finished.
+
+    Raises:
+        ShapeError: `out` has another shape, element type, device or layout.
+        FormatError: The stored arrays contradict each other.
+    """
+    import torch
+
+    if out is None:
+        out = torch.empty(packed.shape, dtype=packed.dtype, device=packed.device)
+    elif (
+        out.shape != packed.shape
+        or out.dtype != packed.dtype
+        or out.device.type != packed.device.type
+        or not out.is_contiguous()
+    ):
+        raise ShapeError(
+            f"out must be a contiguous {packed.dtype} tensor of shape {tuple(packed.shape)} on "
+            f"{packed.device}, got {out.dtype} {tuple(out.shape)} on {out.device}"
+        )
+    if packed.device.type == "cpu":
+        codecs.validate(packed.data)
+        kernels.decode(packed.data, bits_of(out).reshape(-1))
+    else:
+        from endor.kernels import gpu
+
+        gpu.decode(packed.data, out)
+    return out
+
+
+def bits_of(tensor: "torch.Tensor") -> np.ndarray:
+    """Return a view of a CPU tensor's bits: unsigned, same shape; a copy if not contiguous."""
+    import torch
+
+    item = endor_dtype(tensor.dtype)
+    if not tensor.is_contiguous():
+        tensor = tensor.contiguous()
+    signed = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[item.itemsize]
+    flat: np.ndarray = tensor.reshape(-1).view(signed).numpy()
+    return flat.view(item.uint).reshape(tuple(tensor.shape))
+
+
+def tensor_of(bits: np.ndarray, dtype: DType) -> "torch.Tensor":
+    """Return a torch tensor over the memory of `bits`: the inverse of `bits_of`."""
+    import torch
+
+    signed = bits.reshape(-1).view(f"<i{dtype.itemsize}")
+    return torch.from_numpy(signed).view(torch_dtype(dtype)).reshape(bits.shape)
+
+
+def torch_dtype(dtype: DType) -> "torch.dtype":
+    """Return torch's name for an element type."""
+    for candidate, name in _names().items():
+        if name == dtype.name:
+            return candidate
+    raise DTypeError(f"this torch has no dtype for {dtype.name}")
+
+
+def endor_dtype(dtype: "torch.dtype") -> DType:
+    """Return the element type of a torch dtype.
+
+    Raises:
+        DTypeError: safetensors has no code for it.
+    """
+    name = _names().get(dtype)
+    if name is None:
+        raise DTypeError(f"{dtype} has no safetensors code and cannot be stored")
+    return codecs.dtype(name)
+
+
+def _names() -> dict["torch.dtype", str]:
+    if not _NAMES:
+        import torch
+
+        pairs = {
+            "bfloat16": "BF16",
+            "float16": "F16",
+            "float32": "F32",
+            "float64": "F64",
+            "float8_e4m3fn": "F8_E4M3",
+            "float8_e5m2": "F8_E5M2",
+            "float8_e8m0fnu": "F8_E8M0",
+            "int8": "I8",
+            "uint8": "U8",
+            "int16": "I16",
+            "uint16": "U16",
+            "int32": "I32",
+            "uint32": "U32",
+            "int64": "I64",
+            "uint64": "U64",
+            "bool": "BOOL",
+            "complex64": "C64",
+        }
+        _NAMES.update({getattr(torch, k): v for k, v in pairs.items() if hasattr(torch, k)})
+    return _NAMES
+
+
+_NAMES: dict["torch.dtype", str] = {}
