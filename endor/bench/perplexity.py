@@ -2,14 +2,15 @@
 
 Two conventions, told apart by `stride`:
 
-- `stride == window`: consecutive windows that do not overlap; the short tail is dropped unless it is all
-  there is. This is how GPTQ, SparseGPT and Wanda report perplexity.
+- `stride == window`: consecutive windows that do not overlap; the short tail is dropped unless it
+  is all there is. This is how GPTQ, SparseGPT and Wanda report perplexity.
 - `stride < window`: the strided recipe of the Hugging Face documentation: every window sees up to
   `window - stride` tokens of context that are not scored again; the tail counts.
 
-Either way a token is scored at most once, the sum of negative log-likelihoods is divided by exactly the
-number of scored tokens, and the first token of a window that starts without context is not scored.
-Figures of different window lengths or tokenizers do not compare; `bits_per_byte` does across tokenizers.
+Either way a token is scored at most once, the sum of negative log-likelihoods is divided by exactly
+the number of scored tokens, and the first token of a window that starts without context is not
+scored. Figures of different window lengths do not compare, nor those of different tokenizers, save
+for `bits_per_byte`.
 """
 
 import math
@@ -22,8 +23,8 @@ import torch
 
 from endor.errors import ConfigError, ShapeError
 
-#: Positions whose logits are turned into float32 log-probabilities at once: 64 MiB at a 128 K vocabulary.
 _CHUNK = 128
+"""Positions turned into float32 log-probabilities at once: 64 MiB at a vocabulary of 128 K."""
 
 Progress = Callable[[int, int], None]
 
@@ -59,9 +60,9 @@ class Perplexity:
     Attributes:
         perplexity: exp(mean negative log-likelihood per scored token).
         nll: That mean, in nats per token.
-        nll_stderr: Its standard error over windows; NaN with one window. For the difference of two models
-            on the same text use `Agreement.nll_difference_stderr`, which is far smaller.
-        bits_per_byte: Total negative log2-likelihood per scored byte of text; None when bytes are unknown.
+        nll_stderr: Its standard error over windows; NaN with one window. The difference of two
+            models on one text is known far better: `Agreement.nll_difference_stderr`.
+        bits_per_byte: Total negative log2-likelihood per scored byte; None when bytes are unknown.
         window, stride: In tokens, as evaluated.
         windows, tokens: How many windows were read and how many tokens were scored.
         bos: Whether every window started with the beginning-of-sequence token.
@@ -222,8 +223,8 @@ def agreement(
 ) -> Agreement:
     """Perplexity of both models and how closely `model` follows `reference`, window by window.
 
-    Arguments are those of `perplexity`; both models are called on each window in turn, so both are in
-    memory and no logits are stored.
+    Arguments are those of `perplexity`; both models are called on each window in turn, so both are
+    in memory and no logits are stored.
 
     Raises:
         ConfigError, ShapeError: See `windows`; also when the vocabularies differ in size.

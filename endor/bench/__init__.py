@@ -1,0 +1,1 @@
+"""Measurements, as functions that return records; nothing here prints."""
