@@ -1,0 +1,253 @@
+"""The safetensors header of a file: strict parsing, and the checksum that seals it."""
+
+import json
+import math
+import os
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from endor.codecs import DTYPES
+from endor.errors import ChecksumError, FormatError, TruncatedError
+from endor.storage.checksum import DIGITS, checksum
+
+PREFIX_BYTES = 8
+MAX_HEADER_BYTES = 100_000_000
+"""What the safetensors library accepts."""
+
+MAX_DIMS = 32
+
+DIRECTORY_KEY = "endor"
+CHECKSUM_KEY = "endor.checksum"
+RESERVED_METADATA = frozenset({"format", DIRECTORY_KEY, CHECKSUM_KEY})
+METADATA_KEY = "__metadata__"
+PAD_PREFIX = "__pad__."
+
+_MARKER = f'"{CHECKSUM_KEY}":"'.encode()
+_BLANK = b"0" * DIGITS
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """One array of a safetensors file.
+
+    Attributes:
+        dtype: Safetensors code.
+        shape: Its shape, row-major.
+        start: First byte, counted from the start of the data section.
+        stop: First byte after it.
+    """
+
+    dtype: str
+    shape: tuple[int, ...]
+    start: int
+    stop: int
+
+
+@dataclass(frozen=True, slots=True)
+class Header:
+    """The header of a safetensors file, not yet checked against Endor's rules.
+
+    Attributes:
+        path: The file.
+        file_bytes: Its size.
+        data_start: Offset of the data section.
+        entries: Array per key, in header order.
+        metadata: The file's `__metadata__`.
+        raw: Length prefix and JSON, as they are in the file.
+    """
+
+    path: Path
+    file_bytes: int
+    data_start: int
+    entries: Mapping[str, Entry]
+    metadata: Mapping[str, str]
+    raw: bytes
+
+    @property
+    def is_packed(self) -> bool:
+        """Whether anything in the header says that Endor wrote the file."""
+        keys = (DIRECTORY_KEY, CHECKSUM_KEY)
+        return any(key in self.metadata for key in keys) or any(
+            key.startswith(PAD_PREFIX) for key in self.entries
+        )
+
+    @classmethod
+    def read(cls, path: Path) -> "Header":
+        """Return the header of the safetensors file at `path`.
+
+        Raises:
+            TruncatedError: The file ends inside its header.
+            FormatError: The header is not what safetensors allows.
+        """
+        with path.open("rb") as file:
+            file_bytes = os.fstat(file.fileno()).st_size
+            raw = file.read(PREFIX_BYTES)
+            if len(raw) < PREFIX_BYTES:
+                raise TruncatedError(
+                    f"{path}: truncated: has {file_bytes} bytes, needs {PREFIX_BYTES} for the "
+                    "header length; copy the file again"
+                )
+            length = int.from_bytes(raw, "little")
+            if length > MAX_HEADER_BYTES:
+                raise FormatError(
+                    f"{path}: header length must be at most {MAX_HEADER_BYTES}, got {length}; "
+                    "this is not a safetensors file, or it is damaged"
+                )
+            data_start = PREFIX_BYTES + length
+            if data_start > file_bytes:
+                raise TruncatedError(
+                    f"{path}: truncated: has {file_bytes} bytes, needs {data_start} for the "
+                    "header alone; copy the file again"
+                )
+            raw += file.read(length)
+        document = parse_json(raw[PREFIX_BYTES:], f"{path}: header")
+        metadata = document.pop(METADATA_KEY, {})
+        if not isinstance(metadata, dict) or not all(
+            isinstance(value, str) for value in metadata.values()
+        ):
+            raise FormatError(f"{path}: {METADATA_KEY} must map strings to strings")
+        entries = {key: _parse_entry(path, key, value) for key, value in document.items()}
+        return cls(path, file_bytes, data_start, entries, metadata, raw)
+
+    def check_seal(self) -> None:
+        """Raise unless the header's bytes match the checksum that it carries.
+
+        Raises:
+            FormatError: There is no well-formed checksum.
+            ChecksumError: It differs.
+        """
+        recorded = self.metadata.get(CHECKSUM_KEY, "")
+        digits = recorded.encode(errors="replace")
+        if len(digits) != DIGITS or self.raw.count(_MARKER + digits + b'"') != 1:
+            raise FormatError(
+                f"{self.path}: metadata must hold {CHECKSUM_KEY}, {DIGITS} hexadecimal digits "
+                f"written once and without spaces, got {brief(recorded)}; copy the file again"
+            )
+        found = checksum(self.raw.replace(_MARKER + digits, _MARKER + _BLANK))
+        if found != recorded:
+            raise ChecksumError(
+                f"{self.path}: header checksum must be {recorded}, got {found}; the header is "
+                "damaged: copy or convert the file again"
+            )
+
+
+def seal(
+    entries: Iterable[tuple[str, Entry]],
+    directory: Mapping[str, Any],
+    metadata: Mapping[str, str],
+) -> bytes:
+    """Return the header JSON for `entries`, with a blank checksum and no padding."""
+    document: dict[str, Any] = {
+        METADATA_KEY: {
+            "format": "pt",
+            **metadata,
+            DIRECTORY_KEY: _dump(directory),
+            CHECKSUM_KEY: _BLANK.decode(),
+        }
+    }
+    for key, entry in entries:
+        document[key] = {
+            "dtype": entry.dtype,
+            "shape": entry.shape,
+            "data_offsets": (entry.start, entry.stop),
+        }
+    try:
+        return _dump(document).encode()
+    except UnicodeEncodeError as error:
+        raise FormatError(f"names and metadata must be valid Unicode: {error}") from None
+
+
+def finish(blank: bytes, data_start: int) -> bytes:
+    """Return what `seal` gave with its length, padding and checksum: `data_start` bytes."""
+    length = data_start - PREFIX_BYTES
+    raw = length.to_bytes(PREFIX_BYTES, "little") + blank.ljust(length)
+    return raw.replace(_MARKER + _BLANK, _MARKER + checksum(raw).encode(), 1)
+
+
+def parse_json(text: bytes | str, where: str) -> dict[str, Any]:
+    """Return the JSON object in `text`, refusing what parsers disagree about.
+
+    Raises:
+        FormatError: `text` is not UTF-8, not JSON, not an object, or repeats a key.
+    """
+    try:
+        document = json.loads(
+            text if isinstance(text, str) else text.decode(),
+            object_pairs_hook=_unique,
+            parse_constant=_refuse_constant,
+        )
+        if isinstance(document, dict):
+            for key in document:
+                key.encode()  # lone surrogates, which \\u escapes can smuggle in
+    except (ValueError, RecursionError) as error:
+        raise FormatError(f"{where} must be JSON: {error}; copy the file again") from None
+    if not isinstance(document, dict):
+        raise FormatError(f"{where} must be a JSON object, got {type(document).__name__}")
+    return document
+
+
+def is_count(value: object) -> bool:
+    """Whether `value` is a non-negative integer that fits 64 bits (and no bool)."""
+    return type(value) is int and 0 <= value < 1 << 63
+
+
+def is_shape(value: object) -> bool:
+    """Whether `value` is a list of sizes, short enough that their product is cheap."""
+    return isinstance(value, list) and len(value) <= MAX_DIMS and all(map(is_count, value))
+
+
+def brief(value: object) -> str:
+    """Return `value` for an error message, cut where a hostile file would fill the screen."""
+    text = repr(value)
+    return text if len(text) <= 100 else f"{text[:100]}..."
+
+
+def _parse_entry(path: Path, key: str, value: object) -> Entry:
+    if not isinstance(value, dict) or set(value) != {"dtype", "shape", "data_offsets"}:
+        raise FormatError(f"{path}: {key}: must hold dtype, shape and data_offsets")
+    dtype, shape, offsets = value["dtype"], value["shape"], value["data_offsets"]
+    if not isinstance(dtype, str):
+        raise FormatError(f"{path}: {key}: dtype must be a string, got {brief(dtype)}")
+    if not is_shape(shape):
+        raise FormatError(f"{path}: {key}: shape must be a list of sizes, got {brief(shape)}")
+    if (
+        not isinstance(offsets, list)
+        or len(offsets) != 2
+        or not all(is_count(offset) for offset in offsets)
+        or offsets[0] > offsets[1]
+    ):
+        raise FormatError(
+            f"{path}: {key}: data_offsets must be [start, stop], got {brief(offsets)}"
+        )
+    return Entry(dtype, tuple(shape), offsets[0], offsets[1])
+
+
+def check_entry_size(path: Path, key: str, entry: Entry) -> None:
+    """Raise `FormatError` unless the entry's bytes are what its dtype and shape need."""
+    if entry.dtype not in DTYPES:
+        raise FormatError(f"{path}: {key}: unknown dtype {entry.dtype!r}")
+    needed = math.prod(entry.shape) * DTYPES[entry.dtype].itemsize
+    if entry.stop - entry.start != needed:
+        raise FormatError(
+            f"{path}: {key}: {entry.dtype} {list(entry.shape)} must take {needed} bytes, "
+            f"data_offsets give {entry.stop - entry.start}"
+        )
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    out = dict(pairs)
+    if len(out) != len(pairs):
+        seen: set[str] = set()
+        repeated = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
+        raise ValueError(f"key {repeated!r} occurs twice")
+    return out
+
+
+def _refuse_constant(name: str) -> None:
+    raise ValueError(f"{name} is not JSON")
+
+
+def _dump(value: object) -> str:
+    return json.dumps(value, separators=(",", ":"), ensure_ascii=False)

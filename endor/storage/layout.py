@@ -1,0 +1,147 @@
+"""Where everything lies in a packed file."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from difflib import get_close_matches
+from pathlib import Path
+
+import numpy as np
+
+from endor.codecs import Encoded
+from endor.errors import CheckpointError, FormatError, ShapeError
+from endor.storage.directory import (
+    ALIGN,
+    ARRAY_ALIGN,
+    FORMAT_VERSION,
+    TAIL_BYTES,
+    ArrayEntry,
+    Directory,
+    Record,
+    TensorEntry,
+    align_up,
+    array_key,
+)
+from endor.storage.header import DIRECTORY_KEY, RESERVED_METADATA, Header
+
+__all__ = [
+    "ALIGN",
+    "ARRAY_ALIGN",
+    "FORMAT_VERSION",
+    "TAIL_BYTES",
+    "ArrayEntry",
+    "FileLayout",
+    "Record",
+    "TensorEntry",
+    "align_up",
+    "array_key",
+]
+
+
+@dataclass(frozen=True, slots=True)
+class FileLayout:
+    """The checked directory of a packed file.
+
+    Attributes:
+        path: The file.
+        file_bytes: Its size.
+        data_start: Offset of the first record.
+        tensors: Tensor per name, in file order.
+        records: Record per name, in file order; they cover the file from `data_start` to its end.
+        metadata: The user's own metadata.
+    """
+
+    path: Path
+    file_bytes: int
+    data_start: int
+    tensors: Mapping[str, TensorEntry]
+    records: Mapping[str, Record]
+    metadata: Mapping[str, str]
+
+    @classmethod
+    def read(cls, path: Path | str) -> "FileLayout":
+        """Return the layout of the packed file at `path`, after checking all of its structure.
+
+        Reads the header only; its cost does not depend on the sizes that the header claims.
+
+        Raises:
+            TruncatedError: The file is shorter than its header says.
+            ChecksumError: The header's bytes are damaged.
+            FormatError: Any other broken rule, or a version this library does not know.
+            OSError: The file cannot be opened.
+        """
+        return cls.from_header(Header.read(Path(path)))
+
+    @classmethod
+    def from_header(cls, header: Header) -> "FileLayout":
+        """Return the layout that `header` describes; errors as for `read`."""
+        if not header.is_packed:
+            raise FormatError(
+                f"{header.path}: metadata must hold {DIRECTORY_KEY!r}, which is missing; this is a "
+                "plain safetensors file: endor.load_file and safetensors read it"
+            )
+        header.check_seal()
+        tensors, records = Directory(header).parse()
+        metadata = {
+            key: value for key, value in header.metadata.items() if key not in RESERVED_METADATA
+        }
+        return cls(
+            header.path,
+            header.file_bytes,
+            header.data_start,
+            tensors,
+            records,
+            metadata,
+        )
+
+    def tensor(self, name: str) -> TensorEntry:
+        """Return the entry of the tensor `name`.
+
+        Raises:
+            CheckpointError: The file has no such tensor.
+        """
+        try:
+            return self.tensors[name]
+        except KeyError:
+            near = get_close_matches(name, self.tensors, n=3)
+            hint = f"; near: {', '.join(near)}" if near else ""
+            raise CheckpointError(
+                f"{self.path}: no tensor {name!r} among {len(self.tensors)}{hint}"
+            ) from None
+
+    def record_of(self, name: str) -> Record:
+        """Return the record that holds the tensor `name`; errors as for `tensor`."""
+        return self.records[self.tensor(name).record]
+
+    def bind(self, name: str, record_bytes: np.ndarray) -> Encoded:
+        """Return the tensor `name` as views into the bytes of its whole record.
+
+        Nothing is copied and the content is not checked: see `endor.storage.check_record`.
+
+        Args:
+            name: A tensor of this file.
+            record_bytes: u8, flat, C-contiguous, at least the record's length; bytes past it are
+                ignored.
+
+        Raises:
+            CheckpointError: The file has no such tensor.
+            ShapeError: `record_bytes` is not such an array.
+        """
+        entry = self.tensor(name)
+        nbytes = self.records[entry.record].nbytes
+        if (
+            record_bytes.dtype != np.uint8
+            or record_bytes.ndim != 1
+            or record_bytes.size < nbytes
+            or not record_bytes.flags.c_contiguous
+        ):
+            raise ShapeError(
+                f"{name}: record bytes must be flat u8 of at least {nbytes}, got "
+                f"{record_bytes.dtype} {record_bytes.shape}"
+            )
+        arrays = {
+            array.suffix: record_bytes[array.start : array.stop]
+            .view(array.dtype)
+            .reshape(array.shape)
+            for array in entry.arrays
+        }
+        return Encoded(entry.spec, arrays)
