@@ -1,0 +1,272 @@
+"""The codecs, fast, on the CPU: C kernels chosen at run time, numpy where there are none.
+
+Same bytes and same elements as `endor.codecs`. Every function takes `threads` (default:
+`ENDOR_THREADS`, or every CPU of the process) and `kernel` (default: `ENDOR_KERNEL`, or the best
+this CPU runs).
+"""
+
+import ctypes
+
+import numpy as np
+
+from endor import codecs
+from endor.codecs import CodecChoice, DType, Encoded, TensorSpec
+from endor.codecs.spec import BITMAP_TILE_BYTES, MAX_NNZ
+from endor.errors import DTypeError, ShapeError
+from endor.kernels import native
+from endor.kernels.dispatch import CHOICES, describe, select, thread_count
+
+__all__ = [
+    "CHOICES",
+    "decode",
+    "describe",
+    "encode",
+    "matvec",
+    "probe_copy",
+    "probe_read",
+    "select",
+    "thread_count",
+]
+
+_VIEW_NBYTES = 1 << 20
+"""Values beyond this size stay a view of their larger buffer; its other pages were never touched."""
+
+
+def encode(
+    bits: np.ndarray,
+    dtype: DType,
+    *,
+    shape: tuple[int, ...] | None = None,
+    codec: CodecChoice = "auto",
+    bitmap: bool | None = None,
+    threads: int | None = None,
+    kernel: str | None = None,
+) -> Encoded:
+    """Return `bits` in stored form: the bytes of `codecs.encode`, whose arguments these are.
+
+    Raises:
+        DTypeError: `bits` has the wrong element type.
+        ShapeError: `shape` does not match.
+        ConfigError: The forced codec does not apply.
+        BackendError: The forced kernel cannot run here.
+    """
+    number, count = select(kernel), thread_count(threads)
+    bits = codecs.check_bits(bits, dtype, shape)
+    if number is None:
+        return codecs.encode(bits, dtype, codec=codec, bitmap=bitmap)
+    if codec == "dense" or not dtype.packable:
+        none = np.zeros(256, dtype=np.int64)
+        codecs.choose(bits.size, dtype, 0, none, codec=codec, bitmap=bitmap)
+        return codecs.dense.encode(bits, dtype)
+    library, n = native.library(), bits.size
+    n_tiles = -(-n // codecs.TILE)
+    arrays: dict[str, np.ndarray] = {
+        "tile_offsets": np.empty(n_tiles + 1, dtype=np.uint32),
+        "bitmap": np.empty(n_tiles * BITMAP_TILE_BYTES, dtype=np.uint8),
+    }
+    offsets, words = (arrays[key].ctypes.data for key in arrays)
+
+    def pack_raw(room: int) -> Encoded:
+        values = np.empty(room, dtype=dtype.uint)
+        nnz = library.endor_pack_raw(
+            number, bits.ctypes.data, n, dtype.itemsize, words, offsets, values.ctypes.data, count
+        )
+        if nnz == native.UNKNOWN:
+            raise MemoryError
+        values = values[:nnz] if values.nbytes > _VIEW_NBYTES else values[:nnz].copy()
+        spec = TensorSpec(bits.shape, dtype, "raw", bitmap=True, nnz=nnz)
+        return Encoded(spec, arrays | {"values": values})
+
+    if codec == "raw" and bitmap is not False and n <= MAX_NNZ:
+        return pack_raw(n)
+    histogram = np.empty(256, dtype=np.uint64)
+    nnz = library.endor_scan(
+        number,
+        bits.ctypes.data,
+        n,
+        dtype.itemsize,
+        dtype.exponent_bits,
+        dtype.mantissa_bits,
+        words,
+        offsets,
+        histogram.ctypes.data,
+        count,
+    )
+    plan = codecs.choose(n, dtype, nnz, histogram.astype(np.int64), codec=codec, bitmap=bitmap)
+    if plan.codec == "dense":
+        return codecs.dense.encode(bits, dtype)
+    if plan.codec == "raw":
+        return pack_raw(nnz)
+    stored = nnz if plan.bitmap else n
+    spec = TensorSpec(
+        bits.shape, dtype, "exp", plan.bitmap, stored, plan.k, plan.base, plan.patches
+    )
+    arrays = {
+        array.suffix: arrays[array.suffix]
+        if array.suffix in arrays
+        else np.empty(array.shape, dtype=array.dtype.uint)
+        for array in spec.arrays
+    }
+    view = native.tensor(spec, arrays)
+    native.check(library.endor_pack_exp(number, ctypes.byref(view), bits.ctypes.data, count))
+    return Encoded(spec, arrays)
+
+
+def decode(
+    encoded: Encoded,
+    out: np.ndarray,
+    *,
+    start: int = 0,
+    stop: int | None = None,
+    threads: int | None = None,
+    streaming: bool | None = None,
+    kernel: str | None = None,
+) -> np.ndarray:
+    """Write the dense elements `[start, stop)`, in row-major order, to `out` and return it.
+
+    Sizes and types are checked here, contents by `codecs.validate`, which whoever reads a file
+    calls once before. Whatever the contents, nothing outside `out[: stop - start]` is written and
+    nothing outside the arrays is read.
+
+    Args:
+        encoded: A stored tensor.
+        out: Flat, contiguous, unsigned of the element width, `stop - start` long or more.
+        start: First element, of any alignment.
+        stop: One past the last; the tensor's end when omitted.
+        streaming: Store past the caches; None does so when the output is larger than half of them.
+            Best when nothing reads `out` soon.
+
+    Raises:
+        ShapeError: `out` is too short, not flat or not contiguous, or the range leaves the tensor.
+        DTypeError: `out` has another element type.
+        FormatError: The arrays contradict each other.
+        BackendError: The forced kernel cannot run here.
+    """
+    spec, number, count = encoded.spec, select(kernel), thread_count(threads)
+    stop = spec.numel if stop is None else stop
+    if not 0 <= start <= stop <= spec.numel:
+        raise ShapeError(f"range [{start}, {stop}) must lie in [0, {spec.numel})")
+    if out.dtype != spec.dtype.uint:
+        raise DTypeError(f"out must be {spec.dtype.uint} for {spec.dtype.name}, got {out.dtype}")
+    if out.ndim != 1 or not out.flags.c_contiguous or not out.flags.writeable:
+        raise ShapeError("out must be flat, contiguous and writable")
+    if out.size < stop - start:
+        raise ShapeError(f"out must hold {stop - start} elements, got {out.size}")
+    if spec.codec == "dense":
+        out[: stop - start] = encoded.arrays[""].reshape(-1)[start:stop]
+    elif number is None:
+        out[: stop - start] = codecs.decode(encoded).reshape(-1)[start:stop]
+    else:
+        library, view = native.library(), native.view(encoded)
+        if streaming is None:
+            cache = library.endor_cache_nbytes() or 16 << 20
+            streaming = 2 * (stop - start) * spec.dtype.itemsize > cache
+        status = library.endor_decode(
+            number, ctypes.byref(view), out.ctypes.data, start, stop, count, int(streaming)
+        )
+        native.check(status)
+    return out
+
+
+def matvec(
+    encoded: Encoded,
+    x: np.ndarray,
+    out: np.ndarray,
+    *,
+    threads: int | None = None,
+    kernel: str | None = None,
+) -> np.ndarray:
+    """Write `x @ W.T` to `out` and return it, W being the packed `(rows, cols)` weight.
+
+    Products are accumulated in float32; the order of a row's sum depends on the kernel, not on the
+    number of threads. The relative error against exact arithmetic, measured by `sum |W| |x|`, stays
+    below `2**-24 * (cols / 16 + 16)`. Where the CPU multiplies bf16 pairs
+    (`describe()["bf16_products"]`) and both operands are bf16, subnormal operands count as zero.
+
+    Args:
+        encoded: Weight of shape `(rows, cols)`: BF16, F16 or F32, any codec, valid as for `decode`.
+        x: `(batch, cols)`, C-contiguous: float32, or bits of the weight's type, unsigned.
+        out: float32 `(batch, rows)`, C-contiguous.
+
+    Raises:
+        ShapeError: A shape or layout does not fit.
+        DTypeError: The weight or `x` has another type.
+        FormatError: The arrays contradict each other.
+        BackendError: The forced kernel cannot run here.
+    """
+    spec, number, count = encoded.spec, select(kernel), thread_count(threads)
+    kind = native.WEIGHT_KINDS.get(spec.dtype.name)
+    if kind is None:
+        raise DTypeError(f"products take {', '.join(native.WEIGHT_KINDS)}, not {spec.dtype.name}")
+    if x.dtype not in (spec.dtype.uint, np.float32):
+        raise DTypeError(f"x must be float32 or {spec.dtype.uint} bits, got {x.dtype}")
+    if out.dtype != np.float32:
+        raise DTypeError(f"out must be float32, got {out.dtype}")
+    if len(spec.shape) != 2 or x.ndim != 2 or x.shape[1] != spec.shape[1]:
+        raise ShapeError(f"x {x.shape} must be (batch, cols) for a weight of shape {spec.shape}")
+    if out.shape != (x.shape[0], spec.shape[0]):
+        raise ShapeError(f"out must be {(x.shape[0], spec.shape[0])}, got {out.shape}")
+    if not (x.flags.c_contiguous and out.flags.c_contiguous and out.flags.writeable):
+        raise ShapeError("x and out must be C-contiguous, out writable")
+    if number is None:
+        weight = codecs.decode(encoded)
+        np.matmul(_floats(x, spec.dtype), _floats(weight, spec.dtype).T, out=out)
+        return out
+    view = native.view(encoded)
+    native.check(
+        native.library().endor_matvec(
+            number,
+            ctypes.byref(view),
+            kind,
+            *spec.shape,
+            x.ctypes.data,
+            native.WEIGHT_KINDS["F32"] if x.dtype == np.float32 else kind,
+            x.shape[0],
+            out.ctypes.data,
+            count,
+        )
+    )
+    return out
+
+
+def probe_copy(
+    dst: np.ndarray, src: np.ndarray, threads: int | None = None, *, kernel: str | None = None
+) -> None:
+    """Copy `src` to `dst` as fast as this machine can, past the caches; for benchmarks.
+
+    Raises:
+        ShapeError: The two differ in bytes, or one is not contiguous.
+    """
+    if src.nbytes != dst.nbytes or not (src.flags.c_contiguous and dst.flags.c_contiguous):
+        raise ShapeError(f"need two contiguous buffers of one size, got {dst.nbytes}, {src.nbytes}")
+    number = select(kernel)
+    if number is None:
+        np.copyto(dst.reshape(-1).view(np.uint8), src.reshape(-1).view(np.uint8))
+        return
+    native.library().endor_probe(
+        number, dst.ctypes.data, src.ctypes.data, src.nbytes, thread_count(threads)
+    )
+
+
+def probe_read(src: np.ndarray, threads: int | None = None, *, kernel: str | None = None) -> int:
+    """Read `src` once, as fast as this machine can, and return a checksum; for benchmarks."""
+    if not src.flags.c_contiguous:
+        raise ShapeError("need a contiguous buffer")
+    number = select(kernel)
+    if number is None:
+        words = src.reshape(-1).view(np.uint8)[: src.nbytes // 8 * 8].view(np.uint64)
+        return int(np.bitwise_xor.reduce(words)) if words.size else 0
+    return int(
+        native.library().endor_probe(
+            number, None, src.ctypes.data, src.nbytes, thread_count(threads)
+        )
+    )
+
+
+def _floats(bits: np.ndarray, dtype: DType) -> np.ndarray:
+    """Return `bits` of `dtype`, or float32 as it is, as float32."""
+    if bits.dtype == np.float32 or dtype.name == "F32":
+        return bits.view(np.float32)
+    if dtype.name == "F16":
+        return bits.view(np.float16).astype(np.float32)
+    return (bits.astype(np.uint32) << np.uint32(16)).view(np.float32)

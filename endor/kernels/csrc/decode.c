@@ -1,0 +1,174 @@
+/* Dense elements from a packed tensor: any flat range, any number of threads.
+ *
+ * Unit of work = a tile. Its run of stored elements is brought into registers (raw) or into a buffer in L1 (exp:
+ * decode whole plane words, patch by rank, then place), and placed by the bitmap. Whole tiles go straight to `out`;
+ * the two ends of the range, and tiles that streaming stores could not reach aligned, go through a tile in L1.
+ * Near the end of an array, whatever a register-wide load would read past it is bounced through a copy.
+ */
+#include "endor.h"
+
+#include <stdatomic.h>
+
+void endor_stream_of(const endor_tensor *t, endor_stream *s) {
+    s->bytes = t->bytes;
+    s->planes = t->planes;
+    s->byte_stride = t->nnz;
+    s->plane_stride = (t->nnz + 63) / 64 * 8;
+    s->byte_planes = t->rest_bits / 8;
+    s->bit_planes = t->k + t->rest_bits % 8;
+    s->itemsize = t->itemsize;
+    s->exponent_bits = t->exponent_bits;
+    s->mantissa_bits = t->mantissa_bits;
+    s->rest_bits = t->rest_bits;
+    s->k = t->k;
+    s->base = (uint32_t)t->base;
+    if (t->itemsize != 1) return;
+    for (uint32_t w = 0; w < 256; w++) {
+        uint32_t exponent = ((w >> t->rest_bits) + s->base) & ((1u << t->exponent_bits) - 1);
+        uint32_t sign = t->rest_bits ? w >> t->mantissa_bits & 1 : 0;
+        s->lut[w] = (uint8_t)(exponent << t->mantissa_bits | sign << 7 | (w & ((1u << t->mantissa_bits) - 1)));
+    }
+}
+
+/* Decode plane words [first, last) into buf; the word that holds element nnz - 1 may be partial. */
+static void stream_words(const endor_ops *ops, const endor_tensor *t, const endor_stream *s, uint64_t first,
+                         uint64_t last, uint8_t *buf) {
+    uint64_t whole = min64(last, t->nnz / 64);
+    if (whole > first) ops->stream(s, first, whole - first, buf);
+    if (whole == last) return;
+    uint8_t bytes[3 * 64 + ENDOR_SLACK] = {0}, planes[8 * 8];
+    uint64_t at = 64 * whole;
+    endor_stream tail = *s;
+    for (int j = 0; j < s->byte_planes; j++) memcpy(bytes + 64 * j, s->bytes + j * s->byte_stride + at, t->nnz - at);
+    for (int j = 0; j < s->bit_planes; j++) memcpy(planes + 8 * j, s->planes + j * s->plane_stride + 8 * whole, 8);
+    tail.bytes = bytes;
+    tail.planes = planes;
+    tail.byte_stride = 64;
+    tail.plane_stride = 8;
+    ops->stream(&tail, 0, 1, buf + (at - 64 * first) * (uint64_t)t->itemsize);
+}
+
+static uint64_t rank_of_tile(const endor_tensor *t, uint64_t tile) {
+    uint64_t rank = t->tile_offsets ? load32(t->tile_offsets + 4 * tile) : tile * ENDOR_TILE;
+    return min64(rank, t->nnz);
+}
+
+/* Put true exponents into elements [first, last), which lie at `elements`. */
+static void patch(const endor_tensor *t, uint64_t tile, uint64_t first, uint64_t last, uint8_t *elements) {
+    uint64_t group = tile / ENDOR_GROUP, start = rank_of_tile(t, group * ENDOR_GROUP);
+    uint64_t low = min64(load32(t->patch_offsets + 4 * group), t->patches);
+    uint64_t end = min64(load32(t->patch_offsets + 4 * group + 4), t->patches), high = end;
+    while (low < high) {
+        uint64_t middle = (low + high) / 2;
+        if (start + load16(t->patch_ranks + 2 * middle) < first) low = middle + 1;
+        else high = middle;
+    }
+    uint32_t mask = ((1u << t->exponent_bits) - 1) << t->mantissa_bits;
+    for (; low < end; low++) {
+        uint64_t rank = start + load16(t->patch_ranks + 2 * low);
+        if (rank < first || rank >= last) break;
+        uint32_t exponent = (uint32_t)t->patch_exponents[low] << t->mantissa_bits & mask;
+        uint8_t *at = elements + (rank - first) * (uint64_t)t->itemsize;
+        if (t->itemsize == 1) {
+            *at = (uint8_t)((*at & ~mask) | exponent);
+        } else if (t->itemsize == 2) {
+            uint16_t x = (uint16_t)((load16(at) & ~mask) | exponent);
+            memcpy(at, &x, 2);
+        } else {
+            store32(at, (load32(at) & ~mask) | exponent);
+        }
+    }
+}
+
+/* Write the 1024 elements of a tile to out; what lies past numel in the last tile is unspecified. */
+int endor_decode_tile(const endor_ops *ops, const endor_tensor *t, const endor_stream *s, uint64_t tile, void *out,
+                      int streaming) {
+    ENDOR_ALIGNED uint8_t buf[ENDOR_BUFFER * 4];
+    uint64_t itemsize = (uint64_t)t->itemsize, first = rank_of_tile(t, tile), last = rank_of_tile(t, tile + 1);
+    int ls = log2_itemsize(t->itemsize);
+    if (last < first || last - first > ENDOR_TILE) return ENDOR_CORRUPT;
+    const uint8_t *values = buf;
+    if (t->codec == ENDOR_EXP) {
+        uint64_t word = first / 64;
+        stream_words(ops, t, s, word, (last + 63) / 64, buf);
+        values += (first - 64 * word) * itemsize;
+        if (t->patches) patch(t, tile, first, last, (uint8_t *)values);
+    } else {
+        const uint8_t *source = t->values + first * itemsize;
+        uint64_t left = (t->nnz - first) * itemsize;
+        if (left >= ENDOR_TILE * itemsize + ENDOR_SLACK) {
+            values = source;
+        } else {
+            memcpy(buf, source, left);
+            memset(buf + left, 0, ENDOR_TILE * itemsize + ENDOR_SLACK - left);
+        }
+    }
+    if (t->bitmap) {
+        uint32_t used = ops->expand[ls](t->bitmap + tile * (ENDOR_TILE / 8), values, out, streaming);
+        return used == last - first ? ENDOR_OK : ENDOR_CORRUPT;
+    }
+    if (streaming) ops->copy_streaming(out, values, (last - first) * itemsize);
+    else memcpy(out, values, (last - first) * itemsize);
+    return ENDOR_OK;
+}
+
+typedef struct {
+    const endor_ops *ops;
+    const endor_tensor *tensor;
+    endor_stream stream;
+    uint8_t *out;
+    uint64_t start, stop, end_tile, chunk;
+    int streaming;
+    atomic_uint_fast64_t next;
+    atomic_int status;
+} decode_job;
+
+static void decode_tile_part(decode_job *job, uint64_t tile) {
+    const endor_ops *ops = job->ops;
+    uint64_t itemsize = (uint64_t)job->tensor->itemsize, begin = tile * ENDOR_TILE, end = begin + ENDOR_TILE;
+    uint64_t low = begin > job->start ? begin : job->start, high = min64(end, job->stop);
+    uint8_t *dst = job->out + (low - job->start) * itemsize;
+    int whole = high - low == ENDOR_TILE, status;
+    if (whole && (!job->streaming || ((uintptr_t)dst & 63) == 0)) {
+        status = endor_decode_tile(ops, job->tensor, &job->stream, tile, dst, job->streaming);
+    } else {
+        ENDOR_ALIGNED uint8_t tmp[ENDOR_TILE * 4];
+        status = endor_decode_tile(ops, job->tensor, &job->stream, tile, tmp, 0);
+        if (status == ENDOR_OK) {
+            const uint8_t *src = tmp + (low - begin) * itemsize;
+            if (job->streaming) ops->copy_streaming(dst, src, (high - low) * itemsize);
+            else memcpy(dst, src, (high - low) * itemsize);
+        }
+    }
+    if (status != ENDOR_OK) atomic_store(&job->status, status);
+}
+
+static void decode_chunks(void *context) {
+    decode_job *job = context;
+    for (;;) {
+        uint64_t tile = atomic_fetch_add_explicit(&job->next, job->chunk, memory_order_relaxed);
+        uint64_t end = min64(tile + job->chunk, job->end_tile);
+        if (tile >= job->end_tile || atomic_load_explicit(&job->status, memory_order_relaxed)) break;
+        for (; tile < end; tile++) decode_tile_part(job, tile);
+    }
+    if (job->streaming) job->ops->fence();
+}
+
+/* Elements [start, stop) to out. Returns ENDOR_CORRUPT where the arrays contradict each other. */
+ENDOR_API int endor_decode(int kernel, const endor_tensor *tensor, void *out, uint64_t start, uint64_t stop,
+                           int threads, int streaming) {
+    decode_job job = {.ops = endor_ops_of(kernel), .tensor = tensor, .out = out, .start = start, .stop = stop};
+    if (!job.ops || stop > tensor->numel || start > stop) return ENDOR_UNSUPPORTED;
+    if (start == stop) return ENDOR_OK;
+    if (tensor->codec == ENDOR_EXP) endor_stream_of(tensor, &job.stream);
+    uint64_t first = start / ENDOR_TILE;
+    job.end_tile = tiles_of(stop);
+    job.streaming = streaming;
+    uint64_t share = (job.end_tile - first) / (8 * (uint64_t)(threads > 0 ? threads : 1));
+    job.chunk = share < 1 ? 1 : min64(share, 64);
+    atomic_init(&job.next, first);
+    atomic_init(&job.status, ENDOR_OK);
+    if (job.end_tile - first < 16) threads = 1;
+    endor_parallel(threads, decode_chunks, &job);
+    return atomic_load(&job.status);
+}

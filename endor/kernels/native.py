@@ -1,0 +1,160 @@
+"""ctypes binding of the C kernels: load the library, name its functions, describe tensors to it.
+
+A plain shared library rather than an extension module: ctypes releases the GIL around every call,
+and an install without a C compiler simply has no library.
+"""
+
+import ctypes
+import functools
+from pathlib import Path
+
+import numpy as np
+
+from endor.codecs import Encoded, TensorSpec
+from endor.errors import BackendError, FormatError, ShapeError
+
+KERNELS = ("scalar", "avx2", "avx512")
+"""Instruction sets by their number in the library, each better than the one before."""
+
+WEIGHT_KINDS = {"BF16": 0, "F16": 1, "F32": 2}
+"""Element types that a product takes, by their number in the library."""
+
+UNKNOWN = (1 << 64) - 1
+
+_CODECS = {"dense": 0, "raw": 1, "exp": 2}
+_STATUS = {
+    1: "bitmap, offsets or patches contradict each other",
+    2: "out of memory",
+    3: "the kernel cannot run here",
+}
+
+
+class Tensor(ctypes.Structure):
+    """`endor_tensor` of csrc/endor.h, field by field."""
+
+    _fields_ = (
+        ("numel", ctypes.c_uint64),
+        ("nnz", ctypes.c_uint64),
+        ("patches", ctypes.c_uint64),
+        ("tile_offsets", ctypes.c_void_p),
+        ("bitmap", ctypes.c_void_p),
+        ("values", ctypes.c_void_p),
+        ("bytes", ctypes.c_void_p),
+        ("planes", ctypes.c_void_p),
+        ("patch_offsets", ctypes.c_void_p),
+        ("patch_ranks", ctypes.c_void_p),
+        ("patch_exponents", ctypes.c_void_p),
+        ("codec", ctypes.c_int32),
+        ("itemsize", ctypes.c_int32),
+        ("exponent_bits", ctypes.c_int32),
+        ("mantissa_bits", ctypes.c_int32),
+        ("rest_bits", ctypes.c_int32),
+        ("k", ctypes.c_int32),
+        ("base", ctypes.c_int32),
+        ("reserved", ctypes.c_int32),
+    )
+
+
+@functools.cache
+def load() -> tuple[ctypes.CDLL | None, str]:
+    """Return the library and its path, or None and why there is none."""
+    folder = Path(__file__).parent
+    found = sorted(folder.glob("_native*.so"))
+    if not found:
+        return None, f"no compiled library in {folder}; reinstall where a C compiler runs"
+    try:
+        library = ctypes.CDLL(str(found[0]))
+    except OSError as error:
+        return None, f"{found[0].name} does not load: {error}"
+    pointer, u64, i32 = ctypes.c_void_p, ctypes.c_uint64, ctypes.c_int
+    for name, result, arguments in (
+        ("kernels", ctypes.c_uint, ()),
+        ("has_bf16_pairs", i32, (i32,)),
+        ("cpu_features", ctypes.c_char_p, ()),
+        ("cache_nbytes", u64, ()),
+        ("decode", i32, (i32, pointer, pointer, u64, u64, i32, i32)),
+        ("scan", u64, (i32, pointer, u64, i32, i32, i32, pointer, pointer, pointer, i32)),
+        ("pack_raw", u64, (i32, pointer, u64, i32, pointer, pointer, pointer, i32)),
+        ("pack_exp", i32, (i32, pointer, pointer, i32)),
+        ("matvec", i32, (i32, pointer, i32, u64, u64, pointer, i32, u64, pointer, i32)),
+        ("probe", u64, (i32, pointer, pointer, u64, i32)),
+    ):
+        function = getattr(library, f"endor_{name}")
+        function.restype, function.argtypes = result, arguments
+    return library, str(found[0])
+
+
+def library() -> ctypes.CDLL:
+    """Return the loaded library.
+
+    Raises:
+        BackendError: There is none.
+    """
+    loaded, why = load()
+    if loaded is None:
+        raise BackendError(f"the native kernels are missing: {why}")
+    return loaded
+
+
+@functools.cache
+def available() -> tuple[str, ...]:
+    """Return the names of the compiled kernels that this CPU runs, best last."""
+    loaded, _ = load()
+    mask = loaded.endor_kernels() if loaded is not None else 0
+    return tuple(name for i, name in enumerate(KERNELS) if mask >> i & 1)
+
+
+def check(status: int) -> None:
+    """Raise the error that a kernel's return value stands for."""
+    if status == 0:
+        return
+    if status == 2:
+        raise MemoryError
+    message = _STATUS.get(status, f"unknown status {status}")
+    raise (FormatError if status == 1 else BackendError)(
+        f"native kernel: {message}; `endor verify` finds where"
+        if status == 1
+        else f"native kernel: {message}"
+    )
+
+
+def tensor(spec: TensorSpec, arrays: dict[str, np.ndarray]) -> Tensor:
+    """Return the library's view of a stored tensor; `arrays` must outlive it.
+
+    Types and sizes are checked, for the kernels rely on them; contents are not.
+
+    Raises:
+        ShapeError: An array is missing, or is not what `spec` promises.
+    """
+    out = Tensor(
+        numel=spec.numel,
+        nnz=spec.nnz,
+        patches=spec.patches,
+        codec=_CODECS[spec.codec],
+        itemsize=spec.dtype.itemsize,
+        exponent_bits=spec.dtype.exponent_bits,
+        mantissa_bits=spec.dtype.mantissa_bits,
+        rest_bits=spec.dtype.rest_bits,
+        k=spec.k,
+        base=spec.base,
+    )
+    for expected in spec.arrays:
+        array = arrays.get(expected.suffix)
+        if (
+            array is None
+            or array.nbytes != expected.nbytes
+            or array.itemsize != expected.dtype.itemsize
+            or not array.flags.c_contiguous
+        ):
+            found = "nothing" if array is None else f"{array.dtype} {array.shape}"
+            raise ShapeError(
+                f"array {expected.suffix!r} must be contiguous {expected.dtype.name} "
+                f"{expected.shape}, got {found}"
+            )
+        setattr(out, expected.suffix or "values", array.ctypes.data)
+    return out
+
+
+def view(encoded: Encoded) -> Tensor:
+    """Return the library's view of `encoded`, which must outlive it."""
+    return tensor(encoded.spec, dict(encoded.arrays))
