@@ -1,6 +1,6 @@
 """Where everything lies in a packed file."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
@@ -102,11 +102,7 @@ class FileLayout:
         try:
             return self.tensors[name]
         except KeyError:
-            near = get_close_matches(name, self.tensors, n=3)
-            hint = f"; near: {', '.join(near)}" if near else ""
-            raise CheckpointError(
-                f"{self.path}: no tensor {name!r} among {len(self.tensors)}{hint}"
-            ) from None
+            raise no_tensor(self.path, name, self.tensors) from None
 
     def record_of(self, name: str) -> Record:
         """Return the record that holds the tensor `name`; errors as for `tensor`."""
@@ -145,3 +141,10 @@ class FileLayout:
             for array in entry.arrays
         }
         return Encoded(entry.spec, arrays)
+
+
+def no_tensor(path: Path, name: str, names: Collection[str]) -> CheckpointError:
+    """Return the error for a name that a file does not have, with what may have been meant."""
+    near = get_close_matches(name, names, n=3)
+    hint = f"; did you mean {' or '.join(near)}?" if near else ""
+    return CheckpointError(f"{path}: no tensor {name!r} among its {len(names)}{hint}")
