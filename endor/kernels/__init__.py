@@ -29,7 +29,7 @@ __all__ = [
 ]
 
 _VIEW_NBYTES = 1 << 20
-"""Values beyond this size stay a view of their larger buffer; its other pages were never touched."""
+"""Values beyond this size stay a view of their larger buffer, most of it never touched."""
 
 
 def encode(
