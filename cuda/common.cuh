@@ -1,0 +1,209 @@
+// What the kernels share: the argument layout, staging, and the expansion of one tile.
+//
+// A tile is 1024 weights in flat row-major order; one warp owns one tile. Lane L holds bitmap word L
+// (weights 32L .. 32L+31, bit i = weight 32L+i, 1 = stored). The stored elements of the tile lie in
+// shared memory in bitmap order, so weight w of the tile is
+//
+//     bit set  ->  staged[shift + popcount of all bitmap bits below w]
+//     bit clear ->  0
+//
+// Constants come from Python (`endor.kernels.gpu_build`) by -D, so that the format has one source.
+// Sizes and addresses are 64-bit: a tensor may hold 2^40 weights.
+//
+// Safe for any content: offsets are clamped to the array and to the tile before they are used, and a
+// staged slot is large enough for 1024 elements whatever the offsets and the bitmap say. Wrong bytes
+// give wrong weights, never an access outside the arrays (plus the 128 bytes that follow them).
+#pragma once
+
+typedef unsigned char u8;
+typedef unsigned short u16;
+typedef unsigned int u32;
+typedef unsigned long long u64;
+
+#if !defined(ENDOR_TILE) || !defined(ENDOR_GROUP) || !defined(ENDOR_MAX_TENSORS)
+#error "compile through endor.kernels.gpu_build, which defines the format's constants"
+#endif
+
+#ifndef ENDOR_EMULATED
+// Dynamic shared memory of the block, 16-byte aligned.
+#define ENDOR_SHARED(name) extern __shared__ __align__(16) u8 name[]
+#endif
+
+static_assert(ENDOR_TILE == 1024, "one warp decodes 32 bitmap words");
+static_assert(ENDOR_GROUP == 8 * ENDOR_TILE, "patch groups are 8 tiles");
+
+constexpr u32 TILE = ENDOR_TILE;
+constexpr u32 GROUP_TILES = ENDOR_GROUP / ENDOR_TILE;
+constexpr u32 FULL_WARP = 0xffffffffu;
+// Bytes that staging may add to the 1024 elements of a tile: the distance to the alignment below the
+// first one and above the last one.
+constexpr u32 STAGING_SLACK = 32;
+
+// One packed tensor. Addresses are device addresses, `out` a multiple of 16, all others of 8.
+struct Tensor {
+  u64 out;              // dense destination, numel elements
+  u64 tile_offsets;     // u32[n_tiles + 1]: stored elements before each tile; 0 without a bitmap
+  u64 bitmap;           // u32[n_tiles * 32]; 0 without a bitmap
+  u64 values;           // raw: nnz elements; exp: u8[B][nnz] byte planes; 0 where B = 0
+  u64 planes;           // exp: u8[P][plane_nbytes] bit planes
+  u64 patch_offsets;    // exp: u32[n_groups + 1]; 0 without patches
+  u64 patch_ranks;      // exp: u16[patches]
+  u64 patch_exponents;  // exp: u8[patches]
+  u64 numel;
+  u64 nnz;
+  u64 plane_nbytes;
+  u64 first_tile;       // tiles of the tensors before this one in the batch
+  u64 patches;
+  u32 n_planes;         // P
+  u32 base;             // first exponent of the window
+};
+static_assert(sizeof(Tensor) == ENDOR_TENSOR_BYTES, "must match endor.kernels.gpu_build.TENSOR");
+
+// All tensors of one launch, passed by value: no device copy to keep alive, and a captured graph
+// holds its own.
+struct Batch {
+  u64 n_tiles;
+  u32 count;
+  u32 unused;
+  Tensor tensors[ENDOR_MAX_TENSORS];
+};
+
+template <typename T>
+__device__ __forceinline__ const T* pointer(u64 address) {
+  return reinterpret_cast<const T*>(address);
+}
+
+__device__ __forceinline__ u32 smaller(u64 a, u64 b) { return static_cast<u32>(a < b ? a : b); }
+
+// The tensor that owns tile `tile` of the batch; `tile` becomes an index inside it.
+__device__ __forceinline__ const Tensor& find_tensor(const Batch& batch, u64& tile) {
+  u32 i = 0;
+  while (i + 1 < batch.count && tile >= batch.tensors[i + 1].first_tile) i++;
+  tile -= batch.tensors[i].first_tile;
+  return batch.tensors[i];
+}
+
+// Ranks [first, first + count) of the stored elements of a tile, clamped to what can be true.
+struct Range {
+  u64 first;
+  u32 count;
+};
+
+__device__ __forceinline__ Range stored_range(const Tensor& t, u64 tile) {
+  const u32* offsets = pointer<u32>(t.tile_offsets) + tile;
+  u64 begin = __ldg(offsets), end = __ldg(offsets + 1);
+  if (end > t.nnz) end = t.nnz;
+  if (begin > end) begin = end;
+  return Range{begin, smaller(end - begin, TILE)};
+}
+
+// Sum of `count` over the lanes below this one.
+__device__ __forceinline__ u32 exclusive_sum(u32 count, u32 lane) {
+  u32 sum = count;
+#pragma unroll
+  for (u32 step = 1; step < 32; step <<= 1) {
+    u32 below = __shfl_up_sync(FULL_WARP, sum, step);
+    if (lane >= step) sum += below;
+  }
+  return sum - count;
+}
+
+#ifndef ENDOR_EMULATED
+// 16 bytes from global to shared memory. From sm_80 on the bytes travel beside the registers and are
+// there after copy_wait; `cg` keeps streamed weights out of L1, and the 128-byte hint lets L2 fetch
+// whole lines for a warp whose lanes read neighbouring vectors.
+__device__ __forceinline__ void copy16(void* shared, const void* global) {
+#if __CUDA_ARCH__ >= 800
+  u32 address = static_cast<u32>(__cvta_generic_to_shared(shared));
+  asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16;" ::"r"(address), "l"(global)
+               : "memory");
+#else
+  *static_cast<uint4*>(shared) = __ldg(static_cast<const uint4*>(global));
+#endif
+}
+
+// Close the group of copies issued since the last call.
+__device__ __forceinline__ void copy_commit() {
+#if __CUDA_ARCH__ >= 800
+  asm volatile("cp.async.commit_group;" ::: "memory");
+#endif
+}
+
+// Wait until at most `PENDING` groups of this thread are on their way. Other lanes' copies are visible
+// only after the __syncwarp that must follow.
+template <int PENDING>
+__device__ __forceinline__ void copy_wait() {
+#if __CUDA_ARCH__ >= 800
+  asm volatile("cp.async.wait_group %0;" ::"n"(PENDING) : "memory");
+#endif
+}
+#endif
+
+// Copy elements [first, first + count) into `slot`, in whole 16-byte vectors, and return the index
+// inside the slot of the first one. Reads at most 15 bytes on either side of the range.
+template <typename E>
+__device__ __forceinline__ u32 stage_elements(u8* slot, u64 values, u64 first, u32 count, u32 lane) {
+  u64 begin = values + first * sizeof(E), aligned = begin & ~static_cast<u64>(15);
+  u32 head = static_cast<u32>(begin - aligned);
+  u32 vectors = count ? (head + count * static_cast<u32>(sizeof(E)) + 15) / 16 : 0;
+  for (u32 i = lane; i < vectors; i += 32) copy16(slot + 16 * i, pointer<u8>(aligned) + 16 * i);
+  return head / static_cast<u32>(sizeof(E));
+}
+
+// 16 bytes from their elements, the first one lowest.
+__device__ __forceinline__ uint4 join(const u8* e) {
+  uint4 v;
+  u32* words = &v.x;
+#pragma unroll
+  for (int i = 0; i < 4; i++)
+    words[i] = e[4 * i] | (u32)e[4 * i + 1] << 8 | (u32)e[4 * i + 2] << 16 | (u32)e[4 * i + 3] << 24;
+  return v;
+}
+__device__ __forceinline__ uint4 join(const u16* e) {
+  uint4 v;
+  u32* words = &v.x;
+#pragma unroll
+  for (int i = 0; i < 4; i++) words[i] = e[2 * i] | (u32)e[2 * i + 1] << 16;
+  return v;
+}
+__device__ __forceinline__ uint4 join(const u32* e) {
+  uint4 v;
+  v.x = e[0], v.y = e[1], v.z = e[2], v.w = e[3];
+  return v;
+}
+
+// Write the 1024 weights of a tile: lane L, step j writes the 16-byte vector j*32+L, so a warp stores
+// 512 contiguous bytes at a time. Two shuffles bring the bitmap word of that vector and the number of
+// stored elements before the word; a popcount gives those before the vector. No branch depends on
+// the data: at most `lanes_per_vector` predicated shared loads, then one store.
+//
+//   staged   elements in shared memory, first one at staged[shift]
+//   word     this lane's bitmap word, zero bits past the end of the tensor
+//   before   stored elements of the tile below this lane's word
+template <typename E>
+__device__ __forceinline__ void expand_tile(const E* staged, u32 shift, u32 word, u32 before,
+                                            const Tensor& t, u64 tile, u32 lane) {
+  constexpr u32 VECTOR = 16 / sizeof(E), STEPS = TILE / (32 * VECTOR);
+  const u64 start = tile * TILE;
+  const bool whole = start + TILE <= t.numel;  // the same for all lanes
+  E* out = reinterpret_cast<E*>(t.out) + start;
+#pragma unroll
+  for (u32 j = 0; j < STEPS; j++) {
+    const u32 first = (j * 32 + lane) * VECTOR, owner = first >> 5, bit = first & 31;
+    u32 bits = __shfl_sync(FULL_WARP, word, owner);
+    u32 at = __shfl_sync(FULL_WARP, before, owner) + shift + __popc(bits & ((1u << bit) - 1u));
+    bits >>= bit;
+    E element[VECTOR];
+#pragma unroll
+    for (u32 i = 0; i < VECTOR; i++) {
+      element[i] = 0;
+      if (bits >> i & 1u) element[i] = staged[at++];
+    }
+    if (whole || start + first + VECTOR <= t.numel) {
+      *reinterpret_cast<uint4*>(out + first) = join(element);
+    } else {
+      for (u32 i = 0; i < VECTOR; i++)
+        if (start + first + i < t.numel) out[first + i] = element[i];
+    }
+  }
+}

@@ -1,0 +1,176 @@
+"""Builds the kernels of `cuda/` for the CPU and lays tensors out as a record does."""
+
+import ctypes
+import hashlib
+import shutil
+import subprocess
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from endor import codecs
+from endor.codecs import Encoded
+from endor.kernels.gpu_build import SOURCES, options
+from endor.kernels.gpu_plan import READ_AHEAD, Kernel, Launch, Part, plan_expansion
+
+HERE = Path(__file__).parent
+CANARY = 0xA5
+SANITIZE = ["-fsanitize=alignment,bounds,shift", "-fno-sanitize-recover=all"]
+
+ENTRY = """
+#include "emulator.h"
+#include "{name}.cu"
+extern "C" void emulate(const void* args, unsigned grid, unsigned block, unsigned shared_bytes,
+                        const unsigned long long* ranges, unsigned n_ranges) {{
+  emulator::readable.clear();
+  for (unsigned i = 0; i < n_ranges; i++)
+    emulator::readable.push_back({{ranges[2 * i], ranges[2 * i + 1]}});
+  {argument} value;
+  memcpy(&value, args, sizeof(value));
+  emulator::launch(grid, block, shared_bytes, [&] {{ {name}(value); }});
+}}
+"""
+
+
+class Emulator:
+    """Compiles each kernel once per test session and launches it on the CPU."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._built: dict[tuple[Kernel, bool], ctypes.CDLL] = {}
+
+    def launch(
+        self,
+        launch: Launch,
+        ranges: Sequence[tuple[int, int]],
+        *,
+        tensor_cores: bool = True,
+        exact: bool = False,
+    ) -> None:
+        """Run `launch`; `ranges` are the (begin, end) addresses that it may read.
+
+        `exact` compiles the very kernel; otherwise one for every number of planes stands in.
+        """
+        library = self._library(launch.kernel if exact else general(launch.kernel), tensor_cores)
+        flat = (ctypes.c_uint64 * (2 * len(ranges)))(*(at for pair in ranges for at in pair))
+        library.emulate(
+            launch.args.ctypes.data_as(ctypes.c_void_p),
+            launch.grid,
+            launch.block,
+            launch.shared_bytes,
+            flat,
+            len(ranges),
+        )
+
+    def _library(self, kernel: Kernel, tensor_cores: bool) -> ctypes.CDLL:
+        key = (kernel, tensor_cores)
+        if key not in self._built:
+            digest = hashlib.sha256(repr(key).encode()).hexdigest()[:16]
+            argument = "Product" if kernel.name == "product" else "Batch"
+            entry = self._folder / f"{digest}.cpp"
+            entry.write_text(ENTRY.format(name=kernel.name, argument=argument))
+            library = self._folder / f"{digest}.so"
+            command = ["g++", "-O1", "-w", "-shared", "-fPIC", *SANITIZE, *options(kernel)]
+            command += [f"-DENDOR_TENSOR_CORES={int(tensor_cores)}", f"-I{HERE}", f"-I{SOURCES}"]
+            subprocess.run([*command, str(entry), "-o", str(library)], check=True)
+            self._built[key] = ctypes.CDLL(str(library))
+        return self._built[key]
+
+
+def general(kernel: Kernel) -> Kernel:
+    """The kernel for any number of bit planes that the element type allows."""
+    defines = dict(kernel.defines)
+    if "ENDOR_PLANES" in defines:
+        rest = (defines["ENDOR_MANTISSA_BITS"] + defines["ENDOR_SIGNED"]) % 8
+        counts = range(rest + 1, rest + defines["ENDOR_EXPONENT_BITS"] + 1)
+        defines["ENDOR_PLANES"] = sum(1 << count for count in counts)
+    return Kernel(kernel.name, tuple(defines.items()))
+
+
+class Record:
+    """Tensors in one piece of memory, arrays at multiples of 256, poison between them."""
+
+    def __init__(self, tensors: Sequence[Encoded], *, gap: int = 0) -> None:
+        places, end = [], 0
+        for encoded in tensors:
+            for suffix, array in encoded.arrays.items():
+                places.append((encoded, suffix, array, end))
+                end += -(-array.nbytes // 256) * 256 + gap
+        self.memory = np.full(end + READ_AHEAD + 256, 0xEE, dtype=np.uint8)
+        start = -self.memory.ctypes.data % 256
+        self.begin = self.memory.ctypes.data + start
+        self.end = self.begin + end + READ_AHEAD
+        self.addresses: list[dict[str, int]] = [{} for _ in tensors]
+        order = {id(encoded): i for i, encoded in enumerate(tensors)}
+        for encoded, suffix, array, at in places:
+            flat = array.reshape(-1).view(np.uint8)
+            self.memory[start + at : start + at + flat.size] = flat
+            self.addresses[order[id(encoded)]][suffix] = self.begin + at
+
+
+class Output:
+    """A poisoned destination, 16-byte aligned, between canaries."""
+
+    def __init__(self, count: int, uint: np.dtype) -> None:
+        self._bytes = np.full(count * uint.itemsize + 256, CANARY, dtype=np.uint8)
+        self._start = -self._bytes.ctypes.data % 16 + 64
+        self.address = self._bytes.ctypes.data + self._start
+        self._stop = self._start + count * uint.itemsize
+        self.array = self._bytes[self._start : self._stop].view(uint)
+
+    def check(self, expected: np.ndarray) -> None:
+        """Fail at the first element that differs, or at a write outside."""
+        wrong = np.flatnonzero(self.array != expected.reshape(-1))
+        if wrong.size:
+            at = int(wrong[0])
+            pytest.fail(
+                f"{wrong.size} of {self.array.size} elements differ, the first at {at}: "
+                f"{self.array[at]:#x} instead of {expected.reshape(-1)[at]:#x}"
+            )
+        self.check_canaries()
+
+    def check_canaries(self) -> None:
+        assert (self._bytes[: self._start] == CANARY).all(), "wrote before the output"
+        assert (self._bytes[self._stop :] == CANARY).all(), "wrote past the output"
+
+
+@pytest.fixture(scope="session")
+def emulator(tmp_path_factory: pytest.TempPathFactory) -> Emulator:
+    if shutil.which("g++") is None:
+        pytest.skip("no g++ to compile the kernels with")
+    return Emulator(tmp_path_factory.mktemp("emulator"))
+
+
+Expand = Callable[..., None]
+
+
+@pytest.fixture
+def expand(emulator: Emulator) -> Expand:
+    """A function that expands tensors in one record and compares them with the reference."""
+
+    def run(
+        *tensors: Encoded,
+        launches: int | None = None,
+        warps: int = 2,
+        compare: bool = True,
+        exact: bool = False,
+    ) -> None:
+        record = Record(tensors)
+        outputs = [Output(item.spec.numel, item.spec.dtype.uint) for item in tensors]
+        parts = [
+            Part(item.spec, addresses, output.address)
+            for item, addresses, output in zip(tensors, record.addresses, outputs, strict=True)
+        ]
+        plan = plan_expansion(parts, warps=warps)
+        assert launches is None or len(plan) == launches
+        for launch in plan:
+            emulator.launch(launch, [(record.begin, record.end)], exact=exact)
+        for item, output in zip(tensors, outputs, strict=True):
+            if compare:
+                output.check(codecs.decode(item))
+            else:
+                output.check_canaries()
+
+    return run
