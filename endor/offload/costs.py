@@ -1,0 +1,347 @@
+"""How long a step takes, from measured constants: the arithmetic behind `endor plan`.
+
+A step is one forward pass: `batch` sequences, each `tokens` new tokens long. On the processor, for
+units u with packed bytes p, dense bytes w, rows r = batch * tokens and the share `use` of steps
+that need the unit (1 but for experts):
+
+    T_disk  = sum over disk units of  use * p / B_disk
+    T_cpu   = sum over all units of   use * (w / B_expand, unless dense)
+            + max(use * w / B_linear, 2 r n / F)
+            + head + attention + small operations + reads' own processor time
+    T_step  = max(T_cpu, T_disk) + experts' reads
+
+Reading overlaps computing, since reads take hardly any processor time; expanding and multiplying
+share the same cores and do not overlap. With the direct product a unit costs p / B_product instead.
+Which experts a token needs is known only when it needs them, so nothing hides their reads.
+
+On a CUDA device the host only moves bytes:
+
+    T_link  = sum over units outside VRAM of  use * (p / B_h2d + t_copy)
+    T_gpu   = sum of  use * ((p + w) / B_hbm, unless dense) + max(use * w / B_hbm, 2 r n / F)
+            + head + attention + launches
+    T_step  = max(T_link, T_disk, T_gpu) + t_sync
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from endor.codecs import TensorSpec
+from endor.errors import ConfigError
+from endor.offload.hardware import Disk, Machine
+from endor.offload.units import Unit
+
+DeviceTier = Literal["vram-dense", "vram", "dense", "resident", "disk"]
+"""`vram*`: on the CUDA device, expanded or packed; the rest as in `endor.offload.placement`."""
+
+Product = Literal["exact", "direct"]
+"""`exact`: expand, then torch's product; `direct`: multiply from the packed form at batch 1."""
+
+OPS_PER_LAYER = 60
+"""Small operations of one decoder layer (norms, rotary embedding, residuals, cache update)."""
+LAUNCHES_PER_LAYER = 24
+SYNC_S = 0.5e-3
+"""The host samples a token and submits the next step."""
+
+
+@dataclass(frozen=True, slots=True)
+class ModelShape:
+    """What a model needs besides its units.
+
+    Attributes:
+        layers: Decoder layers.
+        hidden: Width of the residual stream.
+        heads: Attention heads.
+        kv_bytes_per_token: Keys and values of one token in all layers.
+        head_bytes: Dense output projection, multiplied once a token; 0 when it is a unit.
+        other_bytes: All dense tensors outside the units.
+        activation_bytes_per_token: Peak of intermediate results per token in flight.
+        vocab: Output width.
+        expert_use: Share of the experts that one token needs; 1 for a dense model.
+    """
+
+    layers: int
+    hidden: int
+    heads: int
+    kv_bytes_per_token: int
+    head_bytes: int
+    other_bytes: int
+    activation_bytes_per_token: int
+    vocab: int
+    expert_use: float = 1.0
+
+    @classmethod
+    def from_config(
+        cls, config: Mapping[str, Any], *, other_bytes: int, head_packed: bool, itemsize: int = 2
+    ) -> "ModelShape":
+        """Return the shape that a Hugging Face `config.json` describes.
+
+        Args:
+            config: The parsed file; a nested `text_config` is followed.
+            other_bytes: Dense bytes of the tensors outside the units.
+            head_packed: Whether the output projection is a unit.
+            itemsize: Bytes of an activation.
+
+        Raises:
+            ConfigError: The file lacks a size that planning needs.
+        """
+        text = config.get("text_config")
+        inner = {**config, **text} if isinstance(text, Mapping) else config
+        layers = _size(inner, "num_hidden_layers", "n_layer", "n_layers", "num_layers")
+        hidden = _size(inner, "hidden_size", "n_embd", "d_model")
+        heads = _size(inner, "num_attention_heads", "n_head", "num_heads")
+        kv_heads = inner.get("num_key_value_heads") or heads
+        head_dim = inner.get("head_dim") or hidden // heads
+        vocab = _size(inner, "vocab_size")
+        wide = inner.get("intermediate_size") or inner.get("ffn_dim") or 4 * hidden
+        experts = inner.get("num_local_experts") or inner.get("num_experts") or 0
+        chosen = inner.get("num_experts_per_tok") or experts
+        return cls(
+            layers=layers,
+            hidden=hidden,
+            heads=heads,
+            kv_bytes_per_token=2 * layers * int(kv_heads) * int(head_dim) * itemsize,
+            head_bytes=0 if head_packed else vocab * hidden * itemsize,
+            other_bytes=other_bytes,
+            activation_bytes_per_token=(8 * hidden + 3 * int(wide)) * itemsize,
+            vocab=vocab,
+            expert_use=min(1.0, int(chosen) / int(experts)) if experts else 1.0,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class UnitCost:
+    """A unit as the cost model sees it: sizes, and processor seconds of one use.
+
+    Attributes:
+        name: The unit.
+        packed_bytes: Bytes that one read or copy moves.
+        dense_bytes: Bytes when expanded.
+        weights: Elements.
+        expand_s: One expansion.
+        linear_s: One dense product at batch 1.
+        product_s: One product from the packed form.
+        use: Share of decode steps that need it.
+        scheduled: Whether it can be read ahead (experts cannot).
+    """
+
+    name: str
+    packed_bytes: int
+    dense_bytes: int
+    weights: int
+    expand_s: float
+    linear_s: float
+    product_s: float
+    use: float
+    scheduled: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """A forward pass to be predicted.
+
+    Attributes:
+        batch: Sequences.
+        tokens: New tokens per sequence.
+        context: Tokens in the cache when it ends.
+        product: How weights are multiplied.
+    """
+
+    batch: int
+    tokens: int
+    context: int
+    product: Product = "exact"
+
+    @property
+    def rows(self) -> int:
+        return self.batch * self.tokens
+
+
+@dataclass(frozen=True, slots=True)
+class Prediction:
+    """The predicted time of a step.
+
+    Attributes:
+        seconds: All of it.
+        bound: The resource that takes longest: `disk`, `cpu`, `link` or `gpu`.
+        resources: Seconds per resource; they overlap.
+        parts: Seconds of what the processor or device does in turn; they add up to its resource.
+        unhidden: Seconds that overlap nothing.
+        disk_bytes: Bytes read from disk.
+        link_bytes: Bytes copied to a device.
+    """
+
+    seconds: float
+    bound: str
+    resources: Mapping[str, float]
+    parts: Mapping[str, float]
+    unhidden: float
+    disk_bytes: float
+    link_bytes: float = 0.0
+
+
+def kind_of(spec: TensorSpec) -> str:
+    """Return the kind of stored tensor that a measured rate is of."""
+    return f"{spec.codec}+bitmap" if spec.bitmap else spec.codec
+
+
+def unit_costs(units: Sequence[Unit], machine: Machine, shape: ModelShape) -> tuple[UnitCost, ...]:
+    """Return the cost of each unit on `machine`."""
+    out = []
+    for unit in units:
+        expand = product = 0.0
+        weights = 0
+        for name in unit.tensors:
+            spec = unit.layout.tensors[name].spec
+            weights += spec.numel
+            kind = kind_of(spec)
+            if kind == "dense":  # copied to the scratch, since its record is only passing through
+                expand += spec.nbytes / machine.copy_gbps / 1e9
+                product += spec.nbytes * (1 / machine.copy_gbps + 1 / machine.linear_gbps) / 1e9
+                continue
+            expand += spec.dense_nbytes / machine.expand_gbps[kind] / 1e9
+            product += spec.nbytes / machine.product_gbps[kind] / 1e9
+        out.append(
+            UnitCost(
+                name=unit.name,
+                packed_bytes=unit.nbytes,
+                dense_bytes=unit.dense_nbytes,
+                weights=weights,
+                expand_s=expand,
+                linear_s=unit.dense_nbytes / machine.linear_gbps / 1e9,
+                product_s=product,
+                use=1.0 if unit.scheduled else shape.expert_use,
+                scheduled=unit.scheduled,
+            )
+        )
+    return tuple(out)
+
+
+@dataclass(slots=True)
+class _Sums:
+    """What a walk over the units adds up."""
+
+    expand: float = 0.0
+    multiply: float = 0.0
+    disk_bytes: float = 0.0
+    routed_bytes: float = 0.0
+    link_bytes: float = 0.0
+    copies: float = 0.0
+    moved: float = 0.0
+
+
+def predict(
+    costs: Sequence[UnitCost],
+    tiers: Mapping[str, DeviceTier],
+    machine: Machine,
+    disk: Disk,
+    shape: ModelShape,
+    step: Step,
+) -> Prediction:
+    """Return the predicted time of `step` with the units placed as `tiers` says.
+
+    The device computes when `machine` has a link; pass it without one to predict the processor.
+    """
+    on_device = machine.link is not None
+    sums = _Sums()
+    flops = (machine.link.gemm_gflops if machine.link else machine.gemm_gflops) * 1e9
+    weight_gbps = machine.link.hbm_gbps if machine.link else machine.linear_gbps
+    direct = step.product == "direct" and step.rows == 1 and not on_device
+    for cost in costs:
+        tier = tiers[cost.name]
+        use = _use(cost, step)
+        arithmetic = 2 * step.rows * cost.weights * cost.use / flops
+        if on_device:
+            dense_s = cost.dense_bytes / weight_gbps / 1e9
+            if tier != "vram-dense":
+                sums.moved += use * (cost.packed_bytes + cost.dense_bytes)
+            sums.multiply += max(use * dense_s, arithmetic)
+            if tier not in ("vram", "vram-dense"):
+                sums.link_bytes += use * cost.packed_bytes
+                sums.copies += use
+        elif direct and tier != "dense":
+            sums.multiply += use * cost.product_s
+        else:
+            sums.expand += 0.0 if tier == "dense" else use * cost.expand_s
+            sums.multiply += max(use * cost.linear_s, arithmetic)
+        if tier == "disk":
+            sums.disk_bytes += use * cost.packed_bytes
+            sums.routed_bytes += 0.0 if cost.scheduled else use * cost.packed_bytes
+    if machine.link is not None:
+        return _on_device(sums, machine, disk, shape, step)
+    return _on_cpu(sums, machine, disk, shape, step)
+
+
+def _on_cpu(sums: _Sums, machine: Machine, disk: Disk, shape: ModelShape, step: Step) -> Prediction:
+    attention_flops = 2.0 * step.batch * step.tokens * step.context * shape.hidden * shape.layers
+    kv_bytes = shape.kv_bytes_per_token * step.context * step.batch
+    head = shape.head_bytes / machine.linear_gbps / 1e9
+    parts = {
+        "expand": sums.expand,
+        "multiply": sums.multiply,
+        "head": max(head, step.batch * shape.head_bytes / machine.gemm_gflops / 1e9),
+        "attention": kv_bytes / machine.read_gbps / 1e9
+        + attention_flops / machine.gemm_gflops / 1e9,
+        "small operations": shape.layers * _layer_ops_s(machine, shape, step),
+        "reads' own": sums.disk_bytes * disk.cpu_s_per_gb / 1e9 / machine.threads,
+    }
+    routed = sums.routed_bytes / disk.read_gbps / 1e9
+    resources = {
+        "cpu": sum(parts.values()),
+        "disk": (sums.disk_bytes - sums.routed_bytes) / disk.read_gbps / 1e9,
+    }
+    bound = max(resources, key=lambda name: resources[name])
+    seconds = resources[bound] + routed
+    if routed > resources[bound]:
+        bound = "disk"
+    return Prediction(seconds, bound, resources, parts, routed, sums.disk_bytes)
+
+
+def _on_device(
+    sums: _Sums, machine: Machine, disk: Disk, shape: ModelShape, step: Step
+) -> Prediction:
+    link = machine.link
+    assert link is not None
+    kv_bytes = shape.kv_bytes_per_token * step.context * step.batch
+    attention_flops = 2.0 * step.batch * step.tokens * step.context * shape.hidden * shape.layers
+    parts = {
+        "expand": sums.moved / link.hbm_gbps / 1e9,
+        "multiply": sums.multiply,
+        "head": shape.head_bytes / link.hbm_gbps / 1e9,
+        "attention": kv_bytes / link.hbm_gbps / 1e9 + attention_flops / link.gemm_gflops / 1e9,
+        "launches": shape.layers * LAUNCHES_PER_LAYER * link.launch_us / 1e6,
+    }
+    resources = {
+        "gpu": sum(parts.values()),
+        "link": sums.link_bytes / link.h2d_gbps / 1e9 + sums.copies * link.copy_us / 1e6,
+        "disk": sums.disk_bytes / disk.read_gbps / 1e9,
+    }
+    bound = max(resources, key=lambda name: resources[name])
+    return Prediction(
+        resources[bound] + SYNC_S,
+        bound,
+        resources,
+        parts,
+        SYNC_S,
+        sums.disk_bytes,
+        sums.link_bytes,
+    )
+
+
+def _use(cost: UnitCost, step: Step) -> float:
+    """Share of such steps that need the unit: with many rows, some row needs each expert."""
+    return 1.0 - (1.0 - cost.use) ** step.rows if cost.use < 1 else 1.0
+
+
+def _layer_ops_s(machine: Machine, shape: ModelShape, step: Step) -> float:
+    """Seconds of a layer's small operations: a fixed cost each, then memory traffic per row."""
+    traffic = step.rows * shape.activation_bytes_per_token * 3
+    return OPS_PER_LAYER * machine.op_us / 1e6 + traffic / machine.copy_gbps / 1e9
+
+
+def _size(config: Mapping[str, Any], *names: str) -> int:
+    for name in names:
+        value = config.get(name)
+        if isinstance(value, int) and not isinstance(value, bool) and value > 0:
+            return value
+    raise ConfigError(f"config.json: planning needs one of {', '.join(names)}, found none")

@@ -1,0 +1,205 @@
+"""Short measurements of this machine: what one core, its memory, a disk and a GPU link can do.
+
+Each probe takes well under a second and returns medians; the whole set takes about ten. Rates are
+in GB/s (10^9 bytes a second). A rate over weights counts the bytes named in its docstring, so that
+`bytes / rate` is seconds.
+"""
+
+import mmap
+import os
+import resource
+import statistics
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from endor import kernels
+from endor.codecs import DTYPES, Encoded
+from endor.errors import DTypeError
+
+TORCH_TYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
+READ_THREADS = 4
+READ_BYTES = 4 << 20
+ROWS, COLS = 4096, 4096
+DENSITY = 0.5
+
+
+def median_seconds(work: Callable[[], object], *, least: int = 5, budget_s: float = 0.4) -> float:
+    """Return the median time of `work()`: at least `least` calls, about `budget_s` in all."""
+    work()
+    times: list[float] = []
+    end = time.perf_counter() + budget_s
+    while len(times) < least or (time.perf_counter() < end and len(times) < 1000):
+        start = time.perf_counter()
+        work()
+        times.append(time.perf_counter() - start)
+    return statistics.median(times)
+
+
+def sample_weights(dtype: str, rows: int, cols: int, density: float) -> np.ndarray:
+    """Return the bits of a magnitude-pruned normal matrix, `(rows, cols)`, unsigned."""
+    if dtype not in TORCH_TYPES:
+        raise DTypeError(f"probe: dtype must be one of {', '.join(TORCH_TYPES)}, got {dtype}")
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(rows, cols, generator=generator) * 0.02
+    if density < 1:
+        sample = weight.flatten()[: 1 << 16].abs()
+        weight[weight.abs() < torch.quantile(sample, 1 - density)] = 0
+    item = DTYPES[dtype]
+    bits = weight.to(TORCH_TYPES[dtype]).contiguous().view(torch.uint8).numpy()
+    return bits.reshape(-1).view(item.uint).reshape(rows, cols)
+
+
+def samples(dtype: str, *, rows: int, cols: int) -> dict[str, Encoded]:
+    """Return one encoded matrix per kind of stored tensor, keyed as `costs.kind_of` does."""
+    pruned = sample_weights(dtype, rows, cols, DENSITY)
+    whole = sample_weights(dtype, rows, cols, 1.0)
+    item = DTYPES[dtype]
+    return {
+        "raw+bitmap": kernels.encode(pruned, item, codec="raw"),
+        "exp+bitmap": kernels.encode(pruned, item, codec="exp", bitmap=True),
+        "exp": kernels.encode(whole, item, codec="exp", bitmap=False),
+    }
+
+
+def memory(threads: int, nbytes: int = 64 << 20) -> dict[str, float]:
+    """Return `copy_gbps` (bytes copied, counted once) and `read_gbps` of main memory."""
+    source, target = np.ones(nbytes, np.uint8), np.empty(nbytes, np.uint8)
+    copy_s = median_seconds(lambda: kernels.probe_copy(target, source, threads))
+    read_s = median_seconds(lambda: kernels.probe_read(source, threads))
+    return {"copy_gbps": nbytes / copy_s / 1e9, "read_gbps": nbytes / read_s / 1e9}
+
+
+def codecs(dtype: str, threads: int, *, rows: int = ROWS, cols: int = COLS) -> dict[str, Any]:
+    """Return `expand_gbps` (dense bytes written) and `product_gbps` (packed bytes read) by kind."""
+    expand: dict[str, float] = {}
+    product: dict[str, float] = {}
+    x = sample_weights(dtype, 1, cols, 1.0)
+    y = np.empty((1, rows), np.float32)
+    for kind, encoded in samples(dtype, rows=rows, cols=cols).items():
+        out = np.empty(encoded.spec.numel, encoded.spec.dtype.uint)
+        seconds = median_seconds(
+            lambda packed=encoded, dense=out: kernels.decode(packed, dense, threads=threads)  # type: ignore[misc]
+        )
+        expand[kind] = encoded.spec.dense_nbytes / seconds / 1e9
+        seconds = median_seconds(
+            lambda packed=encoded: kernels.matvec(packed, x, y, threads=threads)  # type: ignore[misc]
+        )
+        product[kind] = encoded.spec.nbytes / seconds / 1e9
+    return {"expand_gbps": expand, "product_gbps": product}
+
+
+def linear(
+    dtype: str, *, rows: int = ROWS, cols: int = 2 * COLS, batch: int = 256
+) -> dict[str, Any]:
+    """Return torch's dense product: `linear_gbps` (weight bytes, batch 1) and `gemm_gflops`.
+
+    `op_us` is the time of one small elementwise operation: what the rest of a layer is made of.
+    """
+    kind = TORCH_TYPES[dtype]
+    weight = (torch.randn(rows, cols) * 0.02).to(kind)
+    vector, matrix = torch.randn(1, cols).to(kind), torch.randn(batch, cols).to(kind)
+    row = torch.randn(1, 1, cols).to(kind)
+    with torch.inference_mode():
+        linear_s = median_seconds(lambda: torch.nn.functional.linear(vector, weight))
+        gemm_s = median_seconds(lambda: torch.nn.functional.linear(matrix, weight), least=3)
+        op_s = median_seconds(lambda: row * row, budget_s=0.1)
+    return {
+        "linear_gbps": weight.nbytes / linear_s / 1e9,
+        "gemm_gflops": 2 * batch * rows * cols / gemm_s / 1e9,
+        "op_us": op_s * 1e6,
+    }
+
+
+def disk(path: Path, *, limit_bytes: int = 512 << 20, passes: int = 3) -> dict[str, Any]:
+    """Return the cold read rate of the file at `path`: `read_gbps`, `cpu_s_per_gb`, `direct`.
+
+    Reads as the engine does: a few threads, 4 MiB each, past the page cache when the filesystem
+    takes O_DIRECT. Each pass reads another stretch of the file; the median pass counts.
+    """
+    size = path.stat().st_size // READ_BYTES * READ_BYTES
+    stretch = min(limit_bytes, max(size // passes // READ_BYTES, 1) * READ_BYTES, max(size, 1))
+    direct = True
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_DIRECT)
+    except OSError:
+        direct, fd = False, os.open(path, os.O_RDONLY)
+    rates: list[float] = []
+    cpu: list[float] = []
+    try:
+        with ThreadPoolExecutor(READ_THREADS) as pool:
+            for number in range(passes):
+                begin = number * stretch if (number + 1) * stretch <= size else 0
+                if not direct:
+                    os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
+                before, start = _cpu_seconds(), time.perf_counter()
+                jobs = [
+                    pool.submit(_read_stripe, fd, begin, max(stretch, 1), worker)
+                    for worker in range(READ_THREADS)
+                ]
+                nbytes = sum(job.result() for job in jobs)
+                seconds = max(time.perf_counter() - start, 1e-9)
+                rates.append(nbytes / seconds / 1e9)
+                cpu.append((_cpu_seconds() - before) / max(nbytes / 1e9, 1e-9))
+    finally:
+        os.close(fd)
+    return {
+        "read_gbps": statistics.median(rates),
+        "slowest_gbps": min(rates),
+        "fastest_gbps": max(rates),
+        "cpu_s_per_gb": statistics.median(cpu),
+        "direct": direct,
+    }
+
+
+def _read_stripe(fd: int, begin: int, nbytes: int, worker: int) -> int:
+    """Read every `READ_THREADS`-th block of `[begin, begin + nbytes)`; return the bytes read."""
+    done = 0
+    with mmap.mmap(-1, READ_BYTES) as block:
+        for offset in range(worker * READ_BYTES, nbytes, READ_THREADS * READ_BYTES):
+            done += os.preadv(fd, [block], begin + offset)
+    return done
+
+
+def _cpu_seconds() -> float:
+    usage = resource.getrusage(resource.RUSAGE_SELF)
+    return usage.ru_utime + usage.ru_stime
+
+
+def cuda(device: int = 0) -> dict[str, Any]:
+    """Return the link and the memory of a CUDA device; needs one.
+
+    `h2d_gbps` is the pinned host-to-device rate of 64 MiB copies, `copy_us` the cost of a tiny one,
+    `hbm_gbps` the rate of device-to-device copies (read and write counted), `launch_us` one kernel.
+    """
+    target = torch.device("cuda", device)
+    host = torch.empty(64 << 20, dtype=torch.uint8, pin_memory=True)
+    near, far = (torch.empty(64 << 20, dtype=torch.uint8, device=target) for _ in range(2))
+
+    def timed(work: Callable[[], object], inner: int) -> float:
+        def run() -> None:
+            for _ in range(inner):
+                work()
+            torch.cuda.synchronize(target)
+
+        return median_seconds(run) / inner
+
+    weight = torch.randn(4096, 4096, device=target, dtype=torch.bfloat16)
+    matrix = torch.randn(2048, 4096, device=target, dtype=torch.bfloat16)
+    small = torch.ones(8, device=target)
+    gemm_s = timed(lambda: torch.nn.functional.linear(matrix, weight), 4)
+    properties = torch.cuda.get_device_properties(target)
+    return {
+        "name": properties.name,
+        "vram_bytes": properties.total_memory,
+        "h2d_gbps": host.nbytes / timed(lambda: near.copy_(host, non_blocking=True), 4) / 1e9,
+        "copy_us": timed(lambda: near[:4096].copy_(host[:4096], non_blocking=True), 64) * 1e6,
+        "hbm_gbps": 2 * near.nbytes / timed(lambda: far.copy_(near), 8) / 1e9,
+        "launch_us": timed(lambda: small.add_(1), 64) * 1e6,
+        "gemm_gflops": 2 * 2048 * 4096 * 4096 / gemm_s / 1e9,
+    }
