@@ -4,6 +4,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from endor.errors import EndorError
+from endor.hf import register
 
 if TYPE_CHECKING:
     from endor.checkpoint import (
@@ -64,3 +65,6 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     return sorted(__all__)
+
+
+register.install()
