@@ -13,7 +13,15 @@ import pytest
 from endor import codecs
 from endor.codecs import Encoded
 from endor.kernels.gpu_build import SOURCES, options
-from endor.kernels.gpu_plan import READ_AHEAD, Kernel, Launch, Part, plan_expansion
+from endor.kernels.gpu_plan import (
+    READ_AHEAD,
+    Kernel,
+    Launch,
+    Part,
+    plan_expansion,
+    plan_product,
+    segment_nnz,
+)
 
 HERE = Path(__file__).parent
 CANARY = 0xA5
@@ -172,5 +180,42 @@ def expand(emulator: Emulator) -> Expand:
                 output.check(codecs.decode(item))
             else:
                 output.check_canaries()
+
+    return run
+
+
+@pytest.fixture
+def multiply(emulator: Emulator) -> Callable[..., np.ndarray]:
+    """A function that multiplies a packed weight with x, `(batch, cols)`; y is fp32 or 16 bits."""
+
+    def run(
+        packed: Encoded,
+        x: np.ndarray,
+        *,
+        float_out: bool = True,
+        warps: int | None = None,
+        tensor_cores: bool = True,
+    ) -> np.ndarray:
+        rows = packed.spec.shape[0]
+        record = Record([packed])
+        uint = np.dtype(np.uint32 if float_out else np.uint16)
+        output = Output(len(x) * rows, uint)
+        columns = Output(x.size, np.dtype(np.uint16))
+        columns.array[:] = x.reshape(-1)
+        launch = plan_product(
+            packed.spec,
+            record.addresses[0],
+            x=columns.address,
+            y=output.address,
+            batch=len(x),
+            float_out=float_out,
+            segment_nnz=segment_nnz(packed.spec, packed.arrays["bitmap"]),
+            warps=warps,
+        )
+        inputs = (columns.address, columns.address + x.nbytes)
+        emulator.launch(launch, [(record.begin, record.end), inputs], tensor_cores=tensor_cores)
+        output.check_canaries()
+        y = output.array.view(np.float32) if float_out else output.array
+        return y.reshape(len(x), rows).copy()
 
     return run
