@@ -1,0 +1,35 @@
+"""Checkpoint directories: read, select, prune, pack, unpack, verify, inspect.
+
+Modules (who needs what):
+- tensors      `CheckpointSource`, the protocol of everything that yields dense tensors
+- source       `open_source(path)`; bitmask, torchfiles and packed are its other kinds
+- select, plan which tensors are packed; records in execution order
+- convert      dense to packed; dense: packed (or pruned) to dense; both write through output
+- output       directories that appear whole, and resume
+- verify, inspect
+"""
+
+from endor.checkpoint.api import pack_checkpoint, prune_checkpoint, unpack_checkpoint
+from endor.checkpoint.inspect import Inspection, TensorRow, inspect_checkpoint
+from endor.checkpoint.report import DenseReport, PackReport, Progress, Sizes
+from endor.checkpoint.source import open_source
+from endor.checkpoint.tensors import CheckpointSource, SourceTensor
+from endor.checkpoint.verify import VerifyReport, verify_checkpoint
+
+__all__ = [
+    "CheckpointSource",
+    "DenseReport",
+    "Inspection",
+    "PackReport",
+    "Progress",
+    "Sizes",
+    "SourceTensor",
+    "TensorRow",
+    "VerifyReport",
+    "inspect_checkpoint",
+    "open_source",
+    "pack_checkpoint",
+    "prune_checkpoint",
+    "unpack_checkpoint",
+    "verify_checkpoint",
+]

@@ -1,0 +1,196 @@
+"""Packing as one call: what to select, how to prune, where to write."""
+
+from collections.abc import Mapping, Sequence
+from contextlib import closing, nullcontext
+from pathlib import Path
+from typing import Any, cast
+
+from endor.checkpoint.convert import DEFAULT_SHARD_BYTES, PackOptions, convert
+from endor.checkpoint.dense import write_dense
+from endor.checkpoint.report import DenseReport, PackReport, Progress
+from endor.checkpoint.select import select
+from endor.checkpoint.source import open_source
+from endor.checkpoint.tensors import CheckpointSource
+from endor.codecs import CodecChoice
+from endor.errors import ConfigError
+from endor.pruning.contract import METHODS, PruneOptions, WeightPruner
+
+MIN_SHARD_BYTES = 1 << 20
+
+
+def pack_checkpoint(
+    model: Path | str | CheckpointSource,
+    out_dir: Path | str,
+    *,
+    prune: str | WeightPruner | None = None,
+    sparsity: float = 0.5,
+    pattern: str = "unstructured",
+    description: Mapping[str, Any] | None = None,
+    codec: CodecChoice = "auto",
+    include: Sequence[str] = (),
+    exclude: Sequence[str] = (),
+    max_shard_bytes: int = DEFAULT_SHARD_BYTES,
+    resume: bool = False,
+    overwrite: bool = False,
+    threads: int | None = None,
+    progress: Progress | None = None,
+) -> PackReport:
+    """Write a checkpoint in packed form and return what came out.
+
+    Tensors are read, pruned, encoded and written one by one: memory stays below three times the
+    largest tensor and 300 MB. `out_dir` appears when all is done; until then everything lies in
+    `out_dir.partial`, from where `resume` goes on.
+
+    Args:
+        model: A Hugging Face directory, a .safetensors file, a packed directory, or a source that
+            yields (already pruned) tensors.
+        out_dir: The directory to make.
+        prune: None or "none" keeps every bit; "magnitude"; or an object with a `prune` method.
+        sparsity: Share of zeros in every pruned matrix.
+        pattern: "unstructured", or "N:M" for N survivors in every M.
+        description: What config.json says about the pruning, where `model` yields pruned tensors.
+        codec: For the packed tensors: "auto", "raw", "exp" or "dense".
+        include: Patterns (globs, or `re:` and a regular expression) of tensors to pack besides the
+            matrices of the layers.
+        exclude: Patterns of tensors to leave as they are.
+        max_shard_bytes: Size that a file does not exceed, unless one record does.
+        resume: Go on with an interrupted run.
+        overwrite: Replace `out_dir`.
+        threads: Workers; every CPU when omitted.
+        progress: Called with dense bytes done and in total.
+
+    Raises:
+        CheckpointError: the input is incomplete, or the output cannot be made.
+        OutputExistsError: there is an output, and neither `resume` nor `overwrite`.
+        ConfigError: an option makes no sense, or a pattern matches nothing.
+        PruningError, DTypeError: a selected tensor cannot be pruned.
+        OSError: from the file system.
+    """
+    if max_shard_bytes < MIN_SHARD_BYTES:
+        raise ConfigError(
+            f"max_shard_bytes: must be at least {MIN_SHARD_BYTES}, got {max_shard_bytes}"
+        )
+    pruner, found = _pruner(prune, sparsity, pattern)
+    with _opened(model) as source:
+        selected = select(source.tensors.values(), include=include, exclude=exclude)
+        _check_selection(source, selected, pruner)
+        return convert(
+            source,
+            Path(out_dir),
+            selected=selected,
+            pruner=pruner,
+            options=PackOptions(codec, max_shard_bytes, description or found),
+            resume=resume,
+            overwrite=overwrite,
+            threads=threads,
+            progress=progress,
+        )
+
+
+def prune_checkpoint(
+    model: Path | str | CheckpointSource,
+    out_dir: Path | str,
+    *,
+    prune: str | WeightPruner | None = "magnitude",
+    sparsity: float = 0.5,
+    pattern: str = "unstructured",
+    description: Mapping[str, Any] | None = None,
+    include: Sequence[str] = (),
+    exclude: Sequence[str] = (),
+    resume: bool = False,
+    overwrite: bool = False,
+    threads: int | None = None,
+    progress: Progress | None = None,
+) -> DenseReport:
+    """Write a checkpoint pruned and dense, in files laid out like the input's.
+
+    Arguments and errors as for `pack_checkpoint`.
+    """
+    pruner, found = _pruner(prune, sparsity, pattern)
+    with _opened(model) as source:
+        selected = select(source.tensors.values(), include=include, exclude=exclude)
+        _check_selection(source, selected, pruner)
+        return write_dense(
+            source,
+            Path(out_dir),
+            selected=selected,
+            pruner=pruner,
+            description=description or found,
+            resume=resume,
+            overwrite=overwrite,
+            threads=threads,
+            progress=progress,
+        )
+
+
+def unpack_checkpoint(
+    packed_dir: Path | str,
+    out_dir: Path | str,
+    *,
+    resume: bool = False,
+    overwrite: bool = False,
+    threads: int | None = None,
+    progress: Progress | None = None,
+) -> DenseReport:
+    """Write a packed checkpoint as an ordinary one, bit for bit, in files like its source's.
+
+    Every checksum is checked on the way. Arguments and errors as for `pack_checkpoint`.
+
+    Raises:
+        FormatError: the packed checkpoint is damaged.
+    """
+    from endor.checkpoint.packed import PackedSource
+
+    with closing(PackedSource(Path(packed_dir))) as source:
+        return write_dense(
+            source,
+            Path(out_dir),
+            selected=frozenset(),
+            pruner=None,
+            description={},
+            resume=resume,
+            overwrite=overwrite,
+            threads=threads,
+            progress=progress,
+        )
+
+
+def _opened(
+    model: Path | str | CheckpointSource,
+) -> "closing[CheckpointSource] | nullcontext[CheckpointSource]":
+    """Return a context that closes the source iff it was opened here."""
+    if isinstance(model, (str, Path)):
+        return closing(open_source(model))
+    return nullcontext(model)
+
+
+def _pruner(
+    prune: str | WeightPruner | None, sparsity: float, pattern: str
+) -> tuple[WeightPruner | None, dict[str, Any]]:
+    """Return the pruner, and how config.json describes what it does."""
+    if prune is None or prune == "none":
+        return None, {}
+    if not isinstance(prune, str):
+        describe = getattr(prune, "describe", None)
+        return prune, describe() if describe else {"method": type(prune).__name__.lower()}
+    method = METHODS.get(prune)
+    if method is None:
+        raise ConfigError(f"prune: must be none or one of {', '.join(METHODS)}, got {prune!r}")
+    if method.calibrated:
+        raise ConfigError(
+            f"prune: {prune!r} needs calibration text; use the endor command, or give a source "
+            "that yields pruned tensors"
+        )
+    options = PruneOptions(method=prune, sparsity=sparsity, pattern=pattern)
+    pruner = cast(WeightPruner, method.create(options))
+    return _pruner(pruner, sparsity, pattern)
+
+
+def _check_selection(
+    source: CheckpointSource, selected: frozenset[str], pruner: WeightPruner | None
+) -> None:
+    if pruner is not None and not selected:
+        raise ConfigError(
+            f"{source.path}: nothing to prune: none of {len(source.tensors)} tensors is a matrix "
+            "of a layer; name some with include"
+        )

@@ -1,0 +1,236 @@
+"""A dense checkpoint to a packed one, tensor by tensor.
+
+Workers read, prune and encode; the calling thread appends the results in execution order to the
+current shard. At most the largest tensor (or 96 MiB, if that is more) is in flight in dense form,
+and as much again at most in packed form.
+"""
+
+import hashlib
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from endor import kernels
+from endor.checkpoint.companions import copy_companions, packed_config
+from endor.checkpoint.index import build_index, dense_file_names, shard_name, write_index
+from endor.checkpoint.output import OutputDirectory
+from endor.checkpoint.pipeline import OrderedWork
+from endor.checkpoint.plan import Unit, plan_units
+from endor.checkpoint.reading import Loaded, TensorLoader
+from endor.checkpoint.report import PackReport, Progress, Sizes, no_progress
+from endor.checkpoint.source import PACKED_INDEX_NAME
+from endor.checkpoint.tensors import CheckpointSource, SourceTensor
+from endor.checkpoint.verify import check_file
+from endor.codecs import CodecChoice, Encoded, TensorSpec
+from endor.errors import CheckpointError
+from endor.pruning.contract import WeightPruner
+from endor.storage import FileLayout, FileWriter, header_capacity, largest_spec
+from endor.storage.layout import ALIGN, FORMAT_VERSION
+
+DEFAULT_SHARD_BYTES = 4 << 30
+MAX_HEADER_ROOM = 32 << 20
+"""A shard ends before its header would need more than this."""
+
+
+@dataclass(frozen=True, slots=True)
+class PackOptions:
+    """What the packed bytes depend on besides the source.
+
+    Attributes:
+        codec: For the selected tensors.
+        max_shard_bytes: Size that a shard does not exceed, unless one record does.
+        prune: How the weights were pruned, for config.json; empty when they were not.
+    """
+
+    codec: CodecChoice
+    max_shard_bytes: int
+    prune: Mapping[str, Any]
+
+
+def convert(
+    source: CheckpointSource,
+    out: Path,
+    *,
+    selected: frozenset[str],
+    pruner: WeightPruner | None,
+    options: PackOptions,
+    resume: bool = False,
+    overwrite: bool = False,
+    threads: int | None = None,
+    progress: Progress | None = None,
+) -> PackReport:
+    """Write `source` to `out` in packed form.
+
+    Errors as for `pack_checkpoint`.
+    """
+    began = time.perf_counter()
+    units = plan_units(source.tensors.values(), selected)
+    identity = {
+        "kind": "packed",
+        "format_version": FORMAT_VERSION,
+        "source": source.fingerprint(),
+        "codec": options.codec,
+        "max_shard_bytes": options.max_shard_bytes,
+        "selected": hashlib.sha256("\0".join(sorted(selected)).encode()).hexdigest(),
+        "prune": dict(options.prune),
+    }
+    config = packed_config(source.config(), _describe(options))
+    with OutputDirectory(
+        out, identity=identity, source=source.path, resume=resume, overwrite=overwrite
+    ) as output:
+        resumed = len(output.finished)
+        run = _Run(source, output, units, selected, pruner, options, progress or no_progress)
+        run.adopt_finished()
+        run.write(kernels.thread_count(threads))
+        copy_companions(source, output.partial, config)
+        layouts = run.name_shards()
+        document = build_index(layouts, dense_file_names(source.tensors.values()))
+        write_index(output.partial / PACKED_INDEX_NAME, document)
+        output.publish()
+    seconds = time.perf_counter() - began
+    return PackReport(output.out, Sizes.of(layouts), resumed, seconds, run.converted_bytes)
+
+
+def _describe(options: PackOptions) -> dict[str, Any]:
+    return {"codec": options.codec} | ({"prune": dict(options.prune)} if options.prune else {})
+
+
+class _Run:
+    """One conversion: how far it is, and how it goes on."""
+
+    def __init__(
+        self,
+        source: CheckpointSource,
+        output: OutputDirectory,
+        units: Sequence[Unit],
+        selected: frozenset[str],
+        pruner: WeightPruner | None,
+        options: PackOptions,
+        progress: Progress,
+    ) -> None:
+        self.output = output
+        self.units = units
+        self.selected = selected
+        self.options = options
+        self.progress = progress
+        self.done = 0
+        self.done_bytes = 0
+        self.total_bytes = sum(unit.nbytes for unit in units)
+        self.converted_bytes = 0
+        self.shards: list[Path] = []
+        self.loader = TensorLoader(source, pruner, selected)
+        self.threads = 1
+
+    def adopt_finished(self) -> None:
+        """Check the shards of an earlier run and go on behind them."""
+        for number, entry in enumerate(self.output.finished, start=1):
+            path = self.output.partial / str(entry.get("file"))
+            renamed = sorted(self.output.partial.glob(f"endor-{number:05d}-of-*.safetensors"))
+            if renamed:
+                renamed[0].rename(path)
+            problems = check_file(path)
+            names = list(FileLayout.read(path).records) if not problems else []
+            planned = [unit.name for unit in self.units[self.done : self.done + len(names)]]
+            if problems or names != planned:
+                problem = problems[0] if problems else f"{path}: holds other records than planned"
+                raise CheckpointError(f"{problem}; start again with --overwrite")
+            self.shards.append(path)
+            self.done_bytes += sum(unit.nbytes for unit in self.units[self.done :][: len(names)])
+            self.done += len(names)
+        self.progress(self.done_bytes, self.total_bytes)
+
+    def write(self, threads: int) -> None:
+        """Write all shards that are not there yet."""
+        self.threads = threads
+        work = OrderedWork(
+            self._encode,
+            lambda tensor: tensor.nbytes,
+            threads=threads,
+            budget_bytes=self.loader.budget_bytes,
+            prepare=self.loader.prepare,
+        )
+        tensors = (tensor for unit in self.units[self.done :] for tensor in unit.tensors)
+        with closing(work.run(tensors)) as results:
+            while self.done < len(self.units):
+                self._write_shard(results)
+
+    def _encode(self, tensor: SourceTensor) -> tuple[Encoded, Loaded | None]:
+        loaded = self.loader.load(tensor)
+        together = max(1, min(self.threads, self.loader.budget_bytes // max(tensor.nbytes, 1)))
+        encoded = kernels.encode(
+            loaded.bits,
+            tensor.dtype,
+            codec=self.options.codec if tensor.name in self.selected else "dense",
+            threads=max(1, self.threads // together),
+        )
+        if encoded.spec.codec == "dense":
+            return encoded, loaded  # its array is the buffer
+        self.loader.pool.give(loaded.buffer)
+        return encoded, None
+
+    def _write_shard(
+        self, results: Iterator[tuple[SourceTensor, tuple[Encoded, Loaded | None]]]
+    ) -> None:
+        path = self.output.partial / f"endor-{len(self.shards) + 1:05d}.safetensors"
+        capacity, stop = self._header_room()
+        first = self.done
+        with FileWriter(path, header_capacity=capacity) as writer:
+            while self.done < stop:
+                unit = self.units[self.done]
+                full = writer.nbytes + self._most(unit) > self.options.max_shard_bytes
+                if full and self.done > first:
+                    break
+                with writer.record(unit.name) as record:
+                    for tensor in unit.tensors:
+                        found, (encoded, loaded) = next(results)
+                        assert found is tensor
+                        record.add(tensor.name, encoded)
+                        if loaded is not None:
+                            self.loader.pool.give(loaded.buffer)
+                        self.done_bytes += tensor.nbytes
+                        self.converted_bytes += tensor.nbytes
+                        self.progress(self.done_bytes, self.total_bytes)
+                self.done += 1
+        self.shards.append(path)
+        self.output.finish_file({"file": path.name, "records": self.done - first})
+
+    def _header_room(self) -> tuple[int, int]:
+        """Return bytes to reserve for the next header, and the unit its shard must end before."""
+        plan: dict[str, dict[str, TensorSpec]] = {}
+        room = least = 0
+        stop = self.done
+        for unit in self.units[self.done :]:
+            specs = {tensor.name: self._largest(tensor) for tensor in unit.tensors}
+            room += header_capacity({unit.name: specs})
+            least += sum(self._least(tensor) for tensor in unit.tensors)
+            if plan and (room > MAX_HEADER_ROOM or least > self.options.max_shard_bytes):
+                break
+            plan[unit.name] = specs
+            stop += 1
+        return header_capacity(plan), stop
+
+    def _largest(self, tensor: SourceTensor) -> TensorSpec:
+        if tensor.name in self.selected:
+            return largest_spec(tensor.shape, tensor.dtype)
+        return TensorSpec(tensor.shape, tensor.dtype, "dense", False, tensor.numel)
+
+    def _least(self, tensor: SourceTensor) -> int:
+        """Return bytes that the stored tensor needs at least: its bitmap, or all of it."""
+        return tensor.numel // 8 if tensor.name in self.selected else tensor.nbytes
+
+    def _most(self, unit: Unit) -> int:
+        """Return bytes that the record needs at most; a forced codec may exceed the dense size."""
+        size = unit.nbytes + 2 * ALIGN * len(unit.tensors)
+        return size if self.options.codec == "auto" else size + unit.nbytes // 2
+
+    def name_shards(self) -> list[FileLayout]:
+        """Give the shards their final names and return their layouts."""
+        layouts = []
+        for number, path in enumerate(self.shards, start=1):
+            target = path.with_name(shard_name(number, len(self.shards)))
+            path.rename(target)
+            layouts.append(FileLayout.read(target))
+        return layouts

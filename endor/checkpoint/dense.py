@@ -1,0 +1,241 @@
+"""Any source to an ordinary Hugging Face checkpoint: unpacking, and pruning to dense.
+
+Files are laid out like the source's, and inside a file as the safetensors library does it (element
+types by falling size, then names), so an unpacked file equals, byte for byte, one that the library
+wrote with the same tensors.
+"""
+
+import json
+import os
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import xxhash
+
+from endor import kernels
+from endor.checkpoint.companions import copy_companions
+from endor.checkpoint.index import DEFAULT_DENSE_FILE
+from endor.checkpoint.output import OutputDirectory
+from endor.checkpoint.pipeline import OrderedWork
+from endor.checkpoint.plan import plan_units
+from endor.checkpoint.reading import Loaded, TensorLoader
+from endor.checkpoint.report import DenseReport, Progress, no_progress
+from endor.checkpoint.source import SAFETENSORS_INDEX_NAME, SAFETENSORS_NAME
+from endor.checkpoint.tensors import CheckpointSource, SourceTensor
+from endor.errors import CheckpointError
+from endor.pruning.contract import WeightPruner
+from endor.storage import TemporaryFile
+
+DTYPE_ORDER = ["U64", "I64", "F64", "C64", "F32", "U32", "I32", "BF16", "F16", "U16", "I16"]
+DTYPE_ORDER += ["F8_E8M0", "F8_E4M3", "F8_E5M2", "I8", "U8", "BOOL"]
+"""How the safetensors library orders element types in a file."""
+
+_PIECE_BYTES = 16 << 20
+
+
+def write_dense(
+    source: CheckpointSource,
+    out: Path,
+    *,
+    selected: frozenset[str],
+    pruner: WeightPruner | None,
+    description: Mapping[str, Any],
+    resume: bool = False,
+    overwrite: bool = False,
+    threads: int | None = None,
+    progress: Progress | None = None,
+) -> DenseReport:
+    """Write `source`, pruned where selected, to `out` in dense form.
+
+    Errors as for `pack_checkpoint`.
+    """
+    began = time.perf_counter()
+    identity = {
+        "kind": "dense",
+        "source": source.fingerprint(),
+        "selected": sorted(selected),
+        "prune": dict(description),
+    }
+    config = source.config()
+    with OutputDirectory(
+        out, identity=identity, source=source.path, resume=resume, overwrite=overwrite
+    ) as output:
+        resumed = len(output.finished)
+        run = _Run(source, output, selected, pruner, progress or no_progress)
+        run.write(kernels.thread_count(threads))
+        copy_companions(source, output.partial, config)
+        _write_index(output.partial, list(source.tensors.values()))
+        output.publish()
+    return DenseReport(
+        path=output.out,
+        tensors=len(source.tensors),
+        pruned_tensors=len(selected),
+        weights=run.weights,
+        zeros=run.zeros,
+        dense_bytes=run.total_bytes,
+        files=len(run.files),
+        resumed_files=resumed,
+        seconds=time.perf_counter() - began,
+    )
+
+
+class _DenseFile:
+    """One safetensors file whose tensors arrive in any order."""
+
+    def __init__(self, path: Path, tensors: Sequence[SourceTensor]) -> None:
+        self.path = path
+        order = {name: place for place, name in enumerate(DTYPE_ORDER)}
+        tensors = sorted(tensors, key=lambda tensor: (order[tensor.dtype.name], tensor.name))
+        header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+        offsets, end = {}, 0
+        for tensor in tensors:
+            offsets[tensor.name] = end
+            span = [end, end + tensor.nbytes]
+            end += tensor.nbytes
+            header[tensor.name] = {
+                "dtype": tensor.dtype.name,
+                "shape": list(tensor.shape),
+                "data_offsets": span,
+            }
+        text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+        text += b" " * (-len(text) % 8)
+        self._head = len(text).to_bytes(8, "little") + text
+        self.offsets = {name: len(self._head) + start for name, start in offsets.items()}
+        self.nbytes = len(self._head) + end
+        self.missing = set(offsets)
+        self._temporary: TemporaryFile | None = None
+
+    def put(self, name: str, data: memoryview) -> None:
+        """Write one tensor at its place."""
+        if self._temporary is None:
+            self._temporary = TemporaryFile(self.path)
+            self._write(memoryview(self._head), 0)
+        self._write(data, self.offsets[name])
+        self.missing.discard(name)
+
+    def _write(self, data: memoryview, offset: int) -> None:
+        assert self._temporary is not None
+        while data:
+            try:
+                count = os.pwrite(self._temporary.fd, data[:_PIECE_BYTES], offset)
+            except OSError as error:
+                raise OSError(error.errno, error.strerror, str(self.path)) from error
+            data, offset = data[count:], offset + count
+
+    def commit(self) -> None:
+        """Give the file its name."""
+        assert self._temporary is not None
+        self._temporary.commit()
+
+    def discard(self) -> None:
+        """Remove what was not committed."""
+        if self._temporary is not None:
+            self._temporary.discard()
+
+
+class _Run:
+    """One writing of a dense checkpoint."""
+
+    def __init__(
+        self,
+        source: CheckpointSource,
+        output: OutputDirectory,
+        selected: frozenset[str],
+        pruner: WeightPruner | None,
+        progress: Progress,
+    ) -> None:
+        self.source = source
+        self.output = output
+        self.selected = selected
+        self.progress = progress
+        self.loader = TensorLoader(source, pruner, selected)
+        self.weights = self.zeros = self.done_bytes = 0
+        self.total_bytes = sum(tensor.nbytes for tensor in source.tensors.values())
+        members: dict[str, list[SourceTensor]] = {}
+        for tensor in source.tensors.values():
+            members.setdefault(tensor.file, []).append(tensor)
+        self.files = {
+            name: _DenseFile(output.partial / name, tensors) for name, tensors in members.items()
+        }
+
+    def write(self, threads: int) -> None:
+        """Write all files that are not there yet."""
+        finished = self._adopt_finished()
+        units = plan_units(self.source.tensors.values(), frozenset())
+        tensors = [
+            tensor for unit in units for tensor in unit.tensors if tensor.file not in finished
+        ]
+        self.progress(self.done_bytes, self.total_bytes)
+        work = OrderedWork(
+            self._load,
+            lambda tensor: tensor.nbytes,
+            threads=threads,
+            budget_bytes=self.loader.budget_bytes,
+            prepare=self.loader.prepare,
+        )
+        try:
+            with closing(work.run(tensors)) as results:
+                for tensor, (loaded, zeros) in results:
+                    self._put(tensor, loaded)
+                    if tensor.name in self.selected:
+                        self.weights += tensor.numel
+                        self.zeros += zeros
+        finally:
+            for file in self.files.values():
+                file.discard()
+
+    def _load(self, tensor: SourceTensor) -> tuple[Loaded, int]:
+        loaded = self.loader.load(tensor)
+        counted = tensor.name in self.selected
+        return loaded, tensor.numel - int(np.count_nonzero(loaded.bits)) if counted else 0
+
+    def _put(self, tensor: SourceTensor, loaded: Loaded) -> None:
+        file = self.files[tensor.file]
+        file.put(tensor.name, loaded.buffer.array[: tensor.nbytes].data)
+        self.loader.pool.give(loaded.buffer)
+        self.done_bytes += tensor.nbytes
+        self.progress(self.done_bytes, self.total_bytes)
+        if not file.missing:
+            file.commit()
+            self.output.finish_file({"file": tensor.file, "xxh3_64": _file_checksum(file.path)})
+
+    def _adopt_finished(self) -> set[str]:
+        """Return the files of an earlier run, after checking them."""
+        finished = set()
+        for entry in self.output.finished:
+            name = str(entry.get("file"))
+            path = self.output.partial / name
+            if name not in self.files or not path.is_file():
+                raise CheckpointError(f"{path}: is missing; start again with --overwrite")
+            if _file_checksum(path) != entry.get("xxh3_64"):
+                raise CheckpointError(f"{path}: was changed; start again with --overwrite")
+            finished.add(name)
+            self.done_bytes += sum(
+                tensor.nbytes for tensor in self.source.tensors.values() if tensor.file == name
+            )
+        return finished
+
+
+def _file_checksum(path: Path) -> str:
+    digest = xxhash.xxh3_64()
+    with path.open("rb", buffering=0) as file:
+        while piece := file.read(_PIECE_BYTES):
+            digest.update(piece)
+    return str(digest.hexdigest())
+
+
+def _write_index(directory: Path, tensors: Sequence[SourceTensor]) -> None:
+    files = {tensor.file for tensor in tensors}
+    if files <= {SAFETENSORS_NAME} or (len(files) == 1 and DEFAULT_DENSE_FILE not in files):
+        return
+    tensors = sorted(tensors, key=lambda tensor: tensor.name)
+    document = {
+        "metadata": {"total_size": sum(tensor.nbytes for tensor in tensors)},
+        "weight_map": {tensor.name: tensor.file for tensor in tensors},
+    }
+    text = json.dumps(document, indent=2, ensure_ascii=False) + "\n"
+    (directory / SAFETENSORS_INDEX_NAME).write_text(text, encoding="utf-8")

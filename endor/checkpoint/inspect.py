@@ -1,0 +1,82 @@
+"""What a packed checkpoint holds, from its headers alone."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from endor.checkpoint.index import read_packed_index
+from endor.checkpoint.report import Sizes
+from endor.codecs import TensorSpec
+from endor.storage import FileLayout
+
+
+@dataclass(frozen=True, slots=True)
+class TensorRow:
+    """One tensor of a packed checkpoint.
+
+    Attributes:
+        name: Its name.
+        spec: How it is stored.
+        record: The record it lies in.
+        file: The shard.
+    """
+
+    name: str
+    spec: TensorSpec
+    record: str
+    file: str
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return everything for JSON."""
+        spec = self.spec
+        return {
+            "name": self.name,
+            **spec.to_dict(),
+            "nnz": spec.nnz,
+            "density": spec.density,
+            "bits_per_weight": spec.bits_per_weight,
+            "nbytes": spec.nbytes,
+            "dense_nbytes": spec.dense_nbytes,
+            "record": self.record,
+            "file": self.file,
+        }
+
+
+@dataclass(frozen=True, slots=True)
+class Inspection:
+    """The content of a packed checkpoint, in file order.
+
+    Attributes:
+        path: The directory.
+        rows: Its tensors.
+        sizes: Totals.
+    """
+
+    path: Path
+    rows: tuple[TensorRow, ...]
+    sizes: Sizes
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return everything for JSON."""
+        return {
+            "path": str(self.path),
+            "tensors": [row.to_dict() for row in self.rows],
+            "totals": self.sizes.to_dict(),
+        }
+
+
+def inspect_checkpoint(packed_dir: Path | str) -> Inspection:
+    """Return what a packed checkpoint holds; reads headers only, weights are not checked.
+
+    Raises:
+        CheckpointError: `packed_dir` is no packed checkpoint, or lacks a shard.
+        FormatError: the index or a header is damaged.
+    """
+    path = Path(packed_dir)
+    layouts = [FileLayout.read(path / file) for file in read_packed_index(path).files]
+    rows = tuple(
+        TensorRow(entry.name, entry.spec, entry.record, layout.path.name)
+        for layout in layouts
+        for entry in layout.tensors.values()
+    )
+    return Inspection(path, rows, Sizes.of(layouts))

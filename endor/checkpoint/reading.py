@@ -1,0 +1,91 @@
+"""Reading tensors of a source into pooled buffers, and pruning them."""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from endor.checkpoint.pipeline import BufferPool, budget_for
+from endor.checkpoint.tensors import CheckpointSource, SourceTensor
+from endor.errors import PruningError
+from endor.pruning.contract import WeightPruner
+from endor.storage import HostBuffer
+
+
+@dataclass(slots=True)
+class Loaded:
+    """A tensor in a pooled buffer.
+
+    Attributes:
+        tensor: Which.
+        buffer: Where; goes back to the pool.
+        bits: Its elements over the buffer, unsigned, of its shape.
+    """
+
+    tensor: SourceTensor
+    buffer: HostBuffer
+    bits: np.ndarray
+
+
+class TensorLoader:
+    """Loads tensors of one source, pruned where they are selected.
+
+    Args:
+        source: Where from.
+        pruner: Applied to the selected tensors; None leaves all as they are.
+        selected: Names of tensors to prune.
+    """
+
+    def __init__(
+        self, source: CheckpointSource, pruner: WeightPruner | None, selected: frozenset[str]
+    ) -> None:
+        sizes = [tensor.nbytes for tensor in source.tensors.values()]
+        self.budget_bytes = budget_for(max(sizes, default=0))
+        self.pool = BufferPool(self.budget_bytes)
+        self._source = source
+        self._pruner = pruner
+        self._selected = selected
+        self._prepared: dict[str, Loaded] = {}
+
+    def prepare(self, tensor: SourceTensor) -> None:
+        """Read in order, on the consumer's thread, what a source with state demands so."""
+        if self._source.ordered:
+            self._prepared[tensor.name] = self._read(tensor)
+
+    def load(self, tensor: SourceTensor) -> Loaded:
+        """Return the tensor, read and pruned."""
+        loaded = self._prepared.pop(tensor.name, None) or self._read(tensor)
+        if self._pruner is not None and tensor.name in self._selected:
+            prune_in_place(self._pruner, tensor, loaded.bits)
+        return loaded
+
+    def _read(self, tensor: SourceTensor) -> Loaded:
+        buffer = self.pool.take(tensor.nbytes)
+        out = buffer.array[: tensor.nbytes]
+        self._source.read_into(tensor.name, out)
+        return Loaded(tensor, buffer, out.view(tensor.dtype.uint).reshape(tensor.shape))
+
+
+def prune_in_place(pruner: WeightPruner, tensor: SourceTensor, bits: np.ndarray) -> None:
+    """Prune `bits`; a pruner that works on bits is spared the way through torch.
+
+    Raises:
+        PruningError: the pruner returned another shape or dtype.
+    """
+    on_bits = getattr(pruner, "prune_bits", None)
+    if on_bits is not None:
+        on_bits(tensor.name, bits, tensor.dtype)
+        return
+    import torch
+
+    from endor.checkpoint.torchfiles import TORCH_CODES
+
+    kinds = {code: kind for kind, code in TORCH_CODES.items()}
+    flat = torch.from_numpy(bits.reshape(-1).view(np.uint8))
+    weight = flat.view(kinds[tensor.dtype.name]).view(tensor.shape)
+    pruned = pruner.prune(tensor.name, weight)
+    if pruned.shape != weight.shape or pruned.dtype != weight.dtype:
+        raise PruningError(
+            f"{tensor.name}: the pruner must return {weight.dtype} {tuple(weight.shape)}, "
+            f"got {pruned.dtype} {tuple(pruned.shape)}"
+        )
+    weight.copy_(pruned)

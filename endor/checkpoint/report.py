@@ -1,0 +1,163 @@
+"""What a packed checkpoint weighs: totals over its shards."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from endor.storage import FileLayout
+
+Progress = Callable[[int, int], None]
+"""Called with dense bytes done and in total; on the calling thread."""
+
+
+@dataclass(frozen=True, slots=True)
+class Sizes:
+    """Bytes and weights of a packed checkpoint.
+
+    Attributes:
+        tensors: All tensors.
+        packed_tensors: Those not stored dense.
+        weights: Elements of the packed tensors.
+        nnz: Non-zeros among them; all of them where no bitmap is stored.
+        dense_bytes: What all tensors take dense.
+        packed_bytes: The shards on disk, headers and padding included.
+        packed_weights_bytes: The records of packed tensors and all headers.
+        shards: Files.
+    """
+
+    tensors: int
+    packed_tensors: int
+    weights: int
+    nnz: int
+    dense_bytes: int
+    packed_bytes: int
+    packed_weights_bytes: int
+    shards: int
+
+    @property
+    def ratio(self) -> float:
+        """Dense size over packed size."""
+        return self.dense_bytes / self.packed_bytes if self.packed_bytes else 0.0
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Bits that a weight of the packed tensors takes, all metadata and padding included."""
+        return 8 * self.packed_weights_bytes / self.weights if self.weights else 0.0
+
+    @property
+    def density(self) -> float:
+        """Share of stored elements over the packed tensors."""
+        return self.nnz / self.weights if self.weights else 1.0
+
+    @classmethod
+    def of(cls, layouts: Sequence[FileLayout]) -> "Sizes":
+        """Return the totals of shards with these layouts."""
+        specs = [entry.spec for layout in layouts for entry in layout.tensors.values()]
+        packed = [spec for spec in specs if spec.codec != "dense"]
+        return cls(
+            tensors=len(specs),
+            packed_tensors=len(packed),
+            weights=sum(spec.numel for spec in packed),
+            nnz=sum(spec.nnz for spec in packed),
+            dense_bytes=sum(spec.dense_nbytes for spec in specs),
+            packed_bytes=sum(layout.file_bytes for layout in layouts),
+            packed_weights_bytes=sum(
+                layout.data_start + _packed_records(layout) for layout in layouts
+            ),
+            shards=len(layouts),
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return fields and ratios for JSON."""
+        return asdict(self) | {
+            "ratio": self.ratio,
+            "bits_per_weight": self.bits_per_weight,
+            "density": self.density,
+        }
+
+
+def _packed_records(layout: FileLayout) -> int:
+    names = {entry.record for entry in layout.tensors.values() if entry.spec.codec != "dense"}
+    return sum(layout.records[name].nbytes for name in names)
+
+
+@dataclass(frozen=True, slots=True)
+class PackReport:
+    """How a conversion to the packed format went.
+
+    Attributes:
+        path: The packed checkpoint.
+        sizes: Its totals.
+        resumed_shards: Shards that an earlier run had finished.
+        seconds: Wall time of this run.
+        converted_bytes: Dense bytes that this run read.
+    """
+
+    path: Path
+    sizes: Sizes
+    resumed_shards: int
+    seconds: float
+    converted_bytes: int
+
+    @property
+    def gbps(self) -> float:
+        """Dense bytes read a second, in 10^9."""
+        return self.converted_bytes / self.seconds / 1e9 if self.seconds else 0.0
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return everything for JSON."""
+        return {
+            "path": str(self.path),
+            **self.sizes.to_dict(),
+            "resumed_shards": self.resumed_shards,
+            "seconds": self.seconds,
+            "converted_bytes": self.converted_bytes,
+            "gbps": self.gbps,
+        }
+
+
+@dataclass(frozen=True, slots=True)
+class DenseReport:
+    """How the writing of a dense checkpoint went.
+
+    Attributes:
+        path: The dense checkpoint.
+        tensors: Tensors written.
+        pruned_tensors: Those that a pruner has seen.
+        weights: Elements of the pruned tensors.
+        zeros: Elements among them whose bits are all zero.
+        dense_bytes: Bytes of all tensors.
+        files: Weight files written.
+        resumed_files: Files that an earlier run had finished.
+        seconds: Wall time of this run.
+    """
+
+    path: Path
+    tensors: int
+    pruned_tensors: int
+    weights: int
+    zeros: int
+    dense_bytes: int
+    files: int
+    resumed_files: int
+    seconds: float
+
+    @property
+    def gbps(self) -> float:
+        """Dense bytes written a second, in 10^9."""
+        return self.dense_bytes / self.seconds / 1e9 if self.seconds else 0.0
+
+    @property
+    def sparsity(self) -> float:
+        """Share of zeros over the pruned tensors."""
+        return self.zeros / self.weights if self.weights else 0.0
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return everything for JSON."""
+        fields = asdict(self) | {"path": str(self.path)}
+        return fields | {"gbps": self.gbps, "sparsity": self.sparsity}
+
+
+def no_progress(done_bytes: int, total_bytes: int) -> None:
+    """Ignore progress."""

@@ -1,0 +1,83 @@
+"""What a conversion needs to know about a checkpoint, whatever its files look like."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+from endor.codecs import DType
+
+
+@dataclass(frozen=True, slots=True)
+class SourceTensor:
+    """One dense tensor of a checkpoint.
+
+    Attributes:
+        name: Its name in the checkpoint.
+        dtype: Element type.
+        shape: Dense shape.
+        file: Name of the dense file that holds it, or would after unpacking.
+    """
+
+    name: str
+    dtype: DType
+    shape: tuple[int, ...]
+    file: str
+
+    @property
+    def numel(self) -> int:
+        return math.prod(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        return self.numel * self.dtype.itemsize
+
+
+class CheckpointSource(Protocol):
+    """Dense tensors by name, read one at a time.
+
+    A calibrated pruner wraps a source in another one that computes a layer when its first tensor is
+    asked for; it sets `ordered`.
+
+    Attributes:
+        path: The directory or file, for messages.
+        directory: Where config and tokenizer files lie; None for a lone weight file.
+        tensors: Every tensor by name.
+        ordered: Whether `read_into` must be called from one thread and in the order of the plan
+            (execution order), because reading has state. Otherwise any thread, any order.
+    """
+
+    @property
+    def path(self) -> Path: ...
+
+    @property
+    def directory(self) -> Path | None: ...
+
+    @property
+    def tensors(self) -> Mapping[str, SourceTensor]: ...
+
+    @property
+    def ordered(self) -> bool: ...
+
+    def read_into(self, name: str, out: np.ndarray) -> None:
+        """Fill `out`, uint8 of exactly the tensor's `nbytes`, with its dense bytes.
+
+        Raises:
+            CheckpointError: the bytes cannot be had.
+        """
+        ...
+
+    def config(self) -> dict[str, Any] | None:
+        """Return config.json as the dense checkpoint has it; None when there is none."""
+        ...
+
+    def fingerprint(self) -> str:
+        """Return a string that changes when the files do."""
+        ...
+
+    def close(self) -> None:
+        """Give up files and buffers."""
+        ...
