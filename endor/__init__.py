@@ -68,3 +68,13 @@ def __dir__() -> list[str]:
 
 
 register.install()
+
+
+def _register() -> None:
+    """Let transformers load packed checkpoints, without importing it."""
+    from endor.hf.register import install
+
+    install()
+
+
+_register()

@@ -1,0 +1,176 @@
+"""Fused experts whose weights stay packed: only the experts that tokens are routed to are used."""
+
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from endor.errors import ConfigError
+from endor.hf.linear import PRODUCT_ROWS, refuse_conversion
+from endor.offload.store import Weight
+
+
+class ExpertStack:
+    """What stands in for a 3-D parameter `(experts, rows, cols)`: indexing it expands one expert.
+
+    The result lies in scratch memory, valid until the thread expands another weight; with
+    gradients enabled, in memory of its own.
+    """
+
+    def __init__(self, weights: Sequence[Weight], *, exact: bool) -> None:
+        self.weights = tuple(weights)
+        self.exact = exact
+        first = self.weights[0]
+        self.shape = torch.Size((len(self.weights), *first.shape))
+        self.dtype = first.dtype
+        self.device = torch.device("cpu")
+
+    def __len__(self) -> int:
+        return len(self.weights)
+
+    def __getitem__(self, index: int | torch.Tensor) -> "torch.Tensor | PackedMatrix":
+        if isinstance(index, torch.Tensor) and index.numel() != 1:
+            raise ConfigError(
+                "packed experts are used one at a time: load the model with "
+                "experts_implementation='eager'"
+            )
+        weight = self.weights[int(index)]
+        if torch.is_grad_enabled():
+            return weight.fresh(hold=True)
+        if not self.exact and weight.multiplies_packed:
+            return PackedMatrix(weight)
+        return weight.dense(hold=True)
+
+    @classmethod
+    def __torch_function__(
+        cls,
+        func: Callable[..., Any],
+        types: Any,
+        args: Sequence[Any] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        raise ConfigError(
+            f"packed experts are used one at a time, torch.{getattr(func, '__name__', func)} wants "
+            "all of them: this architecture is not supported; unpack the checkpoint to run it"
+        )
+
+
+class PackedMatrix:
+    """One expert's matrix: `F.linear` with few rows multiplies it packed, all else expands it."""
+
+    def __init__(self, weight: Weight) -> None:
+        self.weight = weight
+
+    @classmethod
+    def __torch_function__(
+        cls,
+        func: Callable[..., Any],
+        types: Any,
+        args: Sequence[Any] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func is F.linear and len(args) >= 2 and isinstance(args[1], cls):
+            input, weight = args[0], args[1].weight
+            bias = args[2] if len(args) > 2 else kwargs.get("bias")
+            cols = weight.shape[1]
+            if 0 < input.numel() <= PRODUCT_ROWS * cols and input.dtype == weight.dtype:
+                rows = weight.product(input.reshape(-1, cols).contiguous(), hold=True)
+                if bias is not None:
+                    rows += bias
+                return rows.to(input.dtype).view(*input.shape[:-1], weight.shape[0])
+        expanded = [
+            item.weight.dense(hold=True) if isinstance(item, cls) else item for item in args
+        ]
+        return func(*expanded, **kwargs)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.weight.dense(hold=True), name)
+
+
+class EndorExperts(nn.Module):
+    """Mixed into a fused experts class: runs that class's own eager loop over packed experts.
+
+    The architecture keeps its activation, gating and biases; what changes is that indexing a
+    weight by an expert fetches and expands that expert alone. Other experts implementations sum in
+    another order, so results are bit-equal to `experts_implementation="eager"`.
+    """
+
+    def forward(self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, *rest: Any) -> Any:
+        stacks = self._stacks
+        run = eager_forward(type(self).__mro__[2])
+        engine = stacks[0].weights[0].store.engine
+        if not engine.streams:
+            return run(self, hidden_states, top_k_index, *rest)
+        routed = torch.unique(top_k_index).tolist()
+        engine.hint(
+            state
+            for expert in routed
+            if expert < len(stacks[0])
+            for stack in stacks
+            for state in stack.weights[expert].states
+        )
+        try:
+            return run(self, hidden_states, top_k_index, *rest)
+        finally:
+            engine.drop()
+
+    @property
+    def _stacks(self) -> list[ExpertStack]:
+        stacks: list[ExpertStack] = self.__dict__["_endor_stacks"]
+        return stacks
+
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Any:
+        refuse_conversion(fn, self._stacks[0].dtype)
+        return super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in self.__dict__.get("_endor_names", ()):
+            raise ConfigError(
+                f"packed experts cannot be replaced ({name}): unpack the checkpoint to change "
+                "its weights"
+            )
+        super().__setattr__(name, value)
+
+
+def pack_experts(module: nn.Module, names: Sequence[str]) -> None:
+    """Turn a fused experts module into an `EndorExperts`, its parameters `names` taken away."""
+    module.__class__ = _experts_class(type(module))
+    for name in names:
+        del module._parameters[name]
+    module._is_hf_initialized = True  # type: ignore[assignment]
+
+
+def bind_experts(module: EndorExperts, stacks: Mapping[str, ExpertStack]) -> None:
+    """Set the stacks of packed experts, by parameter name."""
+    for name, stack in stacks.items():
+        module.__dict__[name] = stack
+    module.__dict__["_endor_stacks"] = list(stacks.values())
+    module.__dict__["_endor_names"] = frozenset(stacks)
+
+
+def _experts_class(base: type[nn.Module]) -> type[nn.Module]:
+    if base not in _CLASSES:
+        _CLASSES[base] = type(f"Endor{base.__name__}", (EndorExperts, base), {})
+    return _CLASSES[base]
+
+
+_CLASSES: dict[type[nn.Module], type[nn.Module]] = {}
+
+
+def eager_forward(base: type[nn.Module]) -> Callable[..., Any]:
+    """Return the loop over experts of a fused class, beneath transformers' dispatch.
+
+    Raises:
+        ConfigError: The class has no such loop.
+    """
+    forward: Callable[..., Any] = inspect.unwrap(base.forward)
+    if forward is base.forward:
+        raise ConfigError(
+            f"{base.__name__} has no loop over experts (it is not made with "
+            "use_experts_implementation): unpack the checkpoint to run it"
+        )
+    return forward

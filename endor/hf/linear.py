@@ -1,0 +1,156 @@
+"""A linear layer whose weight stays packed."""
+
+from collections.abc import Callable
+from typing import Any, NoReturn
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from endor.errors import BackendError, ConfigError
+from endor.offload.store import Weight
+
+PRODUCT_ROWS = 8
+"""With at most so many input rows, a layer that need not be exact multiplies the packed form."""
+
+
+class EndorLinear(nn.Module):
+    """`nn.Linear` without a weight parameter: the store expands the weight when it is needed.
+
+    There is nothing to initialise, tie, move or save, so transformers loads and places the model
+    as if the weight did not exist. With `exact` the result has the bits of `nn.Linear` on the
+    unpacked weight. Without it, up to eight rows are multiplied straight from the packed form, in
+    float32 sums of another order.
+
+    Gradients flow to the input and the bias; the weight has none.
+
+    Args:
+        in_features: Columns of the weight.
+        out_features: Rows of the weight.
+        bias: Its bias, or None.
+        dtype: Element type that the weight has for callers.
+        exact: See above.
+    """
+
+    bias: nn.Parameter | None
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: nn.Parameter | None,
+        dtype: torch.dtype,
+        *,
+        exact: bool = True,
+    ) -> None:
+        super().__init__()
+        self.in_features = in_features
+        self.out_features = out_features
+        self.weight_dtype = dtype
+        self.exact = exact
+        self.register_parameter("bias", bias)
+        self._source: Weight | None = None
+        self._is_hf_initialized = True
+
+    def bind(self, source: Weight) -> None:
+        """Set where the weight comes from."""
+        self._source = source
+
+    @property
+    def source(self) -> Weight:
+        """Where the weight comes from.
+
+        Raises:
+            ConfigError: The layer was not bound to a packed checkpoint.
+        """
+        if self._source is None:
+            raise ConfigError(
+                "this layer has no weights: build the model with from_pretrained or "
+                "endor.load_model, not from its config"
+            )
+        return self._source
+
+    @property
+    def weight(self) -> torch.Tensor:
+        """The dense weight in memory of its own: every access expands it again."""
+        return self.source.fresh()
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        source = self._source or self.source
+        bias = self.bias
+        if torch.is_grad_enabled() and (
+            input.requires_grad or (bias is not None and bias.requires_grad)
+        ):
+            out: torch.Tensor = _Linear.apply(input, bias, source)  # type: ignore[no-untyped-call]
+            return out
+        if (
+            not self.exact
+            and 0 < input.numel() <= PRODUCT_ROWS * self.in_features
+            and input.dtype == self.weight_dtype
+            and source.multiplies_packed
+        ):
+            rows = source.product(input.reshape(-1, self.in_features).contiguous())
+            if bias is not None:
+                rows += bias
+            return rows.to(input.dtype).view(*input.shape[:-1], self.out_features)
+        return F.linear(input, source.dense(), bias)
+
+    def extra_repr(self) -> str:
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, "
+            f"bias={self.bias is not None}, dtype={self.weight_dtype}, packed"
+        )
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "weight":
+            _refuse_write()
+        super().__setattr__(name, value)
+
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Any:
+        refuse_conversion(fn, self.weight_dtype)
+        return super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+
+
+class _Linear(torch.autograd.Function):
+    """`F.linear` that expands the weight again for the gradient, since its scratch is reused."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, input: torch.Tensor, bias: torch.Tensor | None, source: Weight
+    ) -> torch.Tensor:
+        ctx.source = source
+        return F.linear(input, source.dense(), bias)
+
+    @staticmethod
+    def backward(
+        ctx: Any, grad: torch.Tensor
+    ) -> tuple[torch.Tensor | None, torch.Tensor | None, None]:
+        to_input = grad @ ctx.source.dense() if ctx.needs_input_grad[0] else None
+        to_bias = grad.flatten(0, -2).sum(0) if ctx.needs_input_grad[1] else None
+        return to_input, to_bias, None
+
+
+def refuse_conversion(fn: Callable[[torch.Tensor], torch.Tensor], dtype: torch.dtype) -> None:
+    """Raise when a conversion that `nn.Module.to` would apply changes dtype or device.
+
+    Raises:
+        ConfigError: It changes the dtype.
+        BackendError: It moves to another device.
+    """
+    changed = fn(torch.empty(0, dtype=dtype))
+    if changed.dtype != dtype:
+        raise ConfigError(
+            f"packed weights keep their dtype {dtype}, cannot become {changed.dtype}: load the "
+            "model with from_pretrained(..., dtype=...) instead"
+        )
+    if changed.device.type != "cpu":
+        raise BackendError(
+            f"packed weights were loaded for the CPU, cannot move to {changed.device}: load the "
+            "model for that device instead"
+        )
+
+
+def _refuse_write() -> NoReturn:
+    raise ConfigError(
+        "a packed weight cannot be replaced or tied: unpack the checkpoint to change its weights"
+    )

@@ -1,0 +1,91 @@
+"""One call that loads a packed checkpoint as a transformers model."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from endor.errors import BackendError, ConfigError
+from endor.hf.model import is_packed
+
+if TYPE_CHECKING:
+    import torch
+
+    from endor.offload import Placement
+
+
+def load_model(
+    packed_dir: str | Path,
+    *,
+    device: str = "cpu",
+    ram: int | str | None = None,
+    vram: int | str | None = None,
+    exact: bool = True,
+    dtype: "torch.dtype | str" = "auto",
+    verify: bool = True,
+    reader: str = "auto",
+    threads: int = 2,
+    placement: "Placement | None" = None,
+    attn_implementation: str | None = None,
+) -> Any:
+    """Return the transformers model of a packed checkpoint, ready to generate.
+
+    The same as `AutoModelForCausalLM.from_pretrained(packed_dir)`, with the model class that the
+    checkpoint names.
+
+    Args:
+        packed_dir: Directory that `endor pack` wrote.
+        device: Where it runs: `"cpu"`.
+        ram: Memory for weights, such as `"8GiB"`; what does not fit is read from disk for every
+            token. None takes what the machine has.
+        vram: Device memory for weights; only with a device.
+        exact: Give the bits of the unpacked model; see `EndorConfig`.
+        dtype: Element type to run in; packed weights are converted as they are expanded. `"auto"`
+            is the checkpoint's own.
+        verify: Check every record when it is first read.
+        reader: `"auto"`, `"direct"` or `"buffered"`.
+        threads: Reads in flight.
+        placement: A tier per unit, instead of the built-in choice.
+        attn_implementation: As in transformers.
+
+    Returns:
+        A `PreTrainedModel` in evaluation mode; `model.endor` is its store of packed weights.
+
+    Raises:
+        ConfigError: The directory holds no packed checkpoint.
+        BackendError: The device cannot be used.
+        BudgetError: `ram` is too small.
+        FormatError: The files are damaged.
+    """
+    import transformers
+
+    from endor.hf.quantizer import EndorConfig
+
+    path = Path(packed_dir)
+    if device != "cpu":
+        raise BackendError(f"device {device!r}: packed models run on 'cpu' in this version")
+    if vram is not None:
+        raise ConfigError("vram needs a device other than the CPU")
+    if not is_packed(path):
+        raise ConfigError(
+            f"{path}: config.json names no packed checkpoint; make one with `endor pack`"
+        )
+    options = EndorConfig(ram, exact, verify, reader, threads, placement)
+    config = transformers.AutoConfig.from_pretrained(path)
+    config.quantization_config = {
+        **config.quantization_config,
+        **options.get_loading_attributes(),
+    }
+    return _model_class(transformers, config).from_pretrained(
+        path,
+        config=config,
+        dtype=dtype,
+        **({"attn_implementation": attn_implementation} if attn_implementation else {}),
+    )
+
+
+def _model_class(transformers: Any, config: Any) -> Any:
+    """Return the class that a config names, or the automatic one for causal language models."""
+    for name in config.architectures or ():
+        found = getattr(transformers, name, None)
+        if found is not None:
+            return found
+    return transformers.AutoModelForCausalLM

@@ -1,0 +1,293 @@
+"""The transformers quantizer `endor`: replaces packed modules, whose store reads the files."""
+
+import os
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+from transformers.quantizers.base import HfQuantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from endor.errors import BackendError, BudgetError, ConfigError, FormatError
+from endor.hf import model as behaviour
+from endor.hf import register
+from endor.hf.experts import (
+    EndorExperts,
+    ExpertStack,
+    bind_experts,
+    eager_forward,
+    pack_experts,
+)
+from endor.hf.linear import EndorLinear
+from endor.hf.loading import check_records, expanded_file, open_layouts
+from endor.hf.names import Assignment, assign, unexpected_patterns
+from endor.offload import (
+    Placement,
+    Store,
+    Tier,
+    Unit,
+    WeightSpec,
+    available_bytes,
+    collect_units,
+    parse_bytes,
+    spread,
+)
+from endor.offload.store import scratch_bytes
+from endor.storage import FileLayout, open_reader
+from endor.storage.layout import FORMAT_VERSION
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+_AUTOMATIC = ("auto", "balanced", "balanced_low_0", "sequential")
+WeightType = tuple[WeightSpec, torch.dtype]
+_LOADING = ("ram", "exact", "verify", "reader", "threads", "placement")
+
+
+class EndorConfig(QuantizationConfigMixin):  # type: ignore[misc]
+    """How a packed checkpoint is loaded: pass it as `quantization_config`.
+
+    Args:
+        ram: Memory for the model's weights, such as `"8GiB"`: unpacked parameters, packed weights,
+            staging and scratch; not the interpreter, activations or the KV cache. None takes
+            what the machine has. What does not fit is read from disk for every token.
+        exact: Give the bits that the unpacked model gives. False multiplies up to eight rows
+            straight from the packed form, faster and with float32 sums in another order.
+        verify: Check every record's checksum and structure when it is first read.
+        reader: `"auto"`, `"direct"` (past the page cache) or `"buffered"`.
+        threads: Reads in flight.
+        placement: A tier per unit, instead of the built-in choice.
+        packed: What the checkpoint's own config says; kept when the model is saved.
+    """
+
+    def __init__(
+        self,
+        ram: int | str | None = None,
+        exact: bool = True,
+        verify: bool = True,
+        reader: str = "auto",
+        threads: int = 2,
+        placement: Placement | None = None,
+        packed: Mapping[str, Any] | None = None,
+    ) -> None:
+        self.quant_method = "endor"
+        self.packed = dict(packed or {"quant_method": "endor", "format_version": FORMAT_VERSION})
+        self.ram = None if ram is None else parse_bytes(ram, "ram")
+        self.exact = exact
+        self.verify = verify
+        self.reader = reader
+        self.threads = threads
+        self.placement = placement
+
+    @classmethod
+    def from_dict(
+        cls, config_dict: Mapping[str, Any], return_unused_kwargs: bool = False, **kwargs: Any
+    ) -> Any:
+        """Return the config in a checkpoint's `quantization_config`; unknown members are kept."""
+        loading = {key: value for key, value in config_dict.items() if key in _LOADING}
+        packed = {key: value for key, value in config_dict.items() if key not in _LOADING}
+        version = packed.get("format_version")
+        if version != FORMAT_VERSION:
+            raise FormatError(
+                f"quantization_config: format_version must be {FORMAT_VERSION}, got {version!r}; "
+                "a newer Endor may read this checkpoint"
+            )
+        config = cls(**loading, packed=packed)
+        return (config, kwargs) if return_unused_kwargs else config
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return what belongs into a saved config: the checkpoint's own members."""
+        return dict(self.packed)
+
+    def get(self, key: str, default: Any = None) -> Any:
+        """Return an attribute: transformers asks a config that it was given twice like a dict."""
+        return getattr(self, key, default)
+
+    def get_loading_attributes(self) -> dict[str, Any]:
+        """Return what a caller of `from_pretrained` may set."""
+        return {key: getattr(self, key) for key in _LOADING}
+
+
+class EndorQuantizer(HfQuantizer):  # type: ignore[misc]
+    """Loads a packed checkpoint into stock transformers classes.
+
+    transformers calls, in this order: `update_device_map` and `update_attn_implementation` before
+    any file is looked for, `update_dtype`, then the two `_process_model` steps around the loading
+    of the unpacked parameters, of which it reads nothing that is packed.
+    """
+
+    requires_calibration = True
+    is_trainable = False
+
+    def __init__(self, quantization_config: EndorConfig, **kwargs: Any) -> None:
+        super().__init__(quantization_config, **kwargs)
+        self.wishes: dict[str, Tier] = {}
+        self.ram_limit: int | None = None
+        self._dtype = torch.float32
+        self._layouts: list[FileLayout] = []
+        self._assignment = Assignment()
+        self._dtypes: dict[str, torch.dtype] = {}
+        self._expanded: int | None = None
+
+    def is_serializable(self) -> bool:
+        """False: transformers cannot write packed files; the model's `save_pretrained` copies."""
+        return False
+
+    def update_device_map(self, device_map: Any) -> Any:
+        """Note a map's `cpu` and `disk` entries as wishes; load everything else on the CPU.
+
+        One device in the map that transformers gets means that accelerate attaches no hooks.
+
+        Raises:
+            BackendError: A device other than the CPU is asked for.
+            ConfigError: The map names a module neither on the CPU nor on disk.
+        """
+        if device_map is None or device_map in _AUTOMATIC:
+            return device_map
+        for name, device in device_map.items():
+            if str(device) not in ("cpu", "disk"):
+                raise BackendError(
+                    f"device_map: {name or 'model'}: packed weights run on the CPU here, got "
+                    f"{device!r}; use device_map='cpu'"
+                )
+            if name or str(device) == "disk":
+                self.wishes[name] = "disk" if str(device) == "disk" else "resident"
+        return {"": "cpu"}
+
+    def adjust_max_memory(self, max_memory: dict[Any, Any]) -> dict[Any, Any]:
+        """Take the CPU's share as the limit for all weights; everything goes there."""
+        self.ram_limit = max_memory.get("cpu")
+        return {"cpu": 1 << 60}
+
+    def update_attn_implementation(self, config: Any) -> Any:
+        """Point transformers to our index: the last step before it looks for files."""
+        config.transformers_weights = behaviour.INDEX_NAME
+        return config
+
+    def update_dtype(self, dtype: torch.dtype) -> torch.dtype:
+        """Remember the dtype: `preprocess_model` does not hand it on."""
+        self._dtype = dtype
+        return dtype
+
+    def _process_model_before_weight_loading(
+        self, model: "PreTrainedModel", checkpoint_files: list[str] | None = None, **kwargs: Any
+    ) -> None:
+        if not checkpoint_files:
+            raise ConfigError("a packed checkpoint is loaded from its files, not from a state dict")
+        self._layouts = open_layouts(checkpoint_files)
+        plan = self._assignment = assign(model, self._layouts, self)
+        self._dtypes = _weight_dtypes(model, plan, self._dtype)
+        for name, spec in plan.linears.items():
+            old = model.get_submodule(name)
+            new = EndorLinear(
+                old.in_features,
+                old.out_features,
+                old.bias,
+                self._dtypes[spec.name],
+                exact=self.quantization_config.exact,
+            )
+            parent, _, leaf = name.rpartition(".")
+            setattr(model.get_submodule(parent), leaf, new)
+            model.all_tied_weights_keys.pop(f"{name}.weight", None)
+        for name, stacks in plan.experts.items():
+            module = model.get_submodule(name)
+            eager_forward(type(module))
+            pack_experts(module, list(stacks))
+        model._keys_to_ignore_on_load_unexpected = set(
+            model._keys_to_ignore_on_load_unexpected or ()
+        ) | unexpected_patterns(self._layouts, plan)
+        with open_reader("buffered") as reader:
+            if self.quantization_config.verify:
+                weights = {unit.name for unit in collect_units(self._layouts, plan.weights)}
+                check_records(self._layouts, weights, reader)
+            if plan.dense:
+                self._expanded = expanded_file(self._layouts, plan.dense, reader)
+                checkpoint_files.append(f"/proc/self/fd/{self._expanded}")
+
+    def _process_model_after_weight_loading(
+        self, model: "PreTrainedModel", **kwargs: Any
+    ) -> "PreTrainedModel":
+        if self._expanded is not None:
+            os.close(self._expanded)
+            self._expanded = None
+        config, plan = self.quantization_config, self._assignment
+        units = collect_units(self._layouts, plan.weights)
+        specs = [(spec, self._dtypes[spec.target]) for spec in plan.weights]
+        store = Store(
+            self._layouts,
+            units,
+            specs,
+            config.placement or self._place(model, units, specs),
+            open_reader(config.reader),
+            verify=config.verify,
+            threads=config.threads,
+            unpacked=plan.dense,
+        )
+        for name, spec in plan.linears.items():
+            linear = model.get_submodule(name)
+            assert isinstance(linear, EndorLinear)
+            linear.bind(store.weights[spec.name])
+        for name, stacks in plan.experts.items():
+            experts = model.get_submodule(name)
+            assert isinstance(experts, EndorExperts)
+            bind_experts(
+                experts,
+                {
+                    leaf: ExpertStack([store.weights[s.name] for s in stack], exact=config.exact)
+                    for leaf, stack in stacks.items()
+                },
+            )
+        self._layouts, self._assignment, self._dtypes = [], Assignment(), {}
+        config.placement = None
+        behaviour.adopt(model, store)
+        return model
+
+    def _place(
+        self, model: "PreTrainedModel", units: tuple[Unit, ...], specs: list[WeightType]
+    ) -> Placement:
+        """Return the built-in placement in what the budget leaves after everything else."""
+        wishes = self._wished(units, [spec for spec, _ in specs])
+        ram = self.quantization_config.ram
+        if ram is None:
+            ram = self.ram_limit
+        if ram is None:
+            # What is loaded already is no longer counted as available.
+            return spread(units, available_bytes(), wishes)
+        taken = behaviour.parameter_bytes(model) + scratch_bytes(self._layouts, specs)
+        try:
+            return spread(units, ram - taken, wishes)
+        except BudgetError as error:
+            raise BudgetError(
+                f"ram {ram}: unpacked parameters and scratch take {taken} bytes; {error}"
+            ) from None
+
+    def _wished(self, units: tuple[Unit, ...], specs: list[WeightSpec]) -> dict[str, Tier]:
+        """Return the tier of each unit whose module, or a parent of it, is in the device map."""
+        home = {tensor: unit.name for unit in units for tensor in unit.tensors}
+        out: dict[str, Tier] = {}
+        for spec in specs if self.wishes else ():
+            matches = [
+                name for name in self.wishes if not name or f"{spec.name}.".startswith(f"{name}.")
+            ]
+            if matches:
+                tier = self.wishes[max(matches, key=len)]
+                out |= {home[part.tensor]: tier for part in spec.parts}
+        return out
+
+
+def _weight_dtypes(
+    model: "PreTrainedModel", plan: Assignment, dtype: torch.dtype
+) -> dict[str, torch.dtype]:
+    """Return the dtype that transformers would give each packed parameter."""
+    from transformers.core_model_loading import build_glob_alternation
+
+    kept = model._get_dtype_plan(dtype)
+    pattern, by_group, _ = build_glob_alternation(list(kept)) if kept else (None, {}, {})
+    out = {}
+    for name in plan.claimed:
+        match = pattern.search(name) if pattern else None
+        out[name] = kept[by_group[match.lastgroup]] if match else model.get_parameter(name).dtype
+    return out
+
+
+register.install()

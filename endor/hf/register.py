@@ -1,0 +1,84 @@
+"""Makes transformers know packed checkpoints, whichever of the two is imported first.
+
+transformers is large, so `import endor` must not import it. A finder on `sys.meta_path` waits for
+the module that holds the table of quantizers and adds ours when that module has run.
+"""
+
+import importlib.util
+import sys
+from collections.abc import Sequence
+from importlib.machinery import ModuleSpec
+from types import ModuleType
+from typing import Any
+
+TABLE = "transformers.quantizers.auto"
+METHOD = "endor"
+
+
+class _Finder:
+    """Finds nothing itself; puts a step behind the execution of one module."""
+
+    def __init__(self) -> None:
+        self._searching = False
+
+    def find_spec(
+        self,
+        name: str,
+        path: Sequence[str] | None = None,
+        target: ModuleType | None = None,
+    ) -> ModuleSpec | None:
+        if name != TABLE or self._searching:
+            return None
+        self._searching = True
+        try:
+            spec = importlib.util.find_spec(name)
+        finally:
+            self._searching = False
+        if spec is None or spec.loader is None:
+            return None
+        run = spec.loader.exec_module
+
+        def run_and_register(module: ModuleType) -> None:
+            run(module)
+            uninstall()
+            register(module)
+
+        spec.loader.exec_module = run_and_register  # type: ignore[method-assign]
+        return spec
+
+
+_FINDER = _Finder()
+
+
+def install() -> None:
+    """Register the quantizer now, if transformers has its table already, else when it gets it."""
+    table = sys.modules.get(TABLE)
+    if table is not None and hasattr(table, "register_quantizer"):
+        register(table)
+    elif _FINDER not in sys.meta_path:
+        sys.meta_path.insert(0, _FINDER)
+
+
+def uninstall() -> None:
+    """Stop waiting for transformers."""
+    if _FINDER in sys.meta_path:
+        sys.meta_path.remove(_FINDER)
+
+
+def register(table: Any) -> None:
+    """Add the config and the quantizer to transformers' tables; once is enough, twice is no harm.
+
+    Args:
+        table: The module `transformers.quantizers.auto`.
+    """
+    ours = sys.modules.get("endor.hf.quantizer")
+    if ours is not None and not hasattr(ours, "EndorQuantizer"):
+        return  # it is what imports transformers right now, and registers itself when it is done
+    from endor.hf.quantizer import EndorConfig, EndorQuantizer
+
+    if METHOD not in table.AUTO_QUANTIZER_MAPPING:
+        table.register_quantization_config(METHOD)(EndorConfig)
+        table.register_quantizer(METHOD)(EndorQuantizer)
+    if EndorConfig not in table.LOADING_ATTRIBUTES_CONFIG_TYPES:
+        # Without this a `quantization_config=EndorConfig(ram=...)` given by the user is ignored.
+        table.LOADING_ATTRIBUTES_CONFIG_TYPES += (EndorConfig,)

@@ -1,0 +1,304 @@
+"""Moves units between disk and memory: reader threads, staging, read-ahead that can be revoked.
+
+A unit that is not resident goes through these phases:
+
+    ABSENT -> QUEUED -> READING -> READY -> taken, dropped -> ABSENT, or READY while it is kept
+        ^____________________________/ \\-> FAILED -> error raised by the taker -> ABSENT
+         gives way to a demand
+
+Three rules make every order of takes end: a thread holds at most one unit, and gives it back before
+it waits for another; a demand may take the memory of anything that is neither held nor awaited nor
+just being read; and what is being read becomes READY or FAILED, since a read ends.
+"""
+
+import heapq
+import os
+import threading
+import time
+from collections.abc import Iterable, Sequence
+
+from endor.errors import BackendError, EndorError, ReadError
+from endor.offload.ledger import Ledger
+from endor.offload.memory import Range
+from endor.offload.placement import Placement
+from endor.offload.room import Room
+from endor.offload.state import AHEAD, DEMAND, FILL, HINT, Bound, Phase, State
+from endor.offload.units import Unit
+from endor.storage import HostBuffer, RecordReader, check_record
+
+
+class Engine:
+    """Brings units into memory when they are needed, and before.
+
+    Args:
+        units: All units, in execution order.
+        placement: Their tiers; checked.
+        reader: Reads records; the engine closes it.
+        verify: Check each unit's checksum and structure when it is first read.
+        threads: Reads in flight.
+        ledger: Where to count.
+
+    Attributes:
+        states: State per unit name.
+        ledger: Where it counts.
+    """
+
+    def __init__(
+        self,
+        units: Sequence[Unit],
+        placement: Placement,
+        reader: RecordReader,
+        *,
+        verify: bool = True,
+        threads: int = 2,
+        ledger: Ledger | None = None,
+    ) -> None:
+        placement.check(units)
+        self.ledger = ledger or Ledger()
+        self.states = {
+            unit.name: State(unit, placement.tiers[unit.name] == "resident") for unit in units
+        }
+        self._by_index = list(self.states.values())
+        self._room = Room(self._by_index, placement.staging_bytes, self.ledger.counters)
+        self._reader = reader
+        self._verify = verify
+        self._lock = threading.Lock()
+        self._work = threading.Condition(self._lock)
+        self._done = threading.Condition(self._lock)
+        self._jobs: list[tuple[int, int, int]] = []
+        self._tickets = 0
+        self._closed = False
+        self._pid = os.getpid()
+        with self._lock:
+            self._home = self._place_residents()
+            self._read_ahead()
+        self._threads = [
+            threading.Thread(target=self._run, name=f"endor-loader-{at}", daemon=True)
+            for at in range(threads)
+        ]
+        for thread in self._threads:
+            thread.start()
+
+    @property
+    def streams(self) -> bool:
+        """Whether any unit is not resident."""
+        return self._room.nbytes > 0
+
+    @property
+    def staging_bytes(self) -> int:
+        """Bytes of the staging area."""
+        return self._room.nbytes
+
+    def take(self, state: State) -> Bound:
+        """Return the tensors of a unit, waiting for it if need be; they hold until `drop`.
+
+        A thread holds one unit: taking the next drops the last.
+
+        Raises:
+            ReadError: The bytes did not come.
+            FormatError: They are damaged.
+            BackendError: The engine is closed, or this is a forked child.
+        """
+        fixed = state.fixed
+        if fixed is not None:
+            return fixed
+        if os.getpid() != self._pid:
+            raise BackendError(
+                "streamed weights do not survive a fork: load the model in the child, or start "
+                "it with the 'spawn' method"
+            )
+        me = threading.get_ident()
+        with self._lock:
+            if self._room.release(me):
+                self._done.notify_all()
+            self._check_open()
+            self._count(state)
+            self._await(state)
+            assert state.bound is not None
+            if not state.resident:
+                self._room.hold(me, state)
+                self._read_ahead()
+            return state.bound
+
+    def drop(self) -> None:
+        """Give back the unit that this thread holds, if any."""
+        with self._lock:
+            if self._room.release(threading.get_ident()):
+                self._done.notify_all()
+                if not self._closed:
+                    self._read_ahead()
+
+    def hint(self, states: Iterable[State]) -> None:
+        """Ask for units that will be taken at once, in this order, as far as there is room."""
+        with self._lock:
+            chosen = [state for state in states if not state.resident]
+            self._room.hinted = {state.unit.index for state in chosen}
+            for state in chosen:
+                if self._closed:
+                    return
+                if state.phase is Phase.ABSENT:
+                    if not self._room.make(state, force=False):
+                        return
+                    self._queue(state, HINT)
+                elif state.phase is Phase.QUEUED and state.priority > HINT:
+                    self._queue(state, HINT)
+
+    def preload(self) -> None:
+        """Wait until every resident unit is in memory; errors as for `take`."""
+        for state in self._by_index:
+            if state.resident:
+                self.take(state)
+
+    def close(self) -> None:
+        """Stop reading and let go of all memory; taking afterwards is an error."""
+        if self._pid != os.getpid():
+            return
+        with self._lock:
+            if self._closed:
+                return
+            self._closed = True
+            self._jobs.clear()
+            for state in self._by_index:
+                state.fixed = state.bound = None
+            self._work.notify_all()
+            self._done.notify_all()
+        self._reader.close()
+        for thread in self._threads:
+            if thread is not threading.current_thread():
+                thread.join()
+        self._home = None
+
+    # ---- under the lock ------------------------------------------------------------------------
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise BackendError("the weights of this model were closed; load it again")
+
+    def _place_residents(self) -> HostBuffer | None:
+        residents = [state for state in self._by_index if state.resident]
+        if not residents:
+            return None
+        home, at = HostBuffer(sum(state.unit.nbytes for state in residents)), 0
+        for state in residents:
+            stop = at + state.unit.nbytes
+            state.place = Range(at, stop, home.array[at:stop])
+            self._queue(state, FILL)
+            at = stop
+        return home
+
+    def _count(self, state: State) -> None:
+        if state.resident:
+            return
+        counters = self.ledger.counters
+        if state.phase is Phase.READY:
+            counters.hits += 1
+        elif state.phase in (Phase.QUEUED, Phase.READING):
+            counters.late += 1
+        else:
+            counters.misses += 1
+
+    def _await(self, state: State) -> None:
+        """Return when `state` is READY; raise what made it fail."""
+        start = 0.0
+        while state.phase is not Phase.READY:
+            if state.phase is Phase.FAILED:
+                error = state.error
+                assert error is not None
+                self._room.forget(state)  # the next take reads it again
+                raise error
+            self._demand(state)
+            start = start or time.perf_counter()
+            state.waiters += 1
+            try:
+                self._done.wait()
+            finally:
+                state.waiters -= 1
+            self._check_open()
+        if start:
+            stop = time.perf_counter()
+            self.ledger.counters.stalls += 1
+            self.ledger.counters.stall_s += stop - start
+            self.ledger.note("stall", state.unit.name, start, stop, state.unit.nbytes)
+
+    def _demand(self, state: State) -> None:
+        """See that `state` is read next; leaves it ABSENT while no memory can be had."""
+        if state.phase is Phase.QUEUED:
+            if state.priority != DEMAND:
+                self._queue(state, DEMAND)
+        elif state.phase is Phase.ABSENT and (
+            state.place is not None or self._room.make(state, force=True)
+        ):
+            self._queue(state, DEMAND)
+
+    def _queue(self, state: State, priority: int) -> None:
+        """Ask for a read; an earlier request of lower priority is skipped when its turn comes."""
+        state.phase, state.priority = Phase.QUEUED, priority
+        self._tickets += 1
+        heapq.heappush(self._jobs, (priority, self._tickets, state.unit.index))
+        self._work.notify()
+
+    def _read_ahead(self) -> None:
+        for state in self._room.window():
+            if state.phase is Phase.ABSENT:
+                if not self._room.make(state, force=False):
+                    return
+                self._queue(state, AHEAD)
+
+    # ---- loader threads ------------------------------------------------------------------------
+
+    def _run(self) -> None:
+        while (state := self._next()) is not None:
+            bound: Bound | None = None
+            error: EndorError | None = None
+            try:
+                bound = self._load(state)
+            except EndorError as found:
+                error = found
+            except BaseException as found:  # whatever it is, a taker must not wait for ever
+                error = ReadError(f"{state.unit.record.path}: {state.unit.name}: {found!r}")
+                error.__cause__ = found
+            with self._lock:
+                if self._closed:
+                    return
+                state.bound, state.error = bound, error
+                state.phase = Phase.READY if error is None else Phase.FAILED
+                if error is not None:
+                    self.ledger.counters.failures += 1
+                elif state.resident:
+                    state.fixed = bound
+                self._done.notify_all()
+
+    def _next(self) -> State | None:
+        with self._lock:
+            while not self._closed:
+                while self._jobs:
+                    priority, _, index = heapq.heappop(self._jobs)
+                    state = self._by_index[index]
+                    if state.phase is Phase.QUEUED and state.priority == priority:
+                        state.phase = Phase.READING
+                        return state
+                self._work.wait()
+            return None
+
+    def _load(self, state: State) -> Bound:
+        unit, place = state.unit, state.place
+        assert place is not None
+        start = time.perf_counter()
+        stat = self._reader.read(unit.record, place.array)
+        stop = time.perf_counter()
+        self.ledger.note("read", unit.name, start, stop, unit.nbytes)
+        check_s = 0.0
+        if self._verify and not state.checked:
+            check_record(unit.layout, unit.record.name, place.array)
+            state.checked = True
+            check_s = time.perf_counter() - stop
+            self.ledger.note("check", unit.name, stop, stop + check_s, unit.nbytes)
+        with self._lock:
+            counters = self.ledger.counters
+            counters.reads += 1
+            counters.read_bytes += stat.nbytes
+            counters.read_s += stop - start
+            counters.retries += stat.retries
+            counters.checks += check_s > 0
+            counters.check_s += check_s
+        return {name: unit.layout.bind(name, place.array) for name in unit.tensors}

@@ -1,0 +1,121 @@
+"""What the engine did: counters, and the last events per unit."""
+
+import threading
+from collections import deque
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+EVENTS = 1 << 16
+"""Events kept; older ones make room."""
+
+EventKind = Literal["read", "expand", "product", "stall", "check"]
+
+
+@dataclass(frozen=True, slots=True)
+class Event:
+    """One thing that happened to a unit or weight.
+
+    Attributes:
+        kind: `read` (disk to memory), `check` (checksum and structure), `expand` (packed to
+            dense), `product` (straight from the packed form), `stall` (a forward waited for it).
+        name: Unit or weight.
+        start_s: Beginning, on the clock of `time.perf_counter`.
+        stop_s: End.
+        nbytes: Packed bytes it touched.
+        thread: Thread that did it.
+    """
+
+    kind: EventKind
+    name: str
+    start_s: float
+    stop_s: float
+    nbytes: int
+    thread: int
+
+
+@dataclass(slots=True)
+class Counters:
+    """Totals since the store was opened or the ledger was cleared.
+
+    Attributes:
+        reads: Records read from disk.
+        read_bytes: Their bytes.
+        read_s: Time spent in reads, added over the reading threads.
+        retries: Reads that the operating system made us repeat.
+        checks: Records whose checksum and structure were checked.
+        check_s: Time that took.
+        expands: Weights expanded to dense form.
+        products: Products computed from the packed form.
+        packed_bytes: Packed bytes that expansions and products read.
+        dense_bytes: Dense bytes that expansions wrote.
+        expand_s: Time spent in expansions.
+        product_s: Time spent in products.
+        hits: Streamed units that were in memory when they were needed.
+        late: Streamed units that were on their way.
+        misses: Streamed units that nobody had asked for.
+        revoked: Reads ahead that were given up for a unit that was needed first.
+        evicted: Kept units that made room.
+        stalls: Times that a forward waited.
+        stall_s: How long.
+        failures: Reads or checks that failed.
+    """
+
+    reads: int = 0
+    read_bytes: int = 0
+    read_s: float = 0.0
+    retries: int = 0
+    checks: int = 0
+    check_s: float = 0.0
+    expands: int = 0
+    products: int = 0
+    packed_bytes: int = 0
+    dense_bytes: int = 0
+    expand_s: float = 0.0
+    product_s: float = 0.0
+    hits: int = 0
+    late: int = 0
+    misses: int = 0
+    revoked: int = 0
+    evicted: int = 0
+    stalls: int = 0
+    stall_s: float = 0.0
+    failures: int = 0
+
+
+class Ledger:
+    """Counters and a ring of raw events.
+
+    An event costs under a microsecond: a tuple in a bounded deque. Counters are written under the
+    engine's lock, or, for expansions, by the thread that computes (two threads that run one model
+    at once may lose a count, never an event).
+    """
+
+    __slots__ = ("_events", "counters")
+
+    def __init__(self, events: int = EVENTS) -> None:
+        self.counters = Counters()
+        self._events: deque[tuple[EventKind, str, float, float, int, int]] = deque(maxlen=events)
+
+    def note(self, kind: EventKind, name: str, start_s: float, stop_s: float, nbytes: int) -> None:
+        """Add an event of this thread."""
+        self._events.append((kind, name, start_s, stop_s, nbytes, threading.get_ident()))
+
+    @property
+    def events(self) -> list[Event]:
+        """The last events, oldest first."""
+        return [Event(*fields) for fields in self._events.copy()]
+
+    def snapshot(self) -> Counters:
+        """Return a copy of the counters."""
+        return Counters(**asdict(self.counters))
+
+    def since(self, before: Counters) -> dict[str, Any]:
+        """Return how much each counter grew since `before`."""
+        old = asdict(before)
+        return {key: value - old[key] for key, value in asdict(self.counters).items()}
+
+    def clear(self) -> None:
+        """Forget everything so far."""
+        self._events.clear()
+        for key, value in asdict(Counters()).items():
+            setattr(self.counters, key, value)

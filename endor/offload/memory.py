@@ -1,0 +1,106 @@
+"""The engine's memory: one staging area that reads pass through, and the dense scratch."""
+
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TypeVar
+
+import numpy as np
+import torch
+
+from endor.storage import HostBuffer
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True)
+class Range:
+    """A stretch of a host buffer that holds one record.
+
+    Attributes:
+        start: First byte in the buffer.
+        stop: First byte after it.
+        array: u8 view of the stretch.
+    """
+
+    start: int
+    stop: int
+    array: np.ndarray
+
+
+class Staging:
+    """A host buffer cut into ranges of any size, first fit.
+
+    Fixed slots would all have the size of the largest unit, often a language model's head and ten
+    times the others; ranges let many small units be read ahead in the same memory.
+    """
+
+    __slots__ = ("_buffer", "_free", "nbytes")
+
+    def __init__(self, nbytes: int) -> None:
+        self.nbytes = nbytes
+        self._buffer = HostBuffer(nbytes) if nbytes else None
+        self._free: list[tuple[int, int]] = [(0, nbytes)] if nbytes else []
+
+    @property
+    def free_bytes(self) -> int:
+        return sum(stop - start for start, stop in self._free)
+
+    def take(self, nbytes: int) -> Range | None:
+        """Return `nbytes` of the buffer, or None when no stretch is long enough."""
+        for at, (start, stop) in enumerate(self._free):
+            if stop - start >= nbytes:
+                if stop - start == nbytes:
+                    del self._free[at]
+                else:
+                    self._free[at] = (start + nbytes, stop)
+                assert self._buffer is not None
+                return Range(start, start + nbytes, self._buffer.array[start : start + nbytes])
+        return None
+
+    def give(self, item: Range) -> None:
+        """Take a range back."""
+        at = 0
+        while at < len(self._free) and self._free[at][0] < item.start:
+            at += 1
+        start, stop = item.start, item.stop
+        if at < len(self._free) and self._free[at][0] == stop:
+            stop = self._free.pop(at)[1]
+        if at and self._free[at - 1][1] == start:
+            at -= 1
+            start = self._free.pop(at)[0]
+        self._free.insert(at, (start, stop))
+
+
+class Scratch:
+    """A dense buffer per thread, reused for every weight that the thread multiplies by.
+
+    One buffer is enough where expansion and product run in turn, as on the CPU; a device engine
+    keeps two and alternates. Threads do not share it, so that two of them may run one model.
+    """
+
+    __slots__ = ("_local", "nbytes")
+
+    def __init__(self, nbytes: int) -> None:
+        self.nbytes = nbytes
+        self._local = threading.local()
+
+    def view(self, key: int, make: Callable[[torch.Tensor], T]) -> T:
+        """Return `make(buffer)`, remembered per thread and `key`.
+
+        Args:
+            key: Names the view.
+            make: Gets the thread's buffer, u8 of `nbytes`, and returns views of it.
+        """
+        local = self._local
+        try:
+            found: T = local.views[key]
+            return found
+        except AttributeError:
+            local.views = {}
+            local.buffer = torch.empty(self.nbytes, dtype=torch.uint8)
+        except KeyError:
+            pass
+        view = make(local.buffer)
+        local.views[key] = view
+        return view

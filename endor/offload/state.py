@@ -1,0 +1,67 @@
+"""Where a unit is at the moment."""
+
+from collections.abc import Mapping
+from enum import Enum, auto
+
+from endor.codecs import Encoded
+from endor.errors import EndorError
+from endor.offload.memory import Range
+from endor.offload.units import Unit
+
+Bound = Mapping[str, Encoded]
+"""Stored tensors of a unit, by name, as views of its bytes."""
+
+DEMAND, HINT, AHEAD, FILL = range(4)
+"""Priority of a read: someone waits; will be needed at once; predicted; resident, for later."""
+
+
+class Phase(Enum):
+    """See `endor.offload.engine`."""
+
+    ABSENT = auto()
+    QUEUED = auto()
+    READING = auto()
+    READY = auto()
+    FAILED = auto()
+
+
+class State:
+    """A unit's whereabouts; guarded by the engine's lock, but for `fixed`.
+
+    Attributes:
+        unit: The unit.
+        resident: Whether its bytes stay in memory once read.
+        fixed: Its tensors, once a resident unit was read: readable without the lock.
+        phase: How far it is.
+        place: Where its bytes are or will be.
+        bound: Its tensors while READY.
+        error: Why it FAILED.
+        priority: Of the queued read.
+        waiters: Threads that wait for it.
+        checked: Whether its checksum and structure were found right once.
+    """
+
+    __slots__ = (
+        "bound",
+        "checked",
+        "error",
+        "fixed",
+        "phase",
+        "place",
+        "priority",
+        "resident",
+        "unit",
+        "waiters",
+    )
+
+    def __init__(self, unit: Unit, resident: bool) -> None:
+        self.unit = unit
+        self.resident = resident
+        self.fixed: Bound | None = None
+        self.phase = Phase.ABSENT
+        self.place: Range | None = None
+        self.bound: Bound | None = None
+        self.error: EndorError | None = None
+        self.priority = FILL
+        self.waiters = 0
+        self.checked = False
