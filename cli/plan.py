@@ -1,0 +1,206 @@
+"""`endor plan`: where a packed checkpoint's weights would live, and how fast it would run."""
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from endor.cli.tables import table
+
+if TYPE_CHECKING:
+    from endor.hf.outline import Outline
+    from endor.offload.hardware import Disk, Machine
+    from endor.offload.planner import Plan
+
+TIERS = {
+    "vram-dense": "VRAM, expanded",
+    "vram": "VRAM, packed",
+    "dense": "RAM, expanded",
+    "resident": "RAM, packed",
+    "disk": "disk",
+}
+
+
+@click.command("plan")
+@click.argument("packed", type=click.Path(exists=True, file_okay=False, path_type=Path))
+@click.option("--vram", metavar="SIZE", help="Device memory, such as 6GiB; the CPU runs without.")
+@click.option("--ram", metavar="SIZE", help="Host memory; what this machine has when omitted.")
+@click.option("--context", default=1024, show_default=True, help="Tokens the cache must hold.")
+@click.option("--prompt", default=128, show_default=True, help="Tokens of each prompt.")
+@click.option("--batch", default=1, show_default=True, help="Sequences at once.")
+@click.option(
+    "--fast", is_flag=True, help="Multiply from the packed form: sums in another order, faster."
+)
+@click.option("--remeasure", is_flag=True, help="Measure machine and disk again.")
+@click.option("--explain", is_flag=True, help="Print the arithmetic.")
+@click.option(
+    "--plot",
+    type=click.Path(dir_okay=False, path_type=Path),
+    metavar="FILE.png",
+    help="Draw the placement over depth (needs matplotlib).",
+)
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+def plan_command(
+    packed: Path,
+    vram: str | None,
+    ram: str | None,
+    context: int,
+    prompt: int,
+    batch: int,
+    fast: bool,
+    remeasure: bool,
+    explain: bool,
+    plot: Path | None,
+    as_json: bool,
+) -> None:
+    """Place PACKED in VRAM, RAM and on disk, and predict its speed.
+
+    Nothing is loaded: the files' headers and measured constants of this machine are enough. The
+    constants are remembered; `endor bench hw` shows them.
+    """
+    from endor.hf.outline import outline
+    from endor.offload import available_bytes, hardware, parse_bytes
+    from endor.offload.planner import Workload, plan
+
+    found = outline(packed)
+    machine = hardware.machine(found.dtype, refresh=remeasure)
+    disk = hardware.disk(packed, refresh=remeasure)
+    result = plan(
+        found.units,
+        found.shape,
+        machine,
+        disk,
+        ram_bytes=parse_bytes(ram, "--ram") if ram else available_bytes(),
+        vram_bytes=parse_bytes(vram, "--vram") if vram else 0,
+        workload=Workload(batch, min(prompt, context), context, "direct" if fast else "exact"),
+    )
+    if plot is not None:
+        from endor.bench.offload_plot import placement
+
+        placement(found.units, result, plot)
+    if as_json:
+        click.echo(json.dumps(to_dict(found, machine, disk, result), indent=2))
+        return
+    click.echo(summary(found, result))
+    if explain:
+        click.echo("\n" + arithmetic(machine, disk, result))
+
+
+def summary(found: "Outline", result: "Plan") -> str:
+    """Return the plan for a reader."""
+    from endor.offload.planner import size
+
+    ratio = result.dense_bytes / max(1, result.packed_bytes)
+    lines = [
+        f"{found.name}: {len(found.units)} units, {result.packed_bytes / 1e9:.2f} GB packed, "
+        f"{result.dense_bytes / 1e9:.2f} GB expanded ({ratio:.2f}x)",
+        "",
+    ]
+    budgets = [("ram", result.ram_bytes), ("vram", result.vram_bytes)]
+    reserved = [
+        [item.what, item.where, size(item.nbytes)] for item in result.reservations if item.nbytes
+    ]
+    rows = reserved + [
+        [f"units in {TIERS[tier]}", "vram" if tier.startswith("vram") else "ram", size(nbytes)]
+        for tier, (_, nbytes) in tier_bytes(found, result).items()
+        if tier != "disk" and nbytes
+    ]
+    rows += [[f"{where} budget", where, size(nbytes)] for where, nbytes in budgets if nbytes]
+    lines += [table(["memory", "where", "size"], rows), ""]
+    total = max(1, len(found.units))
+    rows = [
+        [TIERS[tier], str(count), f"{count / total:.0%}", f"{nbytes / 1e9:.2f}"]
+        for tier, (count, nbytes) in tier_bytes(found, result).items()
+        if count
+    ]
+    lines += [table(["tier", "units", "share", "GB"], rows), ""]
+    load, prefill, decode = result.load_s, result.prefill, result.decode
+    tokens = result.workload.batch * result.workload.prompt
+    lines += [
+        f"load     {load:.1f} s: what stays in memory, read once",
+        f"prefill  {result.prefill_tokens_per_s:.3g} tokens/s ({tokens} tokens in "
+        f"{prefill.seconds:.3g} s), bound by the {prefill.bound}",
+        f"decode   {result.decode_tokens_per_s:.3g} tokens/s ({decode.seconds:.3g} s a step), "
+        f"bound by the {decode.bound}; {decode.disk_bytes / 1e9:.2f} GB from disk a step",
+    ]
+    return "\n".join([*lines, *verdict(result)])
+
+
+def verdict(result: "Plan") -> list[str]:
+    """Return what to say about the plain dense model."""
+    dense = result.dense_decode
+    if dense is None:
+        return ["dense    does not fit these budgets"]
+    text = f"dense    an ordinary resident model fits and would take {dense.seconds:.3g} s a step"
+    if not result.dense_is_faster:
+        return [f"{text}: {dense.seconds / result.decode.seconds:.2f}x the time of this plan"]
+    advice = "" if result.workload.product == "direct" else ", or try --fast"
+    return [f"{text}: at least as fast; unpack the checkpoint if memory is not scarce{advice}"]
+
+
+def arithmetic(machine: "Machine", disk: "Disk", result: "Plan") -> str:
+    """Return the constants, and how they become the predicted times."""
+    rows = [
+        ["disk, cold reads", f"{disk.read_gbps:.2f} GB/s"],
+        ["  over its passes", f"{disk.slowest_gbps:.2f} to {disk.fastest_gbps:.2f} GB/s"],
+        ["memory read / copy", f"{machine.read_gbps:.1f} / {machine.copy_gbps:.1f} GB/s"],
+        ["dense product, batch 1", f"{machine.linear_gbps:.1f} GB/s"],
+        ["dense product, long prompt", f"{machine.gemm_gflops:.0f} Gflop/s"],
+        ["small operation", f"{machine.op_us:.1f} us"],
+    ]
+    for kind, rate in machine.expand_gbps.items():
+        rows.append([f"expand {kind}, dense bytes", f"{rate:.1f} GB/s"])
+    for kind, rate in machine.product_gbps.items():
+        rows.append([f"product {kind}, packed bytes", f"{rate:.1f} GB/s"])
+    if machine.link is not None and result.vram_bytes:
+        rows += [
+            [f"link to {machine.link.name}", f"{machine.link.h2d_gbps:.1f} GB/s"],
+            ["device memory", f"{machine.link.hbm_gbps:.0f} GB/s"],
+        ]
+    lines = [table([f"constant ({machine.dtype}, {machine.threads} threads)", "value"], rows)]
+    for name, step in (("decode", result.decode), ("prefill", result.prefill)):
+        main = next(place for place in step.resources if place != "disk" and place != "link")
+        parts = " + ".join(f"{what} {seconds:.4f}" for what, seconds in step.parts.items())
+        times = ", ".join(f"{place} {seconds:.4f}" for place, seconds in step.resources.items())
+        lines += [
+            "",
+            f"{name}: {main} = {parts}",
+            f"  max({times}) + unhidden {step.unhidden:.4f} = {step.seconds:.4f} s",
+        ]
+        if step.disk_bytes:
+            lines.append(f"  disk = {step.disk_bytes / 1e9:.3f} GB / {disk.read_gbps:.2f} GB/s")
+    return "\n".join(lines)
+
+
+def tier_bytes(found: "Outline", result: "Plan") -> dict[str, tuple[int, int]]:
+    """Return (units, bytes they take there) per tier, fastest first."""
+    out = {}
+    for tier in TIERS:
+        inside = [unit for unit in found.units if result.tiers[unit.name] == tier]
+        dense = tier in ("dense", "vram-dense")
+        out[tier] = (len(inside), sum(u.dense_nbytes if dense else u.nbytes for u in inside))
+    return out
+
+
+def to_dict(found: "Outline", machine: "Machine", disk: "Disk", result: "Plan") -> dict[str, Any]:
+    """Return the plan for machines."""
+    return {
+        "model": found.name,
+        "units": len(found.units),
+        "packed_bytes": result.packed_bytes,
+        "dense_bytes": result.dense_bytes,
+        "budgets": {"ram_bytes": result.ram_bytes, "vram_bytes": result.vram_bytes},
+        "workload": asdict(result.workload),
+        "reservations": [asdict(item) for item in result.reservations],
+        "staging_bytes": result.staging_bytes,
+        "tiers": dict(result.tiers),
+        "decode": asdict(result.decode) | {"tokens_per_s": result.decode_tokens_per_s},
+        "prefill": asdict(result.prefill) | {"tokens_per_s": result.prefill_tokens_per_s},
+        "load_s": result.load_s,
+        "dense_decode_s": result.dense_decode.seconds if result.dense_decode else None,
+        "dense_is_faster": result.dense_is_faster,
+        "machine": machine.to_dict(),
+        "disk": asdict(disk),
+    }
