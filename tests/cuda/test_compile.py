@@ -8,7 +8,7 @@ from endor.codecs import DTYPES
 from endor.errors import BackendError
 from endor.kernels import gpu_build
 from endor.kernels.gpu_build import ARCHITECTURES, SOURCES, all_kernels, compile_cubin
-from endor.kernels.gpu_plan import Kernel, exp_kernel, product_kernel, raw_kernel
+from endor.kernels.gpu_plan import exp_kernel, product_kernel, raw_kernel
 
 BF16, F16, F32, I8 = (DTYPES[name] for name in ("BF16", "F16", "F32", "I8"))
 TYPICAL = [
@@ -48,11 +48,12 @@ def test_every_variant_compiles():
 def test_a_kernel_that_does_not_compile_says_why():
     with pytest.raises(BackendError, match=r"(?s)expand_raw.cu for sm_90.*must be 1, 2 or 4"):
         compile_cubin(raw_kernel(3), "sm_90")
-    with pytest.raises(BackendError, match="through endor.kernels.gpu_build"):
-        broken = Kernel("expand_raw", (("ENDOR_ITEM_BYTES", 2),))
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(gpu_build, "constants", lambda: ())
-            compile_cubin(broken, "sm_90")
+
+
+def test_the_sources_refuse_other_compilers(monkeypatch):
+    monkeypatch.setattr(gpu_build, "constants", lambda: ())
+    with pytest.raises(BackendError, match=r"through endor\.kernels\.gpu_build"):
+        compile_cubin(raw_kernel(2), "sm_90")
 
 
 def test_without_a_compiler_the_error_names_the_wheel(monkeypatch):

@@ -1,0 +1,363 @@
+"""The codecs on a CUDA device: expansion and products from packed weights in device memory.
+
+NVRTC compiles `cuda/*.cu` through CuPy at first use, and CuPy keeps the result on disk.
+Every launch goes to torch's current stream (CuPy does not follow it), allocates nothing and never
+waits, so it can be captured into a CUDA graph once the kernel has run a first time.
+"""
+
+import functools
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from endor.codecs import Encoded, TensorSpec
+from endor.errors import BackendError, DTypeError, ShapeError
+from endor.kernels import gpu_build, gpu_plan
+from endor.kernels.gpu_plan import Kernel, Launch, Part
+
+ALIGN = 256
+"""Where `upload` places arrays, as records do."""
+
+_TORCH = {
+    "BF16": torch.bfloat16,
+    "F16": torch.float16,
+    "F32": torch.float32,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+}
+_DENSE_ONLY = {"F64": "float64", "BOOL": "bool", "C64": "complex64", "F8_E8M0": "float8_e8m0fnu"}
+_DENSE_ONLY |= {f"{sign}{bits}": f"{name}{bits}" for sign, name in (("I", "int"), ("U", "uint"))
+                for bits in (16, 32, 64)}  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class DeviceEncoded:
+    """A stored tensor in device memory.
+
+    Attributes:
+        spec: Shape, codec and sizes.
+        storage: `uint8`, holds the arrays and 128 readable bytes after the last one.
+        offsets: Byte offset in `storage` of each array, by suffix.
+        segment_nnz: Most stored elements in 1024 columns of a row, as far as known.
+    """
+
+    spec: TensorSpec
+    storage: torch.Tensor
+    offsets: Mapping[str, int]
+    segment_nnz: int = gpu_plan.SEGMENT
+
+    @property
+    def device(self) -> torch.device:
+        return self.storage.device
+
+    @property
+    def nbytes(self) -> int:
+        return self.spec.nbytes
+
+    @property
+    def addresses(self) -> dict[str, int]:
+        """Device address of each array."""
+        begin = self.storage.data_ptr()
+        return {suffix: begin + offset for suffix, offset in self.offsets.items()}
+
+
+class Expansion:
+    """Prepared launches that write fixed packed tensors into fixed destinations.
+
+    The memory of both must outlive the object's last `run` on the device.
+    """
+
+    def __init__(
+        self, launches: Sequence[Launch], copies: Sequence[tuple[torch.Tensor, torch.Tensor]]
+    ) -> None:
+        self._copies = copies
+        self._launches = launches
+
+    def run(self) -> None:
+        """Enqueue on torch's current stream; ordered there, not finished."""
+        for out, stored in self._copies:
+            out.copy_(stored)
+        for launch in self._launches:
+            _launch(launch)
+
+
+def upload(encoded: Encoded, device: torch.device | str) -> DeviceEncoded:
+    """Return `encoded` in device memory: one allocation, one copy."""
+    target = _device(device)
+    offsets, end = {}, 0
+    for suffix, array in encoded.arrays.items():
+        offsets[suffix] = end
+        end += -(-array.nbytes // ALIGN) * ALIGN
+    host = np.zeros(end + gpu_plan.READ_AHEAD, dtype=np.uint8)
+    for suffix, array in encoded.arrays.items():
+        flat = array.reshape(-1).view(np.uint8)
+        host[offsets[suffix] : offsets[suffix] + flat.size] = flat
+    fullest = gpu_plan.SEGMENT
+    if gpu_plan.product_refusal(encoded.spec) is None:
+        fullest = gpu_plan.segment_nnz(encoded.spec, encoded.arrays["bitmap"])
+    return DeviceEncoded(encoded.spec, torch.from_numpy(host).to(target), offsets, fullest)
+
+
+def download(packed: DeviceEncoded) -> Encoded:
+    """Return a copy of `packed` in host memory."""
+    host = packed.storage.cpu().numpy()
+    arrays = {}
+    for item in packed.spec.arrays:
+        begin = packed.offsets[item.suffix]
+        flat = host[begin : begin + item.nbytes].copy()
+        arrays[item.suffix] = flat.view(item.dtype.uint).reshape(item.shape)
+    return Encoded(packed.spec, arrays)
+
+
+def torch_dtype(spec: TensorSpec) -> torch.dtype:
+    """Return torch's name for the element type of `spec`.
+
+    Raises:
+        DTypeError: This torch has none.
+    """
+    name = spec.dtype.name
+    found = _TORCH.get(name) or getattr(torch, _DENSE_ONLY.get(name, ""), None)
+    if not isinstance(found, torch.dtype):
+        raise DTypeError(f"this torch has no dtype for {name}")
+    return found
+
+
+def decode(packed: DeviceEncoded, out: torch.Tensor | None = None) -> torch.Tensor:
+    """Write the dense form of `packed` and return it, bit-exact.
+
+    Args:
+        packed: Weight in device memory.
+        out: Destination of its shape and element type, contiguous, on its device, starting at a
+            multiple of 16 bytes. Allocated when omitted.
+
+    Returns:
+        `out`: ordered on torch's current stream, not finished.
+
+    Raises:
+        BackendError: The kernels cannot run here.
+        DTypeError, ShapeError: `out` does not fit.
+    """
+    if out is None:
+        out = torch.empty(packed.spec.shape, dtype=torch_dtype(packed.spec), device=packed.device)
+    prepare([(packed, out)]).run()
+    return out
+
+
+def prepare(items: Sequence[tuple[DeviceEncoded, torch.Tensor]]) -> Expansion:
+    """Return the launches that expand each tensor of `items` into its destination.
+
+    Tensors of one codec, element type and bitmap kind share a launch: a record takes one.
+
+    Raises:
+        BackendError: The kernels cannot run here.
+        DTypeError, ShapeError: A destination does not fit.
+    """
+    parts, copies = [], []
+    for packed, out in items:
+        require(packed.device)
+        _check_out(packed, out)
+        if packed.spec.codec == "dense":
+            begin = packed.offsets[""]
+            stored = packed.storage[begin : begin + packed.spec.nbytes]
+            copies.append((out.view(-1).view(torch.uint8), stored))
+        else:
+            parts.append(Part(packed.spec, packed.addresses, out.data_ptr()))
+    return Expansion(gpu_plan.plan_expansion(parts), copies)
+
+
+def product(
+    packed: DeviceEncoded, x: torch.Tensor, out: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Return `x @ W.T` straight from the packed W, with fp32 sums.
+
+    Deterministic, but not bit-equal to a dense product, which adds in another order.
+
+    Args:
+        packed: W, codec `raw`, BF16 or F16, `(rows, cols)` with cols a multiple of 32.
+        x: `(batch, cols)`, batch 1 to 8, W's element type, contiguous, on W's device.
+        out: `(batch, rows)`, W's element type or fp32, contiguous. Allocated when omitted.
+
+    Returns:
+        `out`: ordered on torch's current stream, not finished.
+
+    Raises:
+        BackendError: The kernels cannot run here.
+        DTypeError: The kernel does not take such a weight, x or `out`; expand the weight instead.
+        ShapeError: x or `out` has another shape, layout, alignment or device.
+    """
+    require(packed.device)
+    refusal = gpu_plan.product_refusal(packed.spec)
+    if refusal:
+        raise DTypeError(f"the product kernel cannot run: {refusal}; expand the weight instead")
+    rows, cols = packed.spec.shape
+    dtype = torch_dtype(packed.spec)
+    if x.dtype != dtype:
+        raise DTypeError(f"x must be {dtype} like the weight, got {x.dtype}")
+    if x.ndim != 2 or x.shape[1] != cols or not x.is_contiguous() or x.device != packed.device:
+        raise ShapeError(
+            f"x must be contiguous (batch, {cols}) on {packed.device}, got {tuple(x.shape)} with "
+            f"strides {x.stride()} on {x.device}"
+        )
+    if out is None:
+        out = torch.empty((len(x), rows), dtype=dtype, device=packed.device)
+    if out.dtype not in (dtype, torch.float32):
+        raise DTypeError(f"out must be {dtype} or torch.float32, got {out.dtype}")
+    if out.shape != (len(x), rows) or not out.is_contiguous() or out.device != packed.device:
+        raise ShapeError(
+            f"out must be contiguous ({len(x)}, {rows}) on {packed.device}, got "
+            f"{tuple(out.shape)} with strides {out.stride()} on {out.device}"
+        )
+    _launch(
+        gpu_plan.plan_product(
+            packed.spec,
+            packed.addresses,
+            x=x.data_ptr(),
+            y=out.data_ptr(),
+            batch=len(x),
+            float_out=out.dtype == torch.float32,
+            segment_nnz=packed.segment_nnz,
+            shared_limit=_shared_limit(packed.device.index),
+        )
+    )
+    return out
+
+
+def refusal(device: torch.device | str = "cuda") -> str | None:
+    """Return why the kernels cannot run on `device`, with the next step; None when they can."""
+    target = torch.device(device)
+    if target.type != "cuda":
+        return f"the kernels run on CUDA devices, not on {target}"
+    if not torch.cuda.is_available():
+        built = f"built for CUDA {torch.version.cuda}" if torch.version.cuda else "a CPU build"
+        return f"torch {torch.__version__} ({built}) sees no CUDA device; check the driver"
+    return _refusal(_index(target))
+
+
+def require(device: torch.device | str) -> None:
+    """Raise `BackendError` unless the kernels can run on `device`."""
+    found = refusal(device)
+    if found:
+        raise BackendError(found)
+
+
+def describe() -> dict[str, Any]:
+    """Return what the kernels run on, or why they do not, for `endor info`."""
+    found = refusal()
+    if found:
+        return {"available": False, "reason": found}
+    cupy = _cupy()
+    properties = torch.cuda.get_device_properties(0)
+    return {
+        "available": True,
+        "device": properties.name,
+        "capability": f"{properties.major}.{properties.minor}",
+        "cupy": cupy.__version__,
+        "driver": cupy.cuda.runtime.driverGetVersion(),
+        "nvrtc": ".".join(str(part) for part in cupy.cuda.nvrtc.getVersion()),
+        "oldest_capability": ".".join(str(part) for part in gpu_build.OLDEST_CAPABILITY),
+    }
+
+
+@functools.cache
+def _refusal(index: int) -> str | None:
+    extra = "cuda12" if (torch.version.cuda or "").startswith("12") else "cuda13"
+    try:
+        cupy = _cupy()
+    except ImportError as error:
+        return f"the kernels need CuPy ({error}): pip install 'endor[{extra}]'"
+    try:
+        driver = int(cupy.cuda.runtime.driverGetVersion())
+        runtime = int(cupy.cuda.runtime.runtimeGetVersion())
+    except cupy.cuda.runtime.CUDARuntimeError as error:
+        return f"CuPy cannot reach the driver ({error}); check that it fits the CUDA of CuPy"
+    if driver // 1000 < runtime // 1000:
+        return (
+            f"the driver speaks CUDA {driver // 1000}.{driver % 1000 // 10}, too old for CuPy's "
+            f"CUDA {runtime // 1000}: update it or pip install 'endor[cuda{driver // 1000}]'"
+        )
+    capability = torch.cuda.get_device_capability(index)
+    if capability < gpu_build.OLDEST_CAPABILITY:
+        return (
+            f"{torch.cuda.get_device_name(index)} has compute capability "
+            f"{capability[0]}.{capability[1]}; the kernels need 7.5 (Turing) or newer"
+        )
+    return None
+
+
+def _cupy() -> Any:
+    import cupy
+
+    return cupy
+
+
+def _index(device: torch.device) -> int:
+    return torch.cuda.current_device() if device.index is None else device.index
+
+
+def _device(device: torch.device | str) -> torch.device:
+    require(device)
+    return torch.device("cuda", _index(torch.device(device)))
+
+
+def _check_out(packed: DeviceEncoded, out: torch.Tensor) -> None:
+    dtype = torch_dtype(packed.spec)
+    if out.dtype != dtype:
+        raise DTypeError(f"out must be {dtype}, got {out.dtype}")
+    if out.shape != packed.spec.shape or not out.is_contiguous():
+        raise ShapeError(
+            f"out must be contiguous of shape {packed.spec.shape}, got {tuple(out.shape)} with "
+            f"strides {out.stride()}"
+        )
+    if out.device != packed.device:
+        raise ShapeError(f"out must be on {packed.device} like the weight, got {out.device}")
+
+
+@functools.cache
+def _function(kernel: Kernel) -> Any:
+    """The compiled kernel. CuPy loads it once per device, at its first launch there."""
+    module = _cupy().RawModule(
+        code=gpu_build.source(kernel.name), options=gpu_build.options(kernel), backend="nvrtc"
+    )
+    return module.get_function(kernel.name)
+
+
+@functools.cache
+def _stream(pointer: int) -> Any:
+    """CuPy's view of a torch stream. It owns nothing, so caching it is safe."""
+    return _cupy().cuda.ExternalStream(pointer)
+
+
+@functools.cache
+def _shared_limit(index: int) -> int:
+    """Shared memory of a product block: at least two fit a multiprocessor."""
+    attributes = _cupy().cuda.Device(index).attributes
+    return int(attributes["MaxSharedMemoryPerBlockOptin"]) // 2 - 1024
+
+
+_enlarged: dict[tuple[Kernel, int], int] = {}
+
+
+def _launch(launch: Launch) -> None:
+    cupy = _cupy()
+    stream = torch.cuda.current_stream()
+    index = stream.device_index
+    with cupy.cuda.Device(index), _stream(stream.cuda_stream):
+        try:
+            function = _function(launch.kernel)
+            needed = launch.shared_bytes
+            if needed > 48 << 10 and _enlarged.get((launch.kernel, index), 0) < needed:
+                function.max_dynamic_shared_size_bytes = needed
+                _enlarged[launch.kernel, index] = needed
+            function(
+                (launch.grid,), (launch.block,), (launch.args,), shared_mem=launch.shared_bytes
+            )
+        except (cupy.cuda.compiler.CompileException, cupy.cuda.driver.CUDADriverError) as error:
+            raise BackendError(
+                f"cuda/{launch.kernel.name}.cu does not run on "
+                f"{torch.cuda.get_device_name(index)}: {error}"
+            ) from error
