@@ -63,7 +63,7 @@ class DType:
     def join(self, exponents: np.ndarray, rests: np.ndarray) -> np.ndarray:
         """Return elements from exponent fields and rests: the inverse of the two above."""
         uint = self.uint.type
-        bits = exponents.astype(self.uint) << uint(self.mantissa_bits)
+        bits: np.ndarray = exponents.astype(self.uint) << uint(self.mantissa_bits)
         if self.rest_bits:
             rests = rests.astype(self.uint)
             bits |= rests & uint((1 << self.mantissa_bits) - 1)

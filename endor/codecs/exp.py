@@ -79,7 +79,7 @@ def decode(encoded: Encoded) -> np.ndarray:
     exponents = (words >> np.uint64(rest_bits)) + np.uint64(spec.base)
     exponents &= np.uint64((1 << spec.dtype.exponent_bits) - 1)
     if spec.patches:
-        counts = np.diff(arrays["patch_offsets"].astype(np.int64))
+        counts: np.ndarray = np.diff(arrays["patch_offsets"].astype(np.int64))
         first = np.repeat(group_starts(spec, arrays), counts)
         exponents[first + arrays["patch_ranks"]] = arrays["patch_exponents"]
     stored = spec.dtype.join(exponents, words & np.uint64((1 << rest_bits) - 1))

@@ -171,14 +171,15 @@ class TensorSpec:
             )
         if codec == "dense":
             return cls(tuple(shape), dtype(name), codec, bitmap=False, nnz=numel)
-        bitmap, nnz = fields.get("bitmap"), fields.get("nnz")
+        bitmap = fields.get("bitmap")
         if not isinstance(bitmap, bool):
             raise FormatError(f"bitmap must be true or false, got {bitmap!r}")
-        k, base, patches = (fields.get(key, 0) for key in ("k", "base", "patches"))
-        for key, value in (("nnz", nnz), ("k", k), ("base", base), ("patches", patches)):
+        counts = {key: fields.get(key, 0) for key in ("k", "base", "patches")}
+        counts["nnz"] = fields.get("nnz")
+        for key, value in counts.items():
             if not _is_count(value):
                 raise FormatError(f"{key} must be a non-negative integer, got {value!r}")
-        spec = cls(tuple(shape), dtype(name), codec, bitmap, nnz, k, base, patches)
+        spec = cls(tuple(shape), dtype(name), codec, bitmap, **counts)
         spec.check()
         return spec
 
