@@ -31,6 +31,10 @@ __all__ = [
 _VIEW_NBYTES = 1 << 20
 """Values beyond this size stay a view of their larger buffer, most of it never touched."""
 
+_STREAMING_NBYTES = 16 << 20
+"""Outputs beyond this size are stored past the caches. Virtual machines report caches of any size,
+so this does not ask."""
+
 
 def encode(
     bits: np.ndarray,
@@ -133,8 +137,8 @@ def decode(
         out: Flat, contiguous, unsigned of the element width, `stop - start` long or more.
         start: First element, of any alignment.
         stop: One past the last; the tensor's end when omitted.
-        streaming: Store past the caches; None does so when the output is larger than half of them.
-            Best when nothing reads `out` soon.
+        streaming: Store past the caches; None does so for more than 16 MiB. Best when nothing
+            reads `out` soon.
 
     Raises:
         ShapeError: `out` is too short, not flat or not contiguous, or the range leaves the tensor.
@@ -159,8 +163,7 @@ def decode(
     else:
         library, view = native.library(), native.view(encoded)
         if streaming is None:
-            cache = library.endor_cache_nbytes() or 16 << 20
-            streaming = 2 * (stop - start) * spec.dtype.itemsize > cache
+            streaming = (stop - start) * spec.dtype.itemsize > _STREAMING_NBYTES
         status = library.endor_decode(
             number, ctypes.byref(view), out.ctypes.data, start, stop, count, int(streaming)
         )

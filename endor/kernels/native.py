@@ -71,7 +71,6 @@ def load() -> tuple[ctypes.CDLL | None, str]:
         ("kernels", ctypes.c_uint, ()),
         ("has_bf16_pairs", i32, (i32,)),
         ("cpu_features", ctypes.c_char_p, ()),
-        ("cache_nbytes", u64, ()),
         ("decode", i32, (i32, pointer, pointer, u64, u64, i32, i32)),
         ("scan", u64, (i32, pointer, u64, i32, i32, i32, pointer, pointer, pointer, i32)),
         ("pack_raw", u64, (i32, pointer, u64, i32, pointer, pointer, pointer, i32)),

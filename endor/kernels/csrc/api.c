@@ -1,9 +1,7 @@
 /* Which instruction sets this CPU has, and the bandwidth probes. */
-#define _GNU_SOURCE
 #include "endor.h"
 
 #include <stdatomic.h>
-#include <unistd.h>
 
 const endor_ops *endor_ops_of(int kernel) {
     if (kernel == ENDOR_AVX512) return endor_avx512_ops();
@@ -43,15 +41,6 @@ ENDOR_API const char *endor_cpu_features(void) {
 #endif
     memcpy(names, found, sizeof names);
     return names;
-}
-
-/* Size of the last-level cache, 0 when the system does not say. */
-ENDOR_API uint64_t endor_cache_nbytes(void) {
-#ifdef _SC_LEVEL3_CACHE_SIZE
-    long size = sysconf(_SC_LEVEL3_CACHE_SIZE);
-    if (size > 0) return (uint64_t)size;
-#endif
-    return 0;
 }
 
 #define PIECE (1u << 18)

@@ -17,6 +17,9 @@
 #define TARGET_BF16                                                                                               \
     __attribute__((                                                                                               \
         target("avx512f,avx512bw,avx512vl,avx512dq,avx512vbmi,avx512vbmi2,avx512bf16,gfni,bmi,bmi2,popcnt")))
+/* Bytes ahead: hides the latency of DRAM. The non-temporal hint spares what else is in L1 (x, the tile). */
+#define PREFETCH 2048
+
 #define INLINE static inline __attribute__((always_inline))
 
 INLINE TARGET __m512i load(const void *p) {
@@ -116,6 +119,7 @@ INLINE TARGET void stream_bf16(const endor_stream *s, uint64_t word, uint64_t wo
     for (uint64_t w = word; w < word + words; w++, out += 64) {
         __m512i e = _mm512_add_epi8(high_bytes(s->planes, s->plane_stride, planes, w), base);
         __m512i rest = load(s->bytes + 64 * w);
+        _mm_prefetch((const char *)s->bytes + 64 * w + PREFETCH, _MM_HINT_NTA);
         __m512i low = _mm512_ternarylogic_epi32(seven, rest, _mm512_slli_epi16(e, 7), 0xca);  /* seven ? rest : e << 7 */
         __m512i high = _mm512_ternarylogic_epi32(seven, _mm512_srli_epi16(e, 1), rest, 0xca); /* seven ? e >> 1 : rest */
         _mm512_store_si512(out, _mm512_permutex2var_epi8(low, first, high));
@@ -493,6 +497,145 @@ static void dot(const void *w, const endor_operand *x, uint64_t column, uint64_t
     else dot_F32(w, x, column, len, acc);
 }
 
+/* Rows of raw weights straight to sums: the weights exist in registers only. */
+
+/* Which sums a weight vector goes to must not depend on the number of runs, or the order of a row's sum would. */
+#define SUMS(batch) ((batch) > 2 ? 1 : 2)
+
+INLINE TARGET_BF16 uint64_t rows_pairs(endor_run *runs, uint64_t rows, uint64_t cols, const uint8_t *end,
+                                       const endor_operand *x, uint64_t out_stride, int n_runs, int batch) {
+    const uint16_t *v[ENDOR_MAX_RUNS], *xs = x->x;
+    const uint8_t *bitmap[ENDOR_MAX_RUNS];
+    const int second = SUMS(batch) - 1;
+    for (int r = 0; r < n_runs; r++) v[r] = (const uint16_t *)runs[r].values, bitmap[r] = runs[r].bitmap;
+    uint64_t row = 0;
+    for (; row < rows; row++) {
+        __m512 sum[ENDOR_MAX_RUNS][ENDOR_MAX_BATCH][2];
+        for (int r = 0; r < n_runs; r++) {
+            if ((uint64_t)(end - (const uint8_t *)v[r]) < 2 * cols + ENDOR_SLACK) goto stop;
+            for (int b = 0; b < batch; b++) sum[r][b][0] = sum[r][b][1] = _mm512_setzero_ps();
+        }
+        for (uint64_t k = 0; k < cols; k += 64) {
+            __m512i w[ENDOR_MAX_RUNS][2];
+            for (int r = 0; r < n_runs; r++) {
+                uint64_t m = load64(bitmap[r] + k / 8);
+                _mm_prefetch((const char *)v[r] + PREFETCH, _MM_HINT_NTA);
+                w[r][0] = expand_w((uint32_t)m, load(v[r]));
+                w[r][1] = expand_w((uint32_t)(m >> 32), load(v[r] + count((uint32_t)m)));
+                v[r] += count(m);
+            }
+            for (int b = 0; b < batch; b++) {
+                const uint16_t *at = xs + (uint64_t)b * x->stride + k;
+                __m512bh x0 = (__m512bh)_mm512_loadu_si512(at), x1 = (__m512bh)_mm512_loadu_si512(at + 32);
+                for (int r = 0; r < n_runs; r++) {
+                    sum[r][b][0] = _mm512_dpbf16_ps(sum[r][b][0], (__m512bh)w[r][0], x0);
+                    sum[r][b][second] = _mm512_dpbf16_ps(sum[r][b][second], (__m512bh)w[r][1], x1);
+                }
+            }
+        }
+        for (int r = 0; r < n_runs; r++) {
+            bitmap[r] += cols / 8;
+            for (int b = 0; b < batch; b++) {
+                __m512 all = second ? _mm512_add_ps(sum[r][b][0], sum[r][b][1]) : sum[r][b][0];
+                runs[r].out[(uint64_t)b * out_stride + row] = _mm512_reduce_add_ps(all);
+            }
+        }
+    }
+stop:
+    for (int r = 0; r < n_runs; r++) {
+        runs[r].values = (const uint8_t *)v[r], runs[r].bitmap = bitmap[r];
+        runs[r].out += row;
+    }
+    return row;
+}
+
+INLINE TARGET __m512 half_of(__m512i w, int half, int kind) {
+    if (kind == ENDOR_X_F32) return _mm512_castsi512_ps(w);
+    __m256i x = half ? _mm512_extracti64x4_epi64(w, 1) : _mm512_castsi512_si256(w);
+    if (kind == ENDOR_X_F16) return _mm512_cvtph_ps(x);
+    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(x), 16));
+}
+
+INLINE TARGET uint64_t rows_floats(endor_run *runs, uint64_t rows, uint64_t cols, const uint8_t *end,
+                                   const endor_operand *x, uint64_t out_stride, int kind, int n_runs, int batch) {
+    const uint8_t *v[ENDOR_MAX_RUNS], *bitmap[ENDOR_MAX_RUNS];
+    const int second = SUMS(batch) - 1, itemsize = kind == ENDOR_X_F32 ? 4 : 2;
+    const float *xs = x->x;
+    for (int r = 0; r < n_runs; r++) v[r] = runs[r].values, bitmap[r] = runs[r].bitmap;
+    uint64_t row = 0;
+    for (; row < rows; row++) {
+        __m512 sum[ENDOR_MAX_RUNS][ENDOR_MAX_BATCH][2];
+        for (int r = 0; r < n_runs; r++) {
+            if ((uint64_t)(end - v[r]) < (uint64_t)itemsize * cols + ENDOR_SLACK) goto stop;
+            for (int b = 0; b < batch; b++) sum[r][b][0] = sum[r][b][1] = _mm512_setzero_ps();
+        }
+        for (uint64_t k = 0; k < cols; k += 32) {
+            __m512 w[ENDOR_MAX_RUNS][2];
+            for (int r = 0; r < n_runs; r++) {
+                uint32_t m = load32(bitmap[r] + k / 8);
+                _mm_prefetch((const char *)v[r] + PREFETCH, _MM_HINT_NTA);
+                if (kind == ENDOR_X_F32) {
+                    w[r][0] = _mm512_castsi512_ps(expand_d((uint16_t)m, load(v[r])));
+                    w[r][1] = _mm512_castsi512_ps(expand_d((uint16_t)(m >> 16), load(v[r] + 4 * count((uint16_t)m))));
+                } else {
+                    __m512i both = expand_w(m, load(v[r]));
+                    w[r][0] = half_of(both, 0, kind), w[r][1] = half_of(both, 1, kind);
+                }
+                v[r] += (uint32_t)itemsize * count(m);
+            }
+            for (int b = 0; b < batch; b++) {
+                const float *at = xs + (uint64_t)b * x->stride + k;
+                __m512 x0 = _mm512_loadu_ps(at), x1 = _mm512_loadu_ps(at + 16);
+                for (int r = 0; r < n_runs; r++) {
+                    sum[r][b][0] = _mm512_fmadd_ps(w[r][0], x0, sum[r][b][0]);
+                    sum[r][b][second] = _mm512_fmadd_ps(w[r][1], x1, sum[r][b][second]);
+                }
+            }
+        }
+        for (int r = 0; r < n_runs; r++) {
+            bitmap[r] += cols / 8;
+            for (int b = 0; b < batch; b++) {
+                __m512 all = second ? _mm512_add_ps(sum[r][b][0], sum[r][b][1]) : sum[r][b][0];
+                runs[r].out[(uint64_t)b * out_stride + row] = _mm512_reduce_add_ps(all);
+            }
+        }
+    }
+stop:
+    for (int r = 0; r < n_runs; r++) {
+        runs[r].values = v[r], runs[r].bitmap = bitmap[r];
+        runs[r].out += row;
+    }
+    return row;
+}
+
+/* As many runs as keep all sums in registers. */
+#define RUNS(batch) ((batch) <= 4 ? 4 : 2)
+static int row_runs(const endor_operand *x) { return RUNS(x->batch); }
+
+#define ROWS(KIND, CALL_TARGET, ONE, MANY)                                                                            static CALL_TARGET uint64_t rows_##KIND(endor_run *runs, int n_runs, uint64_t count, uint64_t cols,                                                       const uint8_t *end, const endor_operand *x, uint64_t stride) {                uint64_t done = 0;                                                                                                if (n_runs == 1) BATCHES(ONE) else BATCHES(MANY)                                                                  return done;                                                                                                  }
+#define ONE_PAIRS(B) done = rows_pairs(runs, count, cols, end, x, stride, 1, B)
+#define MANY_PAIRS(B) done = rows_pairs(runs, count, cols, end, x, stride, RUNS(B), B)
+#define ONE_FLOATS(KIND, B) done = rows_floats(runs, count, cols, end, x, stride, KIND, 1, B)
+#define MANY_FLOATS(KIND, B) done = rows_floats(runs, count, cols, end, x, stride, KIND, RUNS(B), B)
+#define ONE_BF16(B) ONE_FLOATS(ENDOR_X_BF16, B)
+#define MANY_BF16(B) MANY_FLOATS(ENDOR_X_BF16, B)
+#define ONE_F16(B) ONE_FLOATS(ENDOR_X_F16, B)
+#define MANY_F16(B) MANY_FLOATS(ENDOR_X_F16, B)
+#define ONE_F32(B) ONE_FLOATS(ENDOR_X_F32, B)
+#define MANY_F32(B) MANY_FLOATS(ENDOR_X_F32, B)
+ROWS(PAIRS, TARGET_BF16, ONE_PAIRS, MANY_PAIRS)
+ROWS(BF16, TARGET, ONE_BF16, MANY_BF16)
+ROWS(F16, TARGET, ONE_F16, MANY_F16)
+ROWS(F32, TARGET, ONE_F32, MANY_F32)
+
+static uint64_t rows(endor_run *runs, int n_runs, uint64_t count, uint64_t cols, const uint8_t *end,
+                     const endor_operand *x, uint64_t stride) {
+    if (x->bf16_pairs) return rows_PAIRS(runs, n_runs, count, cols, end, x, stride);
+    if (x->weight == ENDOR_X_BF16) return rows_BF16(runs, n_runs, count, cols, end, x, stride);
+    if (x->weight == ENDOR_X_F16) return rows_F16(runs, n_runs, count, cols, end, x, stride);
+    return rows_F32(runs, n_runs, count, cols, end, x, stride);
+}
+
 static endor_ops ops = {
     .name = "avx512",
     .expand = {expand8, expand16, expand32},
@@ -505,6 +648,8 @@ static endor_ops ops = {
     .read = read_words,
     .fence = fence,
     .dot = dot,
+    .rows = rows,
+    .row_runs = row_runs,
 };
 
 const endor_ops *endor_avx512_ops(void) {

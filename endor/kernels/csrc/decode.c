@@ -86,6 +86,7 @@ int endor_decode_tile(const endor_ops *ops, const endor_tensor *t, const endor_s
     ENDOR_ALIGNED uint8_t buf[ENDOR_BUFFER * 4];
     uint64_t itemsize = (uint64_t)t->itemsize, first = rank_of_tile(t, tile), last = rank_of_tile(t, tile + 1);
     int ls = log2_itemsize(t->itemsize);
+    if (t->tile_offsets) __builtin_prefetch(t->tile_offsets + 4 * tile + 256); /* too rare for the hardware to see */
     if (last < first || last - first > ENDOR_TILE) return ENDOR_CORRUPT;
     const uint8_t *values = buf;
     if (t->codec == ENDOR_EXP) {

@@ -1,8 +1,9 @@
 /* Packed arrays from dense elements, byte for byte those of the numpy reference.
  *
  * scan:      bitmap, tile offsets and exponent histogram in one read of the tensor; the caller plans from them.
- * pack_raw:  bitmap, offsets and values in one read of memory. Chunks of tiles are taken in order; a thread scans its
- *            chunk, waits for the previous chunk's end offset, publishes its own and compresses from L2.
+ * pack_raw:  bitmap, offsets and values in one read of memory. Chunks of tiles are taken in order; a thread that
+ *            knows where its chunk's values begin sends them there as it compresses; one that does not keeps them in
+ *            L2 until the chunk before is done. Each then publishes its end.
  * pack_exp:  byte planes, bit planes and patches. A 64-bit word of a plane belongs to the chunk that holds the
  *            word's first element: that chunk reads on into its successors for the rest, so no word has two writers.
  */
@@ -25,7 +26,7 @@ typedef struct {
     const endor_ops *ops;
     const uint8_t *src;
     uint64_t n, chunk, chunks;
-    int itemsize, exponent_bits, mantissa_bits;
+    int itemsize, exponent_bits, mantissa_bits, streaming;
     uint8_t *bitmap, *tile_offsets, *values;
     atomic_uint_fast64_t next;
     atomic_uint_fast64_t *histogram; /* [256] or NULL */
@@ -87,41 +88,60 @@ ENDOR_API uint64_t endor_scan(int kernel, const void *src, uint64_t n, int items
     return total;
 }
 
+#define PACK_TILES 16 /* tiles in a chunk */
+#define STAGE 4096    /* bytes of values that leave L1 together */
+
+static void put(const scan_job *job, uint8_t *dst, const uint8_t *src, uint64_t nbytes) {
+    if (job->streaming) job->ops->copy_streaming(dst, src, nbytes);
+    else memcpy(dst, src, nbytes);
+}
+
 static void pack_chunks(void *context) {
     scan_job *job = context;
-    uint64_t tiles = tiles_of(job->n), itemsize = (uint64_t)job->itemsize;
+    ENDOR_ALIGNED uint8_t tmp[ENDOR_TILE * 4], stage[PACK_TILES * ENDOR_TILE * 4 + 2 * ENDOR_SLACK];
+    uint64_t tiles = tiles_of(job->n), itemsize = (uint64_t)job->itemsize, c;
     int ls = log2_itemsize(job->itemsize);
-    ENDOR_ALIGNED uint8_t tmp[ENDOR_TILE * 4], run[ENDOR_TILE * 4 + ENDOR_SLACK];
-    for (;;) {
-        uint64_t c = atomic_fetch_add(&job->next, 1);
-        if (c >= job->chunks) return;
-        uint64_t first = c * job->chunk, end = min64(first + job->chunk, tiles), at;
-        uint64_t total = scan_tiles(job, first, end, NULL);
-        while ((at = atomic_load_explicit(&job->ends[c], memory_order_acquire)) == UNKNOWN) sched_yield();
-        uint64_t limit = at + total;
-        atomic_store_explicit(&job->ends[c + 1], limit, memory_order_release);
+    while ((c = atomic_fetch_add(&job->next, 1)) < job->chunks) {
+        uint64_t first = c * PACK_TILES, end = min64(first + PACK_TILES, tiles), held = 0, count = 0;
+        uint64_t at = atomic_load_explicit(&job->ends[c], memory_order_acquire);
+        uint8_t *dst = at == UNKNOWN ? NULL : job->values + at * itemsize, *run = stage + ((uintptr_t)dst & 63);
         for (uint64_t tile = first; tile < end; tile++) {
             const void *src = tile_of(job->src, job->n, tile, itemsize, tmp);
-            const uint8_t *bitmap = job->bitmap + tile * (ENDOR_TILE / 8);
-            uint64_t count = load32(job->tile_offsets + 4 * (tile + 1));
-            if ((limit - at - count) * itemsize >= ENDOR_SLACK) {
-                job->ops->compress[ls](bitmap, src, job->values + at * itemsize);
-            } else { /* a register-wide store would reach into the next chunk's values */
-                job->ops->compress[ls](bitmap, src, run);
-                memcpy(job->values + at * itemsize, run, count * itemsize);
-            }
-            at += count;
-            store32(job->tile_offsets + 4 * (tile + 1), (uint32_t)at);
+            uint8_t *bitmap = job->bitmap + tile * (ENDOR_TILE / 8);
+            job->ops->scan[ls](src, bitmap);
+            uint64_t found = job->ops->compress[ls](bitmap, src, run + held);
+            count += found;
+            held += found * itemsize;
+            store32(job->tile_offsets + 4 * (tile + 1), (uint32_t)count);
+            if (!dst || held < STAGE) continue;
+            uint64_t whole = held - ((uintptr_t)(dst + held) & 63); /* the last line goes on with the next tile */
+            put(job, dst, run, whole);
+            dst += whole;
+            held -= whole;
+            memcpy(stage, run + whole, 64);
+            run = stage;
+        }
+        if (!dst) {
+            while ((at = atomic_load_explicit(&job->ends[c], memory_order_acquire)) == UNKNOWN) sched_yield();
+            dst = job->values + at * itemsize;
+        }
+        atomic_store_explicit(&job->ends[c + 1], at + count, memory_order_release);
+        put(job, dst, run, held);
+        for (uint64_t tile = first; tile < end; tile++) {
+            uint8_t *offset = job->tile_offsets + 4 * (tile + 1);
+            store32(offset, load32(offset) + (uint32_t)at);
         }
     }
+    if (job->streaming) job->ops->fence();
 }
 
 /* Write bitmap, tile_offsets and values (room for nnz elements, or n where nnz is not known). Returns nnz. */
 ENDOR_API uint64_t endor_pack_raw(int kernel, const void *src, uint64_t n, int itemsize, uint8_t *bitmap,
                                   uint8_t *tile_offsets, uint8_t *values, int threads) {
-    uint64_t tiles = tiles_of(n), chunk = 32, chunks = (tiles + chunk - 1) / chunk;
-    scan_job job = {.ops = endor_ops_of(kernel), .src = src, .n = n, .chunk = chunk, .chunks = chunks,
-                    .itemsize = itemsize, .bitmap = bitmap, .tile_offsets = tile_offsets, .values = values};
+    uint64_t chunks = (tiles_of(n) + PACK_TILES - 1) / PACK_TILES;
+    scan_job job = {.ops = endor_ops_of(kernel), .src = src, .n = n, .chunks = chunks,
+                    .itemsize = itemsize, .bitmap = bitmap, .tile_offsets = tile_offsets, .values = values,
+                    .streaming = n * (uint64_t)itemsize > ENDOR_STREAMING};
     if (!job.ops) return UNKNOWN;
     job.ends = malloc((chunks + 1) * sizeof *job.ends);
     if (!job.ends) return UNKNOWN;

@@ -27,6 +27,7 @@
 #define ENDOR_WORDS 16                /* bitmap words in a tile */
 #define ENDOR_GROUP 8                 /* tiles in a patch group */
 #define ENDOR_SLACK 64                /* bytes a kernel may read or write past the elements it was asked for */
+#define ENDOR_STREAMING (16u << 20)   /* bytes of a tensor from which packing stores past the caches */
 #define ENDOR_MAX_BATCH 8             /* rows of x in one pass of a product */
 #define ENDOR_BUFFER (ENDOR_TILE + 2 * 64) /* elements: a tile's run, widened to whole plane words, and slack */
 
@@ -94,6 +95,15 @@ typedef struct {
     int weight;        /* ENDOR_X_*: how weight bits are read */
 } endor_operand;
 
+/* Consecutive rows of a raw weight: where the next one begins. */
+typedef struct {
+    const uint8_t *bitmap;
+    const uint8_t *values;
+    float *out;
+} endor_run;
+
+#define ENDOR_MAX_RUNS 4
+
 /* One instruction set. Index of the arrays: log2(itemsize). */
 typedef struct {
     const char *name;
@@ -116,9 +126,12 @@ typedef struct {
     void (*fence)(void);
     /* acc[b * 16 + lane] += w[0:len] . x[b, column : column + len]; may read ENDOR_SLACK bytes past w, never past x. */
     void (*dot)(const void *w, const endor_operand *x, uint64_t column, uint64_t len, float *acc);
-    /* Optional: rows [0, rows) of cols weights (a multiple of 64) straight from bitmap and values. See matvec.c. */
-    int (*rows)(const uint8_t *bitmap, const void *const *values, int rows, uint64_t cols, const endor_operand *x,
-                float *out, uint64_t out_stride);
+    /* Optional, raw weights, cols a multiple of 64: the next `count` rows of each of n_runs runs, in lockstep, n_runs
+     * being 1 or row_runs(x). Stops early at a row whose values could reach past `end`. Returns the rows done in each
+     * run, and moves the runs on by as many. */
+    uint64_t (*rows)(endor_run *runs, int n_runs, uint64_t count, uint64_t cols, const uint8_t *end,
+                     const endor_operand *x, uint64_t out_stride);
+    int (*row_runs)(const endor_operand *x);
     int bf16_pairs; /* has vdpbf16ps */
 } endor_ops;
 

@@ -2,7 +2,8 @@
  *
  * Two ways, the same for any number of threads (a row's sum has one order):
  *   rows   raw, cols a multiple of 64, an instruction set that has it: weights are placed in registers and multiplied
- *          there; each row finds its first value by its tile's offset and at most 15 popcounts.
+ *          there. A run of rows finds its first value by its tile's offset and at most 15 popcounts, and carries the
+ *          pointer from row to row.
  *   tiles  everything else: a tile is decoded into L1, and each piece of it that lies in one row is multiplied.
  *          Threads own runs of rows; a tile that two threads share is decoded by both.
  */
@@ -52,31 +53,38 @@ static int product_of_tiles(product_job *job, uint64_t row, uint64_t end_row) {
     return ENDOR_OK;
 }
 
-/* Address of the first value of each of `rows` rows; NULL where a register-wide load could leave the array. */
-static int find_rows(const endor_tensor *t, uint64_t row, int rows, uint64_t cols, const void **values) {
-    for (int r = 0; r < rows; r++) {
-        uint64_t flat = (row + (uint64_t)r) * cols, tile = flat / ENDOR_TILE;
-        uint64_t rank = load32(t->tile_offsets + 4 * tile);
-        for (uint64_t w = tile * ENDOR_WORDS; w < flat / 64; w++) {
-            rank += (uint64_t)__builtin_popcountll(load64(t->bitmap + 8 * w));
-        }
-        if (rank > t->nnz || (t->nnz - rank) < cols + ENDOR_SLACK) return 0;
-        values[r] = t->values + rank * (uint64_t)t->itemsize;
+static endor_run run_at(const product_job *job, uint64_t row) {
+    const endor_tensor *t = job->tensor;
+    uint64_t flat = row * job->cols, tile = flat / ENDOR_TILE, rank = load32(t->tile_offsets + 4 * tile);
+    for (uint64_t w = tile * ENDOR_WORDS; w < flat / 64; w++) {
+        rank += (uint64_t)__builtin_popcountll(load64(t->bitmap + 8 * w));
     }
-    return 1;
+    endor_run run = {t->bitmap + flat / 8, t->values + min64(rank, t->nnz) * (uint64_t)t->itemsize, job->out + row};
+    return run;
 }
 
+/* Rows from `row` on, which `run` has reached. */
+static int product_of_run(product_job *job, endor_run *run, uint64_t row, uint64_t end_row) {
+    const uint8_t *end = job->tensor->values + job->tensor->nnz * (uint64_t)job->tensor->itemsize;
+    row += job->ops->rows(run, 1, end_row - row, job->cols, end, &job->x, job->rows);
+    return row < end_row ? product_of_tiles(job, row, end_row) : ENDOR_OK;
+}
+
+/* Several runs of rows in lockstep share the loads of x, which streaming the values drives out of L1. */
 static int product_of_rows(product_job *job, uint64_t row, uint64_t end_row) {
-    const endor_tensor *t = job->tensor;
-    while (row < end_row) {
-        const void *values[4];
-        int rows = (int)min64(4, end_row - row);
-        if (!find_rows(t, row, rows, job->cols, values)) return product_of_tiles(job, row, end_row);
-        const uint8_t *bitmap = t->bitmap + row * (job->cols / 8);
-        rows = job->ops->rows(bitmap, values, rows, job->cols, &job->x, job->out + row, job->rows);
-        row += (uint64_t)rows;
+    const uint8_t *end = job->tensor->values + job->tensor->nnz * (uint64_t)job->tensor->itemsize;
+    int n_runs = job->ops->row_runs(&job->x), status = ENDOR_OK;
+    uint64_t each = (end_row - row) / (uint64_t)n_runs;
+    endor_run runs[ENDOR_MAX_RUNS + 1];
+    for (int i = 0; i < n_runs; i++) runs[i] = run_at(job, row + (uint64_t)i * each);
+    uint64_t done = each ? job->ops->rows(runs, n_runs, each, job->cols, end, &job->x, job->rows) : 0;
+    for (int i = 0; i < n_runs && status == ENDOR_OK; i++) {
+        if (done < each) status = product_of_run(job, &runs[i], row + (uint64_t)i * each + done, row + (uint64_t)(i + 1) * each);
     }
-    return ENDOR_OK;
+    row += (uint64_t)n_runs * each;
+    if (row == end_row || status != ENDOR_OK) return status;
+    runs[n_runs] = run_at(job, row);
+    return product_of_run(job, &runs[n_runs], row, end_row);
 }
 
 static void product_chunks(void *context) {
@@ -127,8 +135,8 @@ ENDOR_API int endor_matvec(int kernel, const endor_tensor *tensor, int weight_ki
         to_float(x, x_kind, batch * cols, floats);
     }
     job.x.stride = cols;
-    uint64_t share = rows / (8 * (uint64_t)(threads > 0 ? threads : 1)), small = 32 * ENDOR_TILE / cols + 1;
-    job.chunk = share > small ? small : share < 1 ? 1 : share;
+    uint64_t share = rows / (8 * (uint64_t)(threads > 0 ? threads : 1));
+    job.chunk = share < 1 ? 1 : share;
     if (tensor->numel < 32 * ENDOR_TILE) threads = 1;
     atomic_init(&job.status, ENDOR_OK);
     for (uint64_t b = 0; b < batch && atomic_load(&job.status) == ENDOR_OK; b += ENDOR_MAX_BATCH) {
