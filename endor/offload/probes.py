@@ -10,7 +10,7 @@ import os
 import resource
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -123,14 +123,10 @@ def disk(path: Path, *, limit_bytes: int = 512 << 20, passes: int = 3) -> dict[s
     takes O_DIRECT. Each pass reads another stretch of the file; the median pass counts.
     """
     size = path.stat().st_size // READ_BYTES * READ_BYTES
-    stretch = min(limit_bytes, max(size // passes // READ_BYTES, 1) * READ_BYTES, max(size, 1))
-    direct = True
-    try:
-        fd = os.open(path, os.O_RDONLY | os.O_DIRECT)
-    except OSError:
-        direct, fd = False, os.open(path, os.O_RDONLY)
+    stretch = min(limit_bytes, max(size // passes // READ_BYTES, 1) * READ_BYTES)
     rates: list[float] = []
     cpu: list[float] = []
+    fd, direct = _open_direct(path)
     try:
         with ThreadPoolExecutor(READ_THREADS) as pool:
             for number in range(passes):
@@ -138,13 +134,8 @@ def disk(path: Path, *, limit_bytes: int = 512 << 20, passes: int = 3) -> dict[s
                 if not direct:
                     os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
                 before, start = _cpu_seconds(), time.perf_counter()
-                jobs = [
-                    pool.submit(_read_stripe, fd, begin, max(stretch, 1), worker)
-                    for worker in range(READ_THREADS)
-                ]
-                nbytes = sum(job.result() for job in jobs)
-                seconds = max(time.perf_counter() - start, 1e-9)
-                rates.append(nbytes / seconds / 1e9)
+                nbytes = _read(pool, fd, begin, stretch)
+                rates.append(nbytes / max(time.perf_counter() - start, 1e-9) / 1e9)
                 cpu.append((_cpu_seconds() - before) / max(nbytes / 1e9, 1e-9))
     finally:
         os.close(fd)
@@ -155,6 +146,34 @@ def disk(path: Path, *, limit_bytes: int = 512 << 20, passes: int = 3) -> dict[s
         "cpu_s_per_gb": statistics.median(cpu),
         "direct": direct,
     }
+
+
+def read_files(paths: Sequence[Path], nbytes: int) -> int:
+    """Read the first `nbytes` of the files, one by one, as `disk` does; return the bytes read."""
+    done = 0
+    with ThreadPoolExecutor(READ_THREADS) as pool:
+        for path in paths:
+            if done >= nbytes:
+                break
+            fd, _ = _open_direct(path)
+            try:
+                done += _read(pool, fd, 0, min(nbytes - done, path.stat().st_size))
+            finally:
+                os.close(fd)
+    return done
+
+
+def _open_direct(path: Path) -> tuple[int, bool]:
+    """Return a descriptor, and whether it goes past the page cache."""
+    try:
+        return os.open(path, os.O_RDONLY | os.O_DIRECT), True
+    except OSError:
+        return os.open(path, os.O_RDONLY), False
+
+
+def _read(pool: ThreadPoolExecutor, fd: int, begin: int, nbytes: int) -> int:
+    jobs = [pool.submit(_read_stripe, fd, begin, nbytes, worker) for worker in range(READ_THREADS)]
+    return sum(job.result() for job in jobs)
 
 
 def _read_stripe(fd: int, begin: int, nbytes: int, worker: int) -> int:

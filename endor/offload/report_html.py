@@ -1,0 +1,228 @@
+"""The report as one HTML page: no scripts, no network, drawings in SVG."""
+
+import json
+from collections.abc import Mapping, Sequence
+from html import escape
+from typing import Any
+
+from endor.offload.ledger import Event
+from endor.offload.planner import size
+from endor.offload.report import Summary
+
+COLOURS = {
+    "read": "#e9c46a",
+    "check": "#b08968",
+    "expand": "#2a6f97",
+    "product": "#2f6b3a",
+    "stall": "#c1121f",
+    "rest": "#ced4da",
+    "dense": "#2f6b3a",
+    "resident": "#74a57f",
+    "disk": "#e9c46a",
+}
+MEANINGS = {
+    "read": "read from disk",
+    "check": "checksum and structure (first read only)",
+    "expand": "packed to dense",
+    "product": "product from the packed form",
+    "stall": "waiting for a unit",
+    "rest": "torch: products, attention, norms, sampling",
+}
+TIERS = {
+    "dense": "expanded in RAM",
+    "resident": "packed in RAM",
+    "disk": "on disk, read for every step",
+}
+WIDTH, LANE, LEFT = 1160, 26, 110
+ROWS = 400
+
+STYLE = """
+body { font: 15px/1.5 system-ui, sans-serif; color: #212529; max-width: 1200px; margin: 2em auto;
+       padding: 0 1em }
+h1 { font-size: 1.5em } h2 { font-size: 1.15em; margin-top: 2em }
+table { border-collapse: collapse; font-variant-numeric: tabular-nums }
+th, td { text-align: right; padding: .2em .9em .2em 0; border-bottom: 1px solid #e9ecef }
+th:first-child, td:first-child { text-align: left }
+.legend span { display: inline-block; margin-right: 1.4em }
+.legend i { display: inline-block; width: .9em; height: .9em; margin-right: .4em }
+svg { width: 100%; height: auto; background: #fff } svg text { font-size: 12px; fill: #495057 }
+p.small { color: #6c757d; font-size: .9em } div.scroll { max-height: 30em; overflow: auto }
+"""
+
+
+def page(
+    summary: Summary, events: Sequence[Event], predicted: Mapping[str, Any], title: str
+) -> str:
+    """Return the page; `events` are those of the timeline."""
+    steps = len(summary.steps)
+    data = json.dumps(summary.to_dict() | {"predicted": dict(predicted)}).replace("<", "\\u003c")
+    return "\n".join(
+        [
+            "<!doctype html>",
+            f'<html lang="en"><head><meta charset="utf-8"><title>{escape(title)}</title>',
+            f"<style>{STYLE}</style></head><body>",
+            f"<h1>{escape(title)}</h1>",
+            f"<p>{steps} step{'s' * (steps != 1)} in {summary.seconds:.2f} s. All figures are from "
+            "the engine's ledger.</p>",
+            _speeds(summary, predicted),
+            "<h2>Where the time went</h2>",
+            _shares(summary),
+            "<h2>The last steps</h2>",
+            _legend({kind: MEANINGS[kind] for kind in MEANINGS}),
+            _timeline(events),
+            '<p class="small">One row per thread; point at a bar for its unit. Grey is the time '
+            "between two weights on the thread that computes.</p>",
+            "<h2>Where the units live</h2>",
+            _legend(TIERS),
+            _depth(summary),
+            "<h2>Units</h2>",
+            _units(summary),
+            f'<script type="application/json" id="endor-report">{data}</script>',
+            "</body></html>",
+        ]
+    )
+
+
+def _speeds(summary: Summary, predicted: Mapping[str, Any]) -> str:
+    rows = []
+    actual = {"prefill": summary.steps[0] if summary.steps else 0.0, "decode": summary.decode_s}
+    for name, seconds in actual.items():
+        if not seconds:
+            continue
+        expected = predicted.get(f"{name}_s")
+        cells = [f"{name} step", f"{seconds:.3f} s"]
+        cells += [f"{expected:.3f} s", f"{seconds / expected - 1:+.0%}"] if expected else ["-", "-"]
+        rows.append(cells)
+    if summary.decode_s:
+        rows.append(["steps a second", f"{1 / summary.decode_s:.3g}", "", ""])
+    rows.append(["read from disk, a step", f"{summary.bytes_per_step / 1e9:.3f} GB", "", ""])
+    return _table(["", "actual", "predicted", "difference"], rows)
+
+
+def _shares(summary: Summary) -> str:
+    parts = {
+        "stall": summary.stall_share,
+        "expand": summary.expand_share,
+        "rest": summary.rest_share,
+    }
+    x, out = 0.0, []
+    for kind, share in parts.items():
+        width = share * WIDTH
+        out.append(_rect(x, 0, width, LANE, COLOURS[kind], f"{MEANINGS[kind]}: {share:.1%}"))
+        x += width
+    out.append(_rect(0, LANE + 6, summary.disk_share * WIDTH, LANE, COLOURS["read"], "disk busy"))
+    rows = [
+        ["disk busy", f"{summary.disk_share:.1%}"],
+        ["rate while busy", f"{summary.disk_gbps:.2f} GB/s"],
+        ["expanding, or packed products", f"{summary.expand_share:.1%}"],
+        ["waiting for units", f"{summary.stall_share:.1%}"],
+        ["torch and the rest", f"{summary.rest_share:.1%}"],
+        ["units ready when needed", f"{summary.counters.get('hits', 0)}"],
+        ["units still on their way", f"{summary.counters.get('late', 0)}"],
+        ["units nobody had asked for", f"{summary.counters.get('misses', 0)}"],
+    ]
+    return _svg(2 * LANE + 6, out) + _table(["share of the time", ""], rows)
+
+
+def _timeline(events: Sequence[Event]) -> str:
+    if not events:
+        return "<p>No events: nothing packed was used.</p>"
+    begin = min(event.start_s for event in events)
+    scale = (WIDTH - LEFT) / max(max(event.stop_s for event in events) - begin, 1e-9)
+    computing = {event.thread for event in events if event.kind in ("expand", "product")}
+    threads = sorted({event.thread for event in events}, key=lambda one: (one in computing, one))
+    out, readers = [], 0
+    for row, thread in enumerate(threads):
+        y = row * (LANE + 8)
+        readers += thread not in computing
+        label = "model" if thread in computing else f"reader {readers}"
+        out.append(f'<text x="0" y="{y + LANE * 0.65:.0f}">{label}</text>')
+        own = sorted((e for e in events if e.thread == thread), key=lambda e: e.start_s)
+        if thread in computing:
+            first, last = own[0].start_s, max(event.stop_s for event in own)
+            x = LEFT + (first - begin) * scale
+            out.append(_rect(x, y, (last - first) * scale, LANE, COLOURS["rest"], ""))
+        # A wait lies inside the expansion that it delays: draw it on top.
+        for event in sorted(own, key=lambda e: e.kind == "stall"):
+            x = LEFT + (event.start_s - begin) * scale
+            width = (event.stop_s - event.start_s) * scale
+            text = (
+                f"{event.kind} {event.name}: {1e3 * (event.stop_s - event.start_s):.2f} ms, "
+                f"{event.nbytes / 1e6:.1f} MB"
+            )
+            out.append(_rect(x, y, max(width, 0.4), LANE, COLOURS[event.kind], text))
+    height = len(threads) * (LANE + 8)
+    span = (WIDTH - LEFT) / scale
+    for tick in range(11):
+        x = LEFT + tick * (WIDTH - LEFT) / 10
+        anchor = "end" if tick == 10 else "middle"
+        out.append(
+            f'<text x="{x:.0f}" y="{height + 14}" text-anchor="{anchor}">'
+            f"{1e3 * span * tick / 10:.0f} ms</text>"
+        )
+    return _svg(height + 20, out)
+
+
+def _depth(summary: Summary) -> str:
+    if not summary.units:
+        return ""
+    tallest = max(row.nbytes for row in summary.units)
+    width = WIDTH / len(summary.units)
+    out = []
+    for at, row in enumerate(summary.units):
+        height = max(1.0, 90 * row.nbytes / tallest)
+        text = f"{row.name}: {row.nbytes / 1e6:.1f} MB, {TIERS.get(row.tier, row.tier)}"
+        colour = COLOURS.get(row.tier, "#adb5bd")
+        out.append(_rect(at * width, 90 - height, max(width - 0.5, 0.5), height, colour, text))
+    totals = ", ".join(
+        f"{entry['units']} {TIERS.get(tier, tier)} ({size(entry['nbytes'])})"
+        for tier, entry in summary.tiers.items()
+    )
+    return _svg(92, out) + f'<p class="small">In execution order: {escape(totals)}.</p>'
+
+
+def _units(summary: Summary) -> str:
+    rows = [
+        [
+            row.name,
+            row.tier,
+            f"{row.nbytes / 1e6:.2f}",
+            str(row.reads),
+            f"{row.read_ms:.2f}",
+            f"{row.compute_ms:.2f}",
+            f"{row.stall_ms:.2f}",
+        ]
+        for row in summary.units[:ROWS]
+    ]
+    header = ["unit", "tier", "packed MB", "reads", "read ms", "expand or product ms", "waited ms"]
+    more = len(summary.units) - ROWS
+    rest = f'<p class="small">and {more} more units in the page\'s JSON.</p>' if more > 0 else ""
+    return f'<div class="scroll">{_table(header, rows)}</div>{rest}'
+
+
+def _legend(entries: Mapping[str, str]) -> str:
+    items = "".join(
+        f'<span><i style="background:{COLOURS[kind]}"></i>{escape(text)}</span>'
+        for kind, text in entries.items()
+    )
+    return f'<p class="legend">{items}</p>'
+
+
+def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    head = "".join(f"<th>{escape(cell)}</th>" for cell in header)
+    body = "".join(
+        "<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>" for row in rows
+    )
+    return f"<table><tr>{head}</tr>{body}</table>"
+
+
+def _rect(x: float, y: float, width: float, height: float, colour: str, text: str) -> str:
+    title = f"<title>{escape(text)}</title>" if text else ""
+    return (
+        f'<rect x="{x:.2f}" y="{y:.2f}" width="{width:.2f}" height="{height:.2f}" '
+        f'fill="{colour}">{title}</rect>'
+    )
+
+
+def _svg(height: float, parts: Sequence[str]) -> str:
+    return f'<svg viewBox="0 0 {WIDTH} {height:.0f}">{"".join(parts)}</svg>'
