@@ -1,0 +1,157 @@
+"""A device as the copier sees it: memory, a copy stream, the callers' streams, events.
+
+`CudaDevice` is the real one. `endor.offload.fake_device.FakeDevice` has the same meaning on a clock
+that tests control, so that the host's logic is proved where there is no GPU.
+"""
+
+from collections.abc import Hashable
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+
+from endor.errors import BackendError
+from endor.kernels import gpu
+
+_HOST_TO_DEVICE = 1
+_ALREADY_REGISTERED = 712
+
+
+class Device(Protocol):
+    """What copying to a device needs. Streams run in order; only events order one after another.
+
+    An event may be recorded again: whoever waits, waits for the last recording before the wait.
+
+    Attributes:
+        device: Where `allocate` places memory.
+    """
+
+    device: torch.device
+
+    def allocate(self, nbytes: int) -> torch.Tensor:
+        """Return `nbytes` of device memory, u8, at a multiple of 256 on a real device.
+
+        Raises:
+            BackendError: There is not enough.
+        """
+
+    def event(self) -> Any:
+        """Return a new event that was never recorded; waiting for it is no wait."""
+
+    def pin(self, memory: np.ndarray) -> str | None:
+        """Page-lock host memory, so that copies from it do not involve the processor.
+
+        Returns:
+            None, or why the system refused.
+        """
+
+    def unpin(self, memory: np.ndarray) -> None:
+        """Undo `pin`."""
+
+    def enter_thread(self) -> None:
+        """Prepare the calling thread for the methods below."""
+
+    def copy(self, destination: torch.Tensor, source: np.ndarray) -> None:
+        """Enqueue a copy on the copy stream. The source must stay as it is until it happened."""
+
+    def record_copy(self, event: Any) -> None:
+        """Record an event behind all copies so far."""
+
+    def await_in_copy(self, event: Any) -> None:
+        """Let later copies wait for an event; the host does not."""
+
+    def compute_stream(self) -> Hashable:
+        """Return what identifies the caller's current stream."""
+
+    def record_compute(self, event: Any) -> None:
+        """Record an event behind all work of the caller's current stream."""
+
+    def await_in_compute(self, event: Any) -> None:
+        """Let later work of the caller's current stream wait for an event; the host does not."""
+
+    def synchronize(self, event: Any) -> None:
+        """Return when the event has happened."""
+
+    def drain(self) -> None:
+        """Return when all work has happened."""
+
+
+class CudaDevice:
+    """A CUDA device with a copy stream of its own.
+
+    Args:
+        device: Such as `"cuda:0"`.
+
+    Raises:
+        BackendError: The kernels cannot run there.
+    """
+
+    def __init__(self, device: torch.device | str = "cuda") -> None:
+        gpu.require(device)
+        target = torch.device(device)
+        index = torch.cuda.current_device() if target.index is None else target.index
+        self.device = torch.device("cuda", index)
+        self.copy_stream = torch.cuda.Stream(self.device)  # type: ignore[no-untyped-call]
+        import cupy
+
+        self._cupy = cupy
+        self._runtime = cupy.cuda.runtime
+
+    def allocate(self, nbytes: int) -> torch.Tensor:
+        try:
+            return torch.empty(nbytes, dtype=torch.uint8, device=self.device)
+        except torch.OutOfMemoryError as error:
+            free, total = torch.cuda.mem_get_info(self.device)
+            raise BackendError(
+                f"{self.device}: {nbytes} bytes of device memory were refused, {free} of {total} "
+                f"are free: lower vram ({error})"
+            ) from None
+
+    def event(self) -> torch.cuda.Event:
+        return torch.cuda.Event()  # type: ignore[no-untyped-call]
+
+    def pin(self, memory: np.ndarray) -> str | None:
+        try:
+            with self._cupy.cuda.Device(self.device.index):
+                self._runtime.hostRegister(memory.ctypes.data, memory.nbytes, 0)
+        except self._runtime.CUDARuntimeError as error:
+            return None if error.status == _ALREADY_REGISTERED else str(error)
+        return None
+
+    def unpin(self, memory: np.ndarray) -> None:
+        with self._cupy.cuda.Device(self.device.index):
+            self._runtime.hostUnregister(memory.ctypes.data)
+
+    def enter_thread(self) -> None:
+        torch.cuda.set_device(self.device)
+
+    def copy(self, destination: torch.Tensor, source: np.ndarray) -> None:
+        assert source.nbytes <= destination.numel()
+        self._runtime.memcpyAsync(
+            destination.data_ptr(),
+            source.ctypes.data,
+            source.nbytes,
+            _HOST_TO_DEVICE,
+            self.copy_stream.cuda_stream,
+        )
+
+    def record_copy(self, event: torch.cuda.Event) -> None:
+        event.record(self.copy_stream)
+
+    def await_in_copy(self, event: torch.cuda.Event) -> None:
+        self.copy_stream.wait_event(event)
+
+    def compute_stream(self) -> Hashable:
+        return torch.cuda.current_stream(self.device).cuda_stream
+
+    def record_compute(self, event: torch.cuda.Event) -> None:
+        event.record(torch.cuda.current_stream(self.device))
+
+    def await_in_compute(self, event: torch.cuda.Event) -> None:
+        torch.cuda.current_stream(self.device).wait_event(event)
+
+    def synchronize(self, event: torch.cuda.Event) -> None:
+        event.synchronize()
+
+    def drain(self) -> None:
+        torch.cuda.synchronize(self.device)
