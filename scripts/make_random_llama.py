@@ -1,7 +1,8 @@
 """Write a Llama-shaped checkpoint of random bf16 weights, for benchmarks of size and speed.
 
     python scripts/make_random_llama.py OUT                        Llama-2-7B's layers, ten of them
-    python scripts/make_random_llama.py OUT --layers 2 --hidden 64 --intermediate 172 --heads 4
+    python scripts/make_random_llama.py OUT --layers 2 --hidden 64 --intermediate 172 --heads 4 \
+        --vocab 512
 
 Weights are normal with standard deviation 0.02, as at initialisation: what a codec or a disk sees
 of them is what it sees of a trained model, their text is noise. One layer is in memory at a time.
@@ -14,6 +15,8 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
 
 INDEX = "model.safetensors.index.json"
 STD = 0.02
@@ -72,6 +75,19 @@ def shards(args: argparse.Namespace) -> list[dict[str, tuple[int, ...]]]:
     return [first, *layers, last]
 
 
+def write_tokenizer(out: Path, vocab: int) -> None:
+    """Write a tokenizer whose tokens are bytes, for loaders that want one."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    names = ["<pad>", "<s>", "</s>", *alphabet, *(f"<unused{at}>" for at in range(vocab))]
+    tokens = {name: at for at, name in enumerate(names[:vocab])}
+    model = Tokenizer(models.BPE(vocab=tokens, merges=[]))
+    model.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    model.decoder = decoders.ByteLevel()
+    PreTrainedTokenizerFast(
+        tokenizer_object=model, pad_token="<pad>", bos_token="<s>", eos_token="</s>"
+    ).save_pretrained(out)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
@@ -102,6 +118,7 @@ def main() -> None:
     index = {"metadata": {"total_size": total}, "weight_map": weight_map}
     (args.out / INDEX).write_text(json.dumps(index, indent=2))
     (args.out / "config.json").write_text(json.dumps(config(args), indent=2))
+    write_tokenizer(args.out, args.vocab)
     print(f"{args.out}: {total / 1e9:.2f} GB in {len(parts)} shards")
 
 

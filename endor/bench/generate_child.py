@@ -213,7 +213,8 @@ def _accelerate_disk(job: Job) -> tuple[Any, Callable[[], dict[str, Any]]]:
         device_map=job["device_map"],
         offload_folder=str(Path(job["work"], "accelerate-offload")),
     )
-    tiers = [str(device) for device in model.hf_device_map.values()]
+    # Without a disk entry transformers attaches no map.
+    tiers = [str(device) for device in getattr(model, "hf_device_map", {}).values()]
     note = f"{tiers.count('disk')} of {len(tiers)} modules on disk"
     return model, lambda: {"note": note}
 

@@ -3,7 +3,8 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from endor.bench.plot import _figure, _save
+from endor.bench.generate import GenerateRecord
+from endor.bench.plot import Bar, _figure, _save, bars
 from endor.errors import ConfigError
 from endor.offload.planner import Plan
 from endor.offload.units import Unit
@@ -59,4 +60,25 @@ def placement(units: Sequence[Unit], plan: Plan, path: Path) -> None:
     _save(figure, path)
 
 
-__all__ = ["COLOURS", "LABELS", "placement"]
+def comparison(records: Sequence[GenerateRecord], path: Path) -> None:
+    """Draw the tokens per second of each system; errors as for `placement`."""
+    shown = [record for record in records if record.decode_s and record.system != "raw"]
+    if not shown:
+        raise ConfigError("nothing to plot: no system was measured")
+    first = shown[0]
+    entries = [
+        Bar(
+            record.system,
+            record.tokens_per_s,
+            record.system.startswith("endor"),
+            f"{record.tokens_per_s:.3g} ({record.tokens_per_s / shown[-1].tokens_per_s:.2f}x)",
+        )
+        for record in shown
+    ]
+    bars(
+        entries,
+        path,
+        title=f"{first.model}, {first.ram_bytes / 1e9:.2f} GB of memory, {first.page_cache} cache",
+        axis=f"tokens/s, batch {first.batch} (x: against {shown[-1].system})",
+        footnote=f"{first.environment.device}, {first.threads} threads",
+    )

@@ -1,0 +1,38 @@
+"""`endor bench hw`: what this machine can do."""
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+
+import click
+
+from endor.cli.tables import table
+
+
+@click.command("hw")
+@click.option(
+    "--path",
+    type=click.Path(exists=True, path_type=Path),
+    help="A packed checkpoint or file: its disk is measured too.",
+)
+@click.option(
+    "--dtype", type=click.Choice(["BF16", "F16", "F32"]), default="BF16", show_default=True
+)
+@click.option("--remeasure", is_flag=True, help="Measure again what is remembered.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+def hw_command(path: Path | None, dtype: str, remeasure: bool, as_json: bool) -> None:
+    """Measure the constants that plans are made of.
+
+    They are remembered until the machine, its thread count or the kernels change.
+    """
+    from endor.bench.hw import constants, hw
+    from endor.offload import hardware
+
+    machine, disk = hw(dtype, path, refresh=remeasure)
+    if as_json:
+        found = {"machine": machine.to_dict(), "disk": asdict(disk) if disk else None}
+        click.echo(json.dumps(found, indent=2))
+        return
+    rows = [[item.name, f"{item.value:.4g}", item.unit] for item in constants(machine, disk)]
+    click.echo(table([f"{machine.dtype}, {machine.threads} threads", "", "unit"], rows))
+    click.echo(f"\nremembered in {hardware.cache_path()}")

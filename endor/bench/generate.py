@@ -1,0 +1,389 @@
+"""Generation compared: Endor against other ways to run a model that does not fit.
+
+Every system runs in child processes of its own, with the same prompt, threads and memory budget, in
+rounds that alternate between the systems; the machine's drift then hits all alike. Systems that
+promise the dense model's bits must produce the same logits, bit for bit, or the record says so.
+
+Cold means that before every step the files are dropped from the page cache, outside the time, and
+the kernel is asked what is left of them. That stands for a model much larger than memory, whose
+pages are always evicted before they are needed again.
+"""
+
+import json
+import os
+import random
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from endor.bench.records import Environment, environment
+from endor.errors import BackendError, ConfigError
+from endor.hf.outline import Outline, outline
+from endor.offload import hardware
+from endor.offload.hardware import Disk, Machine
+from endor.offload.planner import Plan, Workload, plan
+
+PEERS = ("accelerate-disk", "accelerate-cpu", "airllm", "dense")
+CHILD_TIMEOUT_S = 3600
+
+Progress = Callable[[str], None]
+
+
+@dataclass(frozen=True, slots=True)
+class GenerateCase:
+    """Settings of the comparison.
+
+    Attributes:
+        packed: The packed checkpoint.
+        dense: The same weights as an ordinary checkpoint; needed by the peers.
+        ram_bytes: Memory budget of every system.
+        against: Peers to run.
+        fast: Also run Endor with the direct product, which is not bit-exact.
+        cold: Drop the files from the page cache before each step.
+        prompt_tokens: Length of the prompt, random tokens.
+        tokens: Tokens to generate.
+        batch: Sequences, all the same.
+        rounds: Processes per system.
+        threads: CPU threads of every system.
+        cap: Forbid each child more private memory than the budget and a fixed allowance.
+        verify: Let Endor check each record when it is first read.
+        work: Directory for what peers write (AirLLM its split copy of the checkpoint).
+        airllm_python: Interpreter that has AirLLM; this one when omitted.
+        report: Where Endor's last round writes its HTML report.
+    """
+
+    packed: Path
+    dense: Path | None
+    ram_bytes: int
+    against: tuple[str, ...] = ()
+    fast: bool = True
+    cold: bool = True
+    prompt_tokens: int = 16
+    tokens: int = 6
+    batch: int = 1
+    rounds: int = 3
+    threads: int = 0
+    cap: bool = True
+    verify: bool = True
+    work: Path | None = None
+    airllm_python: str | None = None
+    report: Path | None = None
+
+    def check(self) -> None:
+        """Raise `ConfigError` unless the settings make sense."""
+        unknown = [name for name in self.against if name not in PEERS]
+        if unknown:
+            raise ConfigError(
+                f"--against: unknown {', '.join(unknown)}; known are {', '.join(PEERS)}"
+            )
+        if self.against and self.dense is None:
+            raise ConfigError(
+                "--against needs --dense DIR, the same weights as an ordinary checkpoint: "
+                "make it with `endor unpack`"
+            )
+        if min(self.prompt_tokens, self.batch, self.rounds) < 1 or self.tokens < 2:
+            raise ConfigError("prompt, batch and rounds must be at least 1, tokens at least 2")
+
+
+@dataclass(frozen=True, slots=True)
+class GenerateRecord:
+    """One system's generation.
+
+    Attributes:
+        system: `endor`, `endor-direct`, `raw` (plain reads of the streamed bytes), or a peer.
+        model: Name of the packed checkpoint.
+        page_cache: `cold` or `warm`.
+        cached_share: Largest part of the files found in the page cache before a decode step.
+        ram_bytes: Budget.
+        cap_bytes: Limit on private memory that the kernel enforced in the last round; 0 for none.
+        batch, prompt_tokens, tokens, threads, rounds: As in `GenerateCase`.
+        load_s: Median time to load.
+        prefill_s: Median first step.
+        decode_s: Median decode step, over all rounds.
+        decode_p20, decode_p80: Percentiles of the same.
+        predicted_decode_s, predicted_prefill_s: Of the plan; 0 for the peers.
+        disk_bytes_per_step: What the system asked the disk for, per step.
+        anonymous_peak_bytes: Largest private memory in use.
+        equal: Whether tokens and all logits have the bits of the reference: the first exact system.
+        same_tokens: Whether the tokens are those of the reference.
+        missing: Why there are no figures; empty when there are.
+        note: A condition that the reader must know.
+        environment: Where it was measured.
+    """
+
+    system: str
+    model: str
+    page_cache: str
+    ram_bytes: int
+    batch: int
+    prompt_tokens: int
+    tokens: int
+    threads: int
+    rounds: int
+    environment: Environment
+    cached_share: float = 0.0
+    cap_bytes: int = 0
+    load_s: float = 0.0
+    prefill_s: float = 0.0
+    decode_s: float = 0.0
+    decode_p20: float = 0.0
+    decode_p80: float = 0.0
+    predicted_decode_s: float = 0.0
+    predicted_prefill_s: float = 0.0
+    disk_bytes_per_step: float = 0.0
+    anonymous_peak_bytes: int = 0
+    equal: bool | None = None
+    same_tokens: bool | None = None
+    missing: str = ""
+    note: str = ""
+
+    @property
+    def tokens_per_s(self) -> float:
+        return self.batch / self.decode_s if self.decode_s else 0.0
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return every field and the derived rate, ready for JSON."""
+        return asdict(self) | {"tokens_per_s": self.tokens_per_s}
+
+
+@dataclass(slots=True)
+class _System:
+    """A system to run, and what its rounds returned."""
+
+    name: str
+    job: dict[str, Any]
+    python: str = sys.executable
+    predicted: Plan | None = None
+    results: list[dict[str, Any]] = field(default_factory=list)
+    missing: str = ""
+
+
+def generate(case: GenerateCase, progress: Progress | None = None) -> list[GenerateRecord]:
+    """Run the comparison and return one record per system, Endor's first.
+
+    Raises:
+        ConfigError: A setting makes no sense.
+        BudgetError: The budget cannot hold what Endor needs.
+        BackendError: Endor itself failed.
+    """
+    case.check()
+    say = progress or (lambda text: None)
+    say("outline and machine")
+    found = outline(case.packed)
+    import torch
+
+    threads = case.threads or torch.get_num_threads()
+    torch.set_num_threads(threads)
+    machine = hardware.machine(found.dtype)
+    disk = hardware.disk(case.packed, refresh=True)
+    with tempfile.TemporaryDirectory(dir=case.work, prefix="endor-bench-") as work:
+        systems = list(_systems(case, found, machine, disk, threads, work))
+        for number in range(case.rounds):
+            for system in systems:
+                if not system.missing:
+                    say(f"round {number + 1}/{case.rounds}: {system.name}")
+                    _run(system, last=number == case.rounds - 1)
+    return _records(case, systems, threads)
+
+
+def _systems(
+    case: GenerateCase,
+    found: Outline,
+    machine: Machine,
+    disk: Disk,
+    threads: int,
+    work: str,
+) -> list[_System]:
+    packed = sorted(case.packed.glob("endor-*.safetensors"))
+    vocab = found.shape.vocab
+    base: dict[str, Any] = {
+        "prompt": random.Random(0).choices(range(3, vocab), k=case.prompt_tokens),
+        "tokens": case.tokens,
+        "batch": case.batch,
+        "threads": threads,
+        "cold": case.cold,
+        "ram_bytes": case.ram_bytes,
+        "cap": case.cap,
+        "work": work,
+    }
+    out = []
+    for name, product in (("endor", "exact"), ("endor-direct", "direct")):
+        if product == "direct" and not case.fast:
+            continue
+        workload = Workload(
+            case.batch,
+            case.prompt_tokens,
+            case.prompt_tokens + case.tokens,
+            product,  # type: ignore[arg-type]
+        )
+        chosen = plan(
+            found.units, found.shape, machine, disk, ram_bytes=case.ram_bytes, workload=workload
+        )
+        job = base | {
+            "system": "endor",
+            "name": name,
+            "path": str(case.packed),
+            "files": [str(path) for path in packed],
+            "exact": product == "exact",
+            "tiers": dict(chosen.placement.tiers),
+            "staging_bytes": chosen.placement.staging_bytes,
+            "verify": case.verify,
+            "predicted": {
+                "decode_s": chosen.decode.seconds,
+                "prefill_s": chosen.prefill.seconds,
+            },
+        }
+        if case.report is not None:
+            stem = case.report.with_name(f"{case.report.stem}-{name}{case.report.suffix}")
+            job["report_at_end"] = str(case.report if name == "endor" else stem)
+        out.append(_System(name, job, predicted=chosen))
+    streamed = int(out[0].predicted.decode.disk_bytes) if out[0].predicted else 0
+    if streamed and case.cold:
+        job = base | {
+            "system": "raw",
+            "name": "raw",
+            "files": [str(path) for path in packed],
+            "nbytes": streamed,
+        }
+        out.append(_System("raw", job))
+    for name in case.against:
+        out.append(_peer(case, name, base))
+    return out
+
+
+def _peer(case: GenerateCase, name: str, base: Mapping[str, Any]) -> _System:
+    assert case.dense is not None
+    files = sorted(case.dense.glob("*.safetensors"))
+    job = dict(base) | {
+        "system": name,
+        "name": name,
+        "path": str(case.dense),
+        "files": [str(path) for path in files],
+    }
+    size = sum(path.stat().st_size for path in files)
+    system = _System(name, job)
+    if name in ("dense", "accelerate-cpu"):
+        job["cap"] = job["cap"] and size <= case.ram_bytes
+        if size > case.ram_bytes:
+            system.missing = (
+                f"{size / 1e9:.2f} GB of dense weights exceed the budget of "
+                f"{case.ram_bytes / 1e9:.2f} GB"
+            )
+    elif name == "accelerate-disk":
+        job["device_map"] = device_map(case.dense, case.ram_bytes)
+    elif name == "airllm":
+        system.python = case.airllm_python or sys.executable
+        job["cap"] = False  # its splitting step needs more than its running
+    return system
+
+
+def device_map(dense: Path, ram_bytes: int) -> dict[str, str]:
+    """Return accelerate's own placement of a dense checkpoint: RAM up to the budget, then disk.
+
+    Layers are given away in order, as `device_map="auto"` does with `max_memory`; half a gigabyte
+    of the budget, at most half of it, stays free for the tensor that is being read.
+    """
+    import accelerate
+    import torch
+    import transformers
+
+    config = transformers.AutoConfig.from_pretrained(dense)
+    with torch.device("meta"):
+        model = transformers.AutoModelForCausalLM.from_config(config)
+    room = max(ram_bytes - (512 << 20), ram_bytes // 2)
+    found = accelerate.infer_auto_device_map(
+        model,
+        max_memory={"cpu": room},
+        no_split_module_classes=model._no_split_modules,
+        dtype=config.dtype or torch.bfloat16,
+    )
+    return {name: str(device) for name, device in found.items()}
+
+
+def _run(system: _System, *, last: bool) -> None:
+    """Run one child and keep its result, or why there is none."""
+    job = dict(system.job)
+    if last and "report_at_end" in job:
+        job["report"] = job["report_at_end"]
+    root = str(Path(__file__).resolve().parents[2])
+    paths = [root, *filter(None, [os.environ.get("PYTHONPATH")])]
+    ran = subprocess.run(
+        [system.python, "-m", "endor.bench.generate_child"],
+        input=json.dumps(job),
+        capture_output=True,
+        text=True,
+        timeout=CHILD_TIMEOUT_S,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(paths)},
+        check=False,
+    )
+    lines = ran.stdout.strip().splitlines()
+    result = json.loads(lines[-1]) if lines else {"error": _tail(ran.stderr, ran.returncode)}
+    if "error" in result:
+        system.missing = result["error"]
+    else:
+        system.results.append(result)
+    if system.missing and system.job["system"] in ("endor", "raw"):
+        raise BackendError(f"{system.name} failed: {system.missing}")
+
+
+def _tail(text: str, code: int) -> str:
+    return f"exit {code}: {(text.strip().splitlines() or ['nothing said'])[-1][:500]}"
+
+
+def _records(case: GenerateCase, systems: Sequence[_System], threads: int) -> list[GenerateRecord]:
+    reference = next((s for s in systems if s.results and s.name == "dense"), systems[0])
+    return [_record(case, system, reference, threads) for system in systems]
+
+
+def _record(
+    case: GenerateCase, system: _System, reference: _System, threads: int
+) -> GenerateRecord:
+    fixed: dict[str, Any] = {
+        "system": system.name,
+        "model": case.packed.name,
+        "page_cache": "cold" if case.cold else "warm",
+        "ram_bytes": case.ram_bytes,
+        "batch": case.batch,
+        "prompt_tokens": case.prompt_tokens,
+        "tokens": case.tokens,
+        "threads": threads,
+        "rounds": len(system.results),
+        "environment": environment(),
+        "missing": system.missing,
+    }
+    if not system.results:
+        return GenerateRecord(**fixed)
+    results = system.results
+    decode = sorted(step for result in results for step in result["steps_s"][1:])
+    shares = [share for result in results for share in result["cached_share"][1:]]
+    predicted = system.predicted
+    record: dict[str, Any] = {
+        "cached_share": max(shares, default=0.0),
+        "load_s": median(result["load_s"] for result in results),
+        "prefill_s": median(result["steps_s"][0] for result in results),
+        "decode_s": median(decode),
+        "decode_p20": decode[int(0.2 * (len(decode) - 1))],
+        "decode_p80": decode[int(0.8 * (len(decode) - 1) + 0.5)],
+        "predicted_decode_s": predicted.decode.seconds if predicted else 0.0,
+        "predicted_prefill_s": predicted.prefill.seconds if predicted else 0.0,
+        "cap_bytes": results[-1].get("cap_bytes", 0),
+        "anonymous_peak_bytes": max(r.get("anonymous_peak_bytes", 0) for r in results),
+        "disk_bytes_per_step": median(
+            result.get("device_read_bytes", 0) / case.tokens for result in results
+        ),
+        "note": results[-1].get("note", ""),
+    }
+    if system.name == "raw":
+        record["disk_bytes_per_step"] = float(system.job["nbytes"])
+    else:
+        truth = reference.results[0]
+        record["same_tokens"] = all(r["tokens"] == truth["tokens"] for r in results)
+        record["equal"] = record["same_tokens"] and all(
+            r["logits"] == truth["logits"] for r in results
+        )
+    return GenerateRecord(**fixed, **record)
