@@ -1,2 +1,349 @@
+/* AVX2 kernels (with BMI2, FMA, F16C): elements are placed and gathered eight at a time by byte shuffles whose control
+ * comes from a table indexed by eight bitmap bits. Splitting into planes and the histogram stay portable code. */
 #include "endor.h"
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#include <pthread.h>
+
+#define TARGET __attribute__((target("avx2,bmi,bmi2,fma,f16c,popcnt")))
+#define INLINE static inline __attribute__((always_inline))
+
+/* For eight bitmap bits: where each of eight places finds its element (0x80: nowhere), and the inverse. As bytes, and
+ * as the two bytes of 16-bit elements. */
+static struct {
+    uint64_t place[256], gather[256];
+    uint8_t place16[256][16], gather16[256][16];
+} tables ENDOR_ALIGNED;
+
+static void fill_tables(void) {
+    for (int m = 0; m < 256; m++) {
+        uint8_t place[8], gather[8];
+        int k = 0;
+        memset(gather, 0x80, 8);
+        for (int i = 0; i < 8; i++) {
+            place[i] = 0x80;
+            if (m >> i & 1) place[i] = (uint8_t)k, gather[k++] = (uint8_t)i;
+        }
+        memcpy(&tables.place[m], place, 8);
+        memcpy(&tables.gather[m], gather, 8);
+        for (int i = 0; i < 16; i++) {
+            tables.place16[m][i] = place[i / 2] & 0x80 ? 0x80 : (uint8_t)(2 * place[i / 2] + (i & 1));
+            tables.gather16[m][i] = gather[i / 2] & 0x80 ? 0x80 : (uint8_t)(2 * gather[i / 2] + (i & 1));
+        }
+    }
+}
+
+INLINE TARGET __m128i load128(const void *p) { return _mm_loadu_si128(p); }
+INLINE TARGET __m256i load256(const void *p) { return _mm256_loadu_si256(p); }
+INLINE TARGET uint32_t count(uint64_t m) { return (uint32_t)_mm_popcnt_u64(m); }
+
+INLINE TARGET void store128(void *p, __m128i x, int streaming) {
+    if (streaming) _mm_stream_si128(p, x);
+    else _mm_storeu_si128(p, x);
+}
+
+INLINE TARGET uint32_t expand8_of(const uint8_t *bitmap, const uint8_t *v, uint8_t *out, int streaming) {
+    const uint8_t *v0 = v;
+    for (int i = 0; i < ENDOR_TILE / 8; i += 2) {
+        uint32_t a = bitmap[i], b = bitmap[i + 1], n = count(a);
+        /* 0x80 entries keep their top bit: n is at most 8 */
+        uint64_t second = tables.place[b] + 0x0101010101010101u * n;
+        __m128i control = _mm_set_epi64x((long long)second, (long long)tables.place[a]);
+        store128(out + 8 * i, _mm_shuffle_epi8(load128(v), control), streaming);
+        v += n + count(b);
+    }
+    return (uint32_t)(v - v0);
+}
+
+INLINE TARGET uint32_t expand16_of(const uint8_t *bitmap, const uint16_t *v, uint16_t *out, int streaming) {
+    const uint16_t *v0 = v;
+    for (int i = 0; i < ENDOR_TILE / 8; i++) {
+        uint32_t m = bitmap[i];
+        store128(out + 8 * i, _mm_shuffle_epi8(load128(v), load128(tables.place16[m])), streaming);
+        v += count(m);
+    }
+    return (uint32_t)(v - v0);
+}
+
+INLINE TARGET uint32_t expand32_of(const uint8_t *bitmap, const uint32_t *v, uint32_t *out, int streaming) {
+    const uint32_t *v0 = v;
+    for (int i = 0; i < ENDOR_TILE / 8; i++) {
+        uint32_t m = bitmap[i];
+        __m256i index = _mm256_cvtepi8_epi32(_mm_cvtsi64_si128((long long)tables.place[m]));
+        __m256i x = _mm256_permutevar8x32_epi32(load256(v), index);
+        x = _mm256_andnot_si256(_mm256_srai_epi32(index, 31), x);
+        if (streaming) _mm256_stream_si256((__m256i *)(out + 8 * i), x);
+        else _mm256_storeu_si256((__m256i *)(out + 8 * i), x);
+        v += count(m);
+    }
+    return (uint32_t)(v - v0);
+}
+
+#define EXPAND(BITS)                                                                                              \
+    static TARGET uint32_t expand##BITS(const uint8_t *bitmap, const void *v, void *out, int streaming) {         \
+        return streaming ? expand##BITS##_of(bitmap, v, out, 1) : expand##BITS##_of(bitmap, v, out, 0);           \
+    }
+EXPAND(8)
+EXPAND(16)
+EXPAND(32)
+
+/* Bit i of `bits` set: byte i = 0xff. */
+INLINE TARGET __m256i bytes_of_bits(uint32_t bits) {
+    const __m256i which = _mm256_setr_epi64x(0, 0x0101010101010101, 0x0202020202020202, 0x0303030303030303);
+    const __m256i select = _mm256_set1_epi64x((long long)0x8040201008040201u);
+    __m256i x = _mm256_shuffle_epi8(_mm256_set1_epi32((int)bits), which);
+    return _mm256_cmpeq_epi8(_mm256_and_si256(x, select), select);
+}
+
+/* The bit planes of 32 stored elements from 32 * half of plane word w on. */
+INLINE TARGET __m256i high_bytes(const endor_stream *s, uint64_t w, uint64_t half) {
+    __m256i c = _mm256_setzero_si256();
+    for (int j = 0; j < s->bit_planes; j++) {
+        __m256i bits = bytes_of_bits(load32(s->planes + (uint64_t)j * s->plane_stride + 8 * w + 4 * half));
+        c = _mm256_or_si256(c, _mm256_and_si256(bits, _mm256_set1_epi8((char)(1 << j))));
+    }
+    return c;
+}
+
+typedef struct {
+    __m256i mantissa, sign, exponent, base;
+    __m128i sign_shift, rest_shift, mantissa_shift;
+} joiner;
+
+#define JOINER(BITS, SET1)                                                                                        \
+    {.mantissa = SET1((1u << s->mantissa_bits) - 1),                                                              \
+     .sign = SET1(1u << (BITS - 1)),                                                                              \
+     .exponent = SET1(((1u << s->exponent_bits) - 1) << s->mantissa_bits),                                        \
+     .base = SET1(s->base),                                                                                       \
+     .sign_shift = _mm_cvtsi32_si128(BITS - 1 - s->mantissa_bits),                                                \
+     .rest_shift = _mm_cvtsi32_si128(s->rest_bits),                                                               \
+     .mantissa_shift = _mm_cvtsi32_si128(s->mantissa_bits)}
+
+#define JOIN(BITS)                                                                                                \
+    INLINE TARGET __m256i join##BITS(const joiner *j, __m256i w) {                                                \
+        __m256i e = _mm256_add_epi##BITS(_mm256_srl_epi##BITS(w, j->rest_shift), j->base);                        \
+        e = _mm256_and_si256(_mm256_sll_epi##BITS(e, j->mantissa_shift), j->exponent);                            \
+        __m256i sign = _mm256_and_si256(_mm256_sll_epi##BITS(w, j->sign_shift), j->sign);                         \
+        return _mm256_or_si256(_mm256_or_si256(e, sign), _mm256_and_si256(w, j->mantissa));                       \
+    }
+JOIN(16)
+JOIN(32)
+
+/* a and b interleaved, in order, `unit` bits at a time: unpack works within 128-bit lanes. */
+#define INTERLEAVE(unit, a, b, first, second)                                                                     \
+    {                                                                                                             \
+        __m256i l_ = _mm256_unpacklo_epi##unit(a, b), h_ = _mm256_unpackhi_epi##unit(a, b);                       \
+        first = _mm256_permute2x128_si256(l_, h_, 0x20);                                                          \
+        second = _mm256_permute2x128_si256(l_, h_, 0x31);                                                         \
+    }
+
+static TARGET void stream(const endor_stream *s, uint64_t word, uint64_t words, void *buf) {
+    const joiner j16 = JOINER(16, _mm256_set1_epi16), j32 = JOINER(32, _mm256_set1_epi32);
+    for (uint64_t i = 0; i < 2 * words; i++) {
+        uint64_t at = 64 * word + 32 * i;
+        __m256i high = high_bytes(s, word + i / 2, i & 1), a, b;
+        if (s->itemsize == 1) {
+            uint8_t w[32], *out = (uint8_t *)buf + 32 * i;
+            _mm256_storeu_si256((__m256i *)w, high);
+            for (int k = 0; k < 32; k++) out[k] = s->lut[w[k]];
+        } else if (s->itemsize == 2) {
+            __m256i *out = (__m256i *)buf + 2 * i;
+            INTERLEAVE(8, load256(s->bytes + at), high, a, b)
+            _mm256_store_si256(out, join16(&j16, a));
+            _mm256_store_si256(out + 1, join16(&j16, b));
+        } else {
+            __m256i *out = (__m256i *)buf + 4 * i, c, d, x, y;
+            INTERLEAVE(8, load256(s->bytes + at), load256(s->bytes + s->byte_stride + at), a, b)
+            INTERLEAVE(8, load256(s->bytes + 2 * s->byte_stride + at), high, c, d)
+            INTERLEAVE(16, a, c, x, y)
+            _mm256_store_si256(out, join32(&j32, x));
+            _mm256_store_si256(out + 1, join32(&j32, y));
+            INTERLEAVE(16, b, d, x, y)
+            _mm256_store_si256(out + 2, join32(&j32, x));
+            _mm256_store_si256(out + 3, join32(&j32, y));
+        }
+    }
+}
+
+INLINE TARGET uint32_t nonzero8(const uint8_t *s) { /* of 32 elements */
+    return ~(uint32_t)_mm256_movemask_epi8(_mm256_cmpeq_epi8(load256(s), _mm256_setzero_si256()));
+}
+
+INLINE TARGET uint32_t nonzero16(const uint16_t *s) {
+    const __m256i zero = _mm256_setzero_si256();
+    __m256i a = _mm256_cmpeq_epi16(load256(s), zero), b = _mm256_cmpeq_epi16(load256(s + 16), zero);
+    __m256i x = _mm256_permute4x64_epi64(_mm256_packs_epi16(a, b), 0xd8);
+    return ~(uint32_t)_mm256_movemask_epi8(x);
+}
+
+INLINE TARGET uint32_t nonzero32(const uint32_t *s) {
+    uint32_t m = 0;
+    for (int i = 0; i < 4; i++) {
+        __m256i x = _mm256_cmpeq_epi32(load256(s + 8 * i), _mm256_setzero_si256());
+        m |= (uint32_t)_mm256_movemask_ps(_mm256_castsi256_ps(x)) << 8 * i;
+    }
+    return ~m;
+}
+
+#define SCAN(BITS)                                                                                                \
+    static TARGET uint32_t scan##BITS(const void *src, uint8_t *bitmap) {                                         \
+        uint32_t total = 0;                                                                                       \
+        for (int i = 0; i < ENDOR_TILE / 32; i++) {                                                               \
+            uint32_t m = nonzero##BITS((const uint##BITS##_t *)src + 32 * i);                                     \
+            store32(bitmap + 4 * i, m);                                                                           \
+            total += count(m);                                                                                    \
+        }                                                                                                         \
+        return total;                                                                                             \
+    }
+SCAN(8)
+SCAN(16)
+SCAN(32)
+
+static TARGET uint32_t compress8(const uint8_t *bitmap, const void *src, void *dst) {
+    uint8_t *d = dst;
+    for (int i = 0; i < ENDOR_TILE / 8; i++) {
+        uint32_t m = bitmap[i];
+        __m128i x = _mm_loadl_epi64((const __m128i *)((const uint8_t *)src + 8 * i));
+        _mm_storel_epi64((__m128i *)d, _mm_shuffle_epi8(x, _mm_cvtsi64_si128((long long)tables.gather[m])));
+        d += count(m);
+    }
+    return (uint32_t)(d - (uint8_t *)dst);
+}
+
+static TARGET uint32_t compress16(const uint8_t *bitmap, const void *src, void *dst) {
+    uint16_t *d = dst;
+    for (int i = 0; i < ENDOR_TILE / 8; i++) {
+        uint32_t m = bitmap[i];
+        __m128i x = load128((const uint16_t *)src + 8 * i);
+        _mm_storeu_si128((__m128i *)d, _mm_shuffle_epi8(x, load128(tables.gather16[m])));
+        d += count(m);
+    }
+    return (uint32_t)(d - (uint16_t *)dst);
+}
+
+static TARGET uint32_t compress32(const uint8_t *bitmap, const void *src, void *dst) {
+    uint32_t *d = dst;
+    for (int i = 0; i < ENDOR_TILE / 8; i++) {
+        uint32_t m = bitmap[i];
+        __m256i index = _mm256_cvtepu8_epi32(_mm_cvtsi64_si128((long long)tables.gather[m]));
+        __m256i x = load256((const uint32_t *)src + 8 * i);
+        _mm256_storeu_si256((__m256i *)d, _mm256_permutevar8x32_epi32(x, index));
+        d += count(m);
+    }
+    return (uint32_t)(d - (uint32_t *)dst);
+}
+
+static TARGET void copy_streaming(void *dst, const void *src, size_t nbytes) {
+    uint8_t *d = dst;
+    const uint8_t *s = src;
+    size_t head = (size_t)(-(uintptr_t)d & 63);
+    if (head > nbytes) head = nbytes;
+    memcpy(d, s, head);
+    d += head, s += head, nbytes -= head;
+    for (; nbytes >= 128; nbytes -= 128, d += 128, s += 128) {
+        __m256i a = load256(s), b = load256(s + 32), c = load256(s + 64), e = load256(s + 96);
+        _mm256_stream_si256((__m256i *)d, a);
+        _mm256_stream_si256((__m256i *)(d + 32), b);
+        _mm256_stream_si256((__m256i *)(d + 64), c);
+        _mm256_stream_si256((__m256i *)(d + 96), e);
+    }
+    memcpy(d, s, nbytes);
+}
+
+static TARGET uint64_t read_words(const void *src, size_t nbytes) {
+    const uint8_t *s = src;
+    __m256i sum[4] = {_mm256_setzero_si256(), _mm256_setzero_si256(), _mm256_setzero_si256(), _mm256_setzero_si256()};
+    for (size_t i = 0; i + 128 <= nbytes; i += 128) {
+        for (int j = 0; j < 4; j++) sum[j] = _mm256_xor_si256(sum[j], load256(s + i + 32 * j));
+    }
+    sum[0] = _mm256_xor_si256(_mm256_xor_si256(sum[0], sum[1]), _mm256_xor_si256(sum[2], sum[3]));
+    uint64_t words[4], total = 0;
+    _mm256_storeu_si256((__m256i *)words, sum[0]);
+    for (int i = 0; i < 4; i++) total ^= words[i];
+    for (size_t i = nbytes / 128 * 128; i + 8 <= nbytes; i += 8) total ^= load64(s + i);
+    return total;
+}
+
+static TARGET void fence(void) { _mm_sfence(); }
+
+INLINE TARGET __m256 floats_of(const uint8_t *w, uint64_t i, int kind) {
+    if (kind == ENDOR_X_F32) return _mm256_loadu_ps((const float *)(w + 4 * i));
+    __m128i x = load128(w + 2 * i);
+    if (kind == ENDOR_X_F16) return _mm256_cvtph_ps(x);
+    return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(x), 16));
+}
+
+INLINE TARGET void dot_of(const uint8_t *w, const endor_operand *x, uint64_t column, uint64_t len, float *acc, int kind) {
+    uint64_t whole = len / 16 * 16, itemsize = kind == ENDOR_X_F32 ? 4 : 2;
+    for (int b0 = 0; b0 < x->batch; b0 += 4) { /* eight sums fit the registers */
+        int batch = x->batch - b0 < 4 ? x->batch - b0 : 4;
+        const float *row[4];
+        __m256 sum[4][2];
+        for (int b = 0; b < 4; b++) {
+            int at = b0 + (b < batch ? b : 0);
+            row[b] = (const float *)x->x + (uint64_t)at * x->stride + column;
+            sum[b][0] = _mm256_loadu_ps(acc + 16 * at);
+            sum[b][1] = _mm256_loadu_ps(acc + 16 * at + 8);
+        }
+        if (batch == 1) {
+            for (uint64_t i = 0; i < whole; i += 16) {
+                sum[0][0] = _mm256_fmadd_ps(floats_of(w, i, kind), _mm256_loadu_ps(row[0] + i), sum[0][0]);
+                sum[0][1] = _mm256_fmadd_ps(floats_of(w, i + 8, kind), _mm256_loadu_ps(row[0] + i + 8), sum[0][1]);
+            }
+        } else {
+            for (uint64_t i = 0; i < whole; i += 16) {
+                __m256 w0 = floats_of(w, i, kind), w1 = floats_of(w, i + 8, kind);
+                for (int b = 0; b < 4; b++) {
+                    sum[b][0] = _mm256_fmadd_ps(w0, _mm256_loadu_ps(row[b] + i), sum[b][0]);
+                    sum[b][1] = _mm256_fmadd_ps(w1, _mm256_loadu_ps(row[b] + i + 8), sum[b][1]);
+                }
+            }
+        }
+        for (int b = 0; b < batch; b++) {
+            _mm256_storeu_ps(acc + 16 * (b0 + b), sum[b][0]);
+            _mm256_storeu_ps(acc + 16 * (b0 + b) + 8, sum[b][1]);
+        }
+    }
+    if (whole < len) endor_scalar_ops()->dot(w + whole * itemsize, x, column + whole, len - whole, acc);
+}
+
+static TARGET void dot(const void *w, const endor_operand *x, uint64_t column, uint64_t len, float *acc) {
+    if (x->weight == ENDOR_X_BF16) dot_of(w, x, column, len, acc, ENDOR_X_BF16);
+    else if (x->weight == ENDOR_X_F16) dot_of(w, x, column, len, acc, ENDOR_X_F16);
+    else dot_of(w, x, column, len, acc, ENDOR_X_F32);
+}
+
+static endor_ops ops = {
+    .name = "avx2",
+    .expand = {expand8, expand16, expand32},
+    .stream = stream,
+    .scan = {scan8, scan16, scan32},
+    .compress = {compress8, compress16, compress32},
+    .copy_streaming = copy_streaming,
+    .read = read_words,
+    .fence = fence,
+    .dot = dot,
+};
+
+static int supported;
+
+static void probe(void) {
+    supported = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("bmi2") && __builtin_cpu_supports("fma") &&
+                __builtin_cpu_supports("f16c") && __builtin_cpu_supports("popcnt");
+    ops.histogram = endor_scalar_ops()->histogram;
+    ops.split = endor_scalar_ops()->split;
+    fill_tables();
+}
+
+const endor_ops *endor_avx2_ops(void) {
+    static pthread_once_t once = PTHREAD_ONCE_INIT;
+    pthread_once(&once, probe);
+    return supported ? &ops : NULL;
+}
+
+#else
+
 const endor_ops *endor_avx2_ops(void) { return NULL; }
+
+#endif

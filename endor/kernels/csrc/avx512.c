@@ -1,4 +1,4 @@
-/* AVX-512 kernels: F, BW, VL, DQ, VBMI, VBMI2, GFNI; products of bf16 pairs where the CPU has BF16.
+/* AVX-512 kernels: F, BW, VL, DQ, VBMI, VBMI2; products of bf16 pairs where the CPU has BF16.
  *
  * Three habits, each measured against the obvious way:
  * - vpexpand and vpcompress in their register form, after a plain 64-byte load: the memory forms run at half the
@@ -11,12 +11,13 @@
 
 #if defined(__x86_64__)
 #include <immintrin.h>
+#include <pthread.h>
 
 #define TARGET                                                                                                    \
-    __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx512vbmi,avx512vbmi2,gfni,bmi,bmi2,popcnt")))
+    __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx512vbmi,avx512vbmi2,bmi,bmi2,popcnt")))
 #define TARGET_BF16                                                                                               \
     __attribute__((                                                                                               \
-        target("avx512f,avx512bw,avx512vl,avx512dq,avx512vbmi,avx512vbmi2,avx512bf16,gfni,bmi,bmi2,popcnt")))
+        target("avx512f,avx512bw,avx512vl,avx512dq,avx512vbmi,avx512vbmi2,avx512bf16,bmi,bmi2,popcnt")))
 /* Bytes ahead: hides the latency of DRAM. The non-temporal hint spares what else is in L1 (x, the tile). */
 #define PREFETCH 2048
 
@@ -652,17 +653,20 @@ static endor_ops ops = {
     .row_runs = row_runs,
 };
 
-const endor_ops *endor_avx512_ops(void) {
-    static const endor_ops *found;
-    if (found) return found;
-    if (!(__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-          __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
-          __builtin_cpu_supports("avx512vbmi") && __builtin_cpu_supports("avx512vbmi2") &&
-          __builtin_cpu_supports("gfni") && __builtin_cpu_supports("bmi2") && __builtin_cpu_supports("popcnt"))) {
-        return NULL;
-    }
+static int supported;
+
+static void probe(void) {
+    supported = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
+                __builtin_cpu_supports("avx512vbmi") && __builtin_cpu_supports("avx512vbmi2") &&
+                __builtin_cpu_supports("bmi2") && __builtin_cpu_supports("popcnt");
     ops.bf16_pairs = __builtin_cpu_supports("avx512bf16") != 0;
-    return found = &ops;
+}
+
+const endor_ops *endor_avx512_ops(void) {
+    static pthread_once_t once = PTHREAD_ONCE_INIT;
+    pthread_once(&once, probe);
+    return supported ? &ops : NULL;
 }
 
 #else
