@@ -1,0 +1,75 @@
+"""Which kernel runs, and what happens where none was compiled."""
+
+import numpy as np
+import pytest
+
+from endor import kernels
+from endor.codecs import DTYPES
+from endor.errors import BackendError, ConfigError
+from endor.kernels import dispatch, native
+
+
+def test_describe_names_what_runs(compiled: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ENDOR_KERNEL", compiled)
+    monkeypatch.setenv("ENDOR_THREADS", "3")
+    found = kernels.describe()
+    assert found["compiled"] is True
+    assert found["kernel"] == compiled
+    assert found["threads"] == 3
+    assert compiled in str(found["reason"])
+
+
+def test_auto_takes_the_best(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("ENDOR_KERNEL", raising=False)
+    monkeypatch.setattr(native, "available", lambda: ("scalar", "avx2"))
+    assert kernels.select() == native.KERNELS.index("avx2")
+
+
+def test_forced_and_impossible(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(native, "available", lambda: ("scalar",))
+    monkeypatch.setenv("ENDOR_KERNEL", "avx512")
+    with pytest.raises(BackendError, match="avx512"):
+        kernels.encode(np.ones(8, dtype=np.uint16), DTYPES["BF16"])
+    monkeypatch.setenv("ENDOR_KERNEL", "sse")
+    with pytest.raises(ConfigError, match="sse"):
+        kernels.select()
+
+
+def test_without_a_compiler(monkeypatch: pytest.MonkeyPatch, rng: np.random.Generator) -> None:
+    monkeypatch.delenv("ENDOR_KERNEL", raising=False)
+    monkeypatch.setattr(native, "load", lambda: (None, "no compiled library"))
+    monkeypatch.setattr(native, "available", lambda: ())
+    found = kernels.describe()
+    assert found["compiled"] is False
+    assert found["kernel"] == "numpy"
+    assert found["reason"] == "no compiled library"
+    bits = (rng.integers(0, 3, 3000) * 0x3F00).astype(np.uint16)
+    encoded = kernels.encode(bits, DTYPES["BF16"])
+    out = np.empty_like(bits)
+    assert np.array_equal(kernels.decode(encoded, out), bits)
+    with pytest.raises(BackendError, match="no compiled library"):
+        kernels.select("scalar")
+    with pytest.raises(BackendError, match="no compiled library"):
+        native.library()
+
+
+def test_thread_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("ENDOR_THREADS", raising=False)
+    assert 1 <= kernels.thread_count() <= dispatch.MAX_THREADS
+    assert kernels.thread_count(1000) == dispatch.MAX_THREADS
+    monkeypatch.setenv("ENDOR_THREADS", "5")
+    assert kernels.thread_count() == 5
+    assert kernels.thread_count(2) == 2
+    for text in ("0", "-1", "many"):
+        monkeypatch.setenv("ENDOR_THREADS", text)
+        with pytest.raises(ConfigError):
+            kernels.thread_count()
+
+
+def test_unknown_status() -> None:
+    with pytest.raises(MemoryError):
+        native.check(2)
+    with pytest.raises(BackendError):
+        native.check(3)
+    with pytest.raises(BackendError, match="99"):
+        native.check(99)

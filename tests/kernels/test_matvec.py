@@ -1,0 +1,152 @@
+"""Products straight from packed weights, against float64."""
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from endor import codecs, kernels
+from endor.codecs import DTYPES, DType
+from endor.errors import DTypeError, FormatError, ShapeError
+
+from .conftest import need
+
+KINDS = ["BF16", "F16", "F32"]
+
+
+def floats(bits: np.ndarray, item: DType) -> np.ndarray:
+    if bits.dtype == np.float32 or item.name == "F32":
+        return bits.view(np.float32).astype(np.float64)
+    if item.name == "F16":
+        return bits.view(np.float16).astype(np.float64)
+    return (bits.astype(np.uint32) << 16).view(np.float32).astype(np.float64)
+
+
+def rounded(values: np.ndarray, item: DType) -> np.ndarray:
+    single = values.astype(np.float32)
+    if item.name == "F32":
+        return single.view(np.uint32)
+    if item.name == "F16":
+        return single.astype(np.float16).view(np.uint16)
+    return (single.view(np.uint32) >> 16).astype(np.uint16)
+
+
+def weights(
+    rng: np.random.Generator, item: DType, rows: int, cols: int, density: float
+) -> np.ndarray:
+    values = rng.standard_normal((rows, cols))
+    values[rng.random((rows, cols)) >= density] = 0
+    return rounded(values, item)
+
+
+def assert_product(
+    encoded: codecs.Encoded, weight: np.ndarray, x: np.ndarray, **how: object
+) -> np.ndarray:
+    item = encoded.spec.dtype
+    rows, cols = weight.shape
+    out = np.full((x.shape[0], rows), np.nan, dtype=np.float32)
+    assert kernels.matvec(encoded, x, out, **how) is out  # type: ignore[arg-type]
+    exact = floats(x, item) @ floats(weight, item).T
+    scale = np.abs(floats(x, item)) @ np.abs(floats(weight, item)).T
+    bound = scale * 2.0**-24 * (cols / 16 + 16)
+    wrong = np.argwhere(~(np.abs(out - exact) <= bound))
+    assert not wrong.size, f"{encoded.spec} at {wrong[0]}"
+    return out
+
+
+@pytest.mark.parametrize("kernel", ["avx512", "avx2", "scalar", "numpy"])
+@settings(max_examples=60, deadline=None)
+@given(
+    seed=st.integers(0, 2**32 - 1),
+    name=st.sampled_from(KINDS),
+    rows=st.integers(0, 40),
+    cols=st.one_of(st.integers(0, 20).map(lambda k: 64 * k), st.integers(0, 1500)),
+    density=st.sampled_from([0.0, 0.02, 0.3, 0.5, 1.0]),
+    how=st.sampled_from([("raw", None), ("exp", True), ("exp", False), ("dense", None)]),
+    batch=st.integers(0, 18),
+    single=st.booleans(),
+    threads=st.integers(1, 4),
+)
+def test_against_float64(
+    kernel: str,
+    seed: int,
+    name: str,
+    rows: int,
+    cols: int,
+    density: float,
+    how: tuple[codecs.CodecChoice, bool | None],
+    batch: int,
+    single: bool,
+    threads: int,
+) -> None:
+    need(kernel)
+    rng = np.random.default_rng(seed)
+    item = DTYPES[name]
+    weight = weights(rng, item, rows, cols, density)
+    encoded = codecs.encode(weight, item, codec=how[0], bitmap=how[1])
+    x = rng.standard_normal((batch, cols)).astype(np.float32)
+    assert_product(
+        encoded, weight, x if single else rounded(x, item), threads=threads, kernel=kernel
+    )
+
+
+@pytest.mark.parametrize("name", KINDS)
+@pytest.mark.parametrize("codec", ["raw", "exp"])
+@pytest.mark.parametrize("batch", range(1, 10))
+def test_threads_do_not_change_the_sum(compiled: str, name: str, codec: str, batch: int) -> None:
+    rng = np.random.default_rng(batch)
+    item = DTYPES[name]
+    weight = weights(rng, item, 301, 192, 0.5)
+    encoded = codecs.encode(weight, item, codec=codec)  # type: ignore[arg-type]
+    for x in (rng.standard_normal((batch, 192)).astype(np.float32),):
+        for given_x in (x, rounded(x, item)):
+            outs = [
+                assert_product(encoded, weight, given_x, threads=threads, kernel=compiled)
+                for threads in (1, 2, 4)
+            ]
+            assert all(np.array_equal(outs[0], out) for out in outs)
+
+
+def test_infinities_stay_in_their_row(compiled: str) -> None:
+    """Padding, masked tails and neighbouring rows must not turn 0 * inf into NaN."""
+    for cols in (64, 100):
+        weight = np.full((6, cols), 0x3F80, dtype=np.uint16)
+        weight[2, 5] = 0x7F80
+        encoded = codecs.encode(weight, DTYPES["BF16"], codec="raw")
+        out = np.empty((1, 6), dtype=np.float32)
+        kernels.matvec(encoded, np.ones((1, cols), dtype=np.float32), out, kernel=compiled)
+        assert out[0].tolist() == [cols, cols, np.inf, cols, cols, cols]
+
+
+def test_contradictions_are_noticed(compiled: str, rng: np.random.Generator) -> None:
+    weight = weights(rng, DTYPES["BF16"], 50, 100, 0.5)
+    encoded = codecs.encode(weight, DTYPES["BF16"], codec="exp")
+    bitmap = encoded.arrays["bitmap"].copy()
+    bitmap[200] ^= 1
+    broken = codecs.Encoded(encoded.spec, {**encoded.arrays, "bitmap": bitmap})
+    x, out = np.ones((1, 100), dtype=np.float32), np.empty((1, 50), dtype=np.float32)
+    with pytest.raises(FormatError):
+        kernels.matvec(broken, x, out, kernel=compiled)
+
+
+def test_wrong_arguments(kernel: str) -> None:
+    weight = np.ones((4, 8), dtype=np.uint16)
+    encoded = codecs.encode(weight, DTYPES["BF16"], codec="raw")
+    x, out = np.ones((2, 8), dtype=np.float32), np.empty((2, 4), dtype=np.float32)
+    for bad_x, bad_out, error in (
+        (x.astype(np.float64), out, DTypeError),
+        (x, out.astype(np.float64), DTypeError),
+        (x[:, :7], out, ShapeError),
+        (x[0], out, ShapeError),
+        (x, out[:1], ShapeError),
+        (np.asfortranarray(x), out, ShapeError),
+        (x, np.asfortranarray(out), ShapeError),
+    ):
+        with pytest.raises(error):
+            kernels.matvec(encoded, bad_x, bad_out, kernel=kernel)
+    whole = codecs.encode(np.ones((4, 8), dtype=np.uint8), DTYPES["I8"], codec="raw")
+    with pytest.raises(DTypeError):
+        kernels.matvec(whole, x, out, kernel=kernel)
+    flat = codecs.encode(weight.reshape(-1), DTYPES["BF16"], codec="raw")
+    with pytest.raises(ShapeError):
+        kernels.matvec(flat, x, out, kernel=kernel)
