@@ -43,6 +43,12 @@ class Source(Protocol):
     def issued(self, unit: int, event: Any) -> None:
         """Note that the copy was enqueued; `event` happens when it is over."""
 
+    def reads_directly(self, unit: int) -> bool:
+        """Whether the unit goes from the disk to the device without host memory."""
+
+    def read_into(self, unit: int, buffer: torch.Tensor) -> int:
+        """Read such a unit into device memory, wait until it is there, and return its bytes."""
+
 
 class Phase(Enum):
     """See the module's text."""
@@ -346,6 +352,12 @@ class Copier:
             return None
 
     def _load(self, slot: Slot, unit: int) -> int:
+        if self._source.reads_directly(unit):
+            # The read is in no stream: what uses the slot, or still copies into it, must be over.
+            for event in (*slot.uses.values(), slot.ready):
+                self._device.synchronize(event)
+            slot.uses.clear()
+            return self._source.read_into(unit, slot.buffer)
         data = self._source.acquire(unit)
         with self._issue:  # the order in the stream is that of the calls
             for event in slot.uses.values():

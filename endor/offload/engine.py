@@ -89,6 +89,11 @@ class Engine:
         """Bytes of the staging area."""
         return self._room.nbytes
 
+    @property
+    def buffers(self) -> list[HostBuffer]:
+        """The memory that units stay in or pass through; it never moves."""
+        return [item for item in (self._home, self._room.buffer) if item is not None]
+
     def take(self, state: State) -> Bound:
         """Return the tensors of a unit, waiting for it if need be; they hold until `drop`.
 

@@ -43,6 +43,11 @@ class Staging:
         self._free: list[tuple[int, int]] = [(0, nbytes)] if nbytes else []
 
     @property
+    def buffer(self) -> HostBuffer | None:
+        """The memory that is cut up."""
+        return self._buffer
+
+    @property
     def free_bytes(self) -> int:
         return sum(stop - start for start, stop in self._free)
 

@@ -7,6 +7,7 @@ from endor.offload.ledger import Counters
 from endor.offload.memory import Staging
 from endor.offload.schedule import Schedule
 from endor.offload.state import Phase, State
+from endor.storage import HostBuffer
 
 
 class Room:
@@ -35,6 +36,11 @@ class Room:
     @property
     def nbytes(self) -> int:
         return self._staging.nbytes
+
+    @property
+    def buffer(self) -> HostBuffer | None:
+        """The memory of the staging area."""
+        return self._staging.buffer
 
     def window(self) -> list[State]:
         """Return the streamed units that come next and fit the read-ahead together."""
