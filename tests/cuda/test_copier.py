@@ -71,7 +71,7 @@ class Bench:
     """A device, a copier and what uses them."""
 
     def __init__(
-        self, units: int, slots: int, *, on_disk=(), fail=(), direct=(), workers=1, open_gate=True
+        self, units: int, slots: int, *, on_disk=(), fail=(), direct=(), workers=1, gate=True
     ):
         self.device = FakeDevice(bytes_per_s=64.0)
         self.source = Bytes(self.device, units, frozenset(on_disk), fail, direct)
