@@ -287,22 +287,51 @@ INLINE TARGET __m512i exponents32(const uint32_t *s, __m128i shift, __m512i mask
     return _mm512_packus_epi16(_mm512_packus_epi32(e[0], e[1]), _mm512_packus_epi32(e[2], e[3]));
 }
 
+INLINE TARGET uint32_t max_byte(__m512i x) {
+    __m256i y = _mm256_max_epu8(_mm512_castsi512_si256(x), _mm512_extracti64x4_epi64(x, 1));
+    __m128i z = _mm_max_epu8(_mm256_castsi256_si128(y), _mm256_extracti128_si256(y, 1));
+    z = _mm_max_epu8(z, _mm_srli_epi16(z, 8));
+    /* the low byte of each 16 bits; minpos finds a minimum */
+    z = _mm_xor_si128(_mm_and_si128(z, _mm_set1_epi16(0xff)), _mm_set1_epi16(0xff));
+    return 0xff ^ (uint32_t)_mm_extract_epi16(_mm_minpos_epu16(z), 0);
+}
+
+/* Weights crowd into few exponents, and counting one by one would wait for the same counter again and again. So count
+ * each of the highest 12 exponents of the tile by comparison, zeros as what is left, and the few between one by one. */
+#define COMPARED 12
 static TARGET void histogram(const void *src, int itemsize, int exponent_bits, int mantissa_bits, uint32_t *hist) {
     ENDOR_ALIGNED uint8_t e[ENDOR_TILE];
     const __m128i shift = _mm_cvtsi32_si128(mantissa_bits);
     const uint32_t field = (1u << exponent_bits) - 1;
-    for (size_t i = 0; i < ENDOR_TILE; i += 64) {
-        __m512i x;
-        if (itemsize == 2) x = exponents16((const uint16_t *)src + i, shift, _mm512_set1_epi16((short)field));
-        else if (itemsize == 4) x = exponents32((const uint32_t *)src + i, shift, _mm512_set1_epi32((int)field));
-        else x = _mm512_and_si512(_mm512_srl_epi16(_mm512_loadu_si512((const uint8_t *)src + i), shift),
-                                  _mm512_set1_epi8((char)field));
-        _mm512_store_si512(e + i, x);
+    __m512i x[ENDOR_TILE / 64], most = _mm512_setzero_si512();
+    for (size_t i = 0; i < ENDOR_TILE / 64; i++) {
+        if (itemsize == 2) x[i] = exponents16((const uint16_t *)src + 64 * i, shift, _mm512_set1_epi16((short)field));
+        else if (itemsize == 4) x[i] = exponents32((const uint32_t *)src + 64 * i, shift, _mm512_set1_epi32((int)field));
+        else x[i] = _mm512_and_si512(_mm512_srl_epi16(_mm512_loadu_si512((const uint8_t *)src + 64 * i), shift),
+                                     _mm512_set1_epi8((char)field));
+        most = _mm512_max_epu8(most, x[i]);
     }
-    for (size_t i = 0; i < ENDOR_TILE; i += 8) {
-        uint64_t eight = load64(e + i);
-        for (int j = 0; j < 8; j++) hist[256 * (j & 3) + (uint8_t)(eight >> 8 * j)]++;
+    uint32_t top = max_byte(most), left = ENDOR_TILE, compared = top < COMPARED ? top : COMPARED;
+    for (uint32_t c = 0; c < compared; c++) {
+        const __m512i value = _mm512_set1_epi8((char)(top - c));
+        uint32_t found = 0;
+        for (size_t i = 0; i < ENDOR_TILE / 64; i++) found += count(_mm512_cmpeq_epi8_mask(x[i], value));
+        hist[top - c] += found;
+        left -= found;
     }
+    const __m512i low = _mm512_set1_epi8((char)(top - compared));
+    uint32_t *more = hist + 256;
+    for (size_t i = 0; i < ENDOR_TILE / 64; i++) {
+        uint64_t m = _mm512_cmple_epu8_mask(x[i], low) & _mm512_test_epi8_mask(x[i], x[i]);
+        if (!m) continue;
+        _mm512_store_si512(e + 64 * i, x[i]);
+        left -= count(m);
+        for (; m; m &= m - 1) {
+            more[e[64 * i + (size_t)__builtin_ctzll(m)]]++;
+            more = more == hist + 768 ? hist + 256 : more + 256;
+        }
+    }
+    hist[0] += left;
 }
 
 /* Exponent codes of 64 one-byte exponent fields; *outside = those not in the window. */
