@@ -34,7 +34,6 @@ if TYPE_CHECKING:
 @click.option("--batch", default=1, show_default=True)
 @click.option("--rounds", default=3, show_default=True, help="Processes per system.")
 @click.option("--threads", default=0, help="CPU threads; torch's default when omitted.")
-@click.option("--cap/--no-cap", default=True, help="Enforce the budget on private memory.")
 @click.option(
     "--work",
     type=click.Path(exists=True, file_okay=False, path_type=Path),
@@ -72,7 +71,6 @@ def generate_command(
     batch: int,
     rounds: int,
     threads: int,
-    cap: bool,
     work: Path | None,
     airllm_python: str | None,
     report: Path | None,
@@ -99,7 +97,6 @@ def generate_command(
         batch=batch,
         rounds=rounds,
         threads=threads,
-        cap=cap,
         work=work,
         airllm_python=airllm_python,
         report=report,
@@ -124,10 +121,7 @@ def summary(records: Sequence["GenerateRecord"]) -> str:
     first = records[0]
     place = first.environment
     lines = [
-        f"{first.model}, budget {first.ram_bytes / 1e9:.2f} GB, page cache {first.page_cache} "
-        f"(at most {max(r.cached_share for r in records):.1%} of a system's files cached)"
-        if first.page_cache == "cold"
-        else f"{first.model}, budget {first.ram_bytes / 1e9:.2f} GB, page cache warm",
+        f"{first.model}, budget {first.ram_bytes / 1e9:.2f} GB, page cache {first.page_cache}",
         f"prompt {first.prompt_tokens}, {first.tokens} tokens, batch {first.batch}, "
         f"{first.threads} threads, {place.device}, {place.git_rev}",
         "",
@@ -148,6 +142,7 @@ def summary(records: Sequence["GenerateRecord"]) -> str:
                 f"{one.prefill_s:.2f}",
                 f"{one.disk_bytes_per_step / 1e9:.2f}",
                 f"{one.anonymous_peak_bytes / 1e9:.2f}",
+                f"{one.cached_share:.0%}",
                 {True: "yes", False: "no", None: ""}[one.equal],
             ]
         )
@@ -161,6 +156,7 @@ def summary(records: Sequence["GenerateRecord"]) -> str:
         "prefill s",
         "disk GB a step",
         "peak GB",
+        "cached",
         "bits equal",
     ]
     lines.append(table(header, rows))

@@ -50,7 +50,6 @@ class GenerateCase:
         batch: Sequences, all the same.
         rounds: Processes per system.
         threads: CPU threads of every system.
-        cap: Forbid each child more private memory than the budget and a fixed allowance.
         verify: Let Endor check each record when it is first read.
         work: Directory for what peers write (AirLLM its split copy of the checkpoint).
         airllm_python: Interpreter that has AirLLM; this one when omitted.
@@ -68,7 +67,6 @@ class GenerateCase:
     batch: int = 1
     rounds: int = 3
     threads: int = 0
-    cap: bool = True
     verify: bool = True
     work: Path | None = None
     airllm_python: str | None = None
@@ -100,7 +98,6 @@ class GenerateRecord:
         page_cache: `cold` or `warm`.
         cached_share: Largest part of the files found in the page cache before a decode step.
         ram_bytes: Budget.
-        cap_bytes: Limit on private memory that the kernel enforced in the last round; 0 for none.
         batch, prompt_tokens, tokens, threads, rounds: As in `GenerateCase`.
         load_s: Median time to load.
         prefill_s: Median first step.
@@ -127,7 +124,6 @@ class GenerateRecord:
     rounds: int
     environment: Environment
     cached_share: float = 0.0
-    cap_bytes: int = 0
     load_s: float = 0.0
     prefill_s: float = 0.0
     decode_s: float = 0.0
@@ -208,7 +204,6 @@ def _systems(
         "threads": threads,
         "cold": case.cold,
         "ram_bytes": case.ram_bytes,
-        "cap": case.cap,
         "work": work,
     }
     out = []
@@ -268,7 +263,6 @@ def _peer(case: GenerateCase, name: str, base: Mapping[str, Any]) -> _System:
     size = sum(path.stat().st_size for path in files)
     system = _System(name, job)
     if name in ("dense", "accelerate-cpu"):
-        job["cap"] = job["cap"] and size <= case.ram_bytes
         if size > case.ram_bytes:
             system.missing = (
                 f"{size / 1e9:.2f} GB of dense weights exceed the budget of "
@@ -278,7 +272,6 @@ def _peer(case: GenerateCase, name: str, base: Mapping[str, Any]) -> _System:
         job["device_map"] = device_map(case.dense, case.ram_bytes)
     elif name == "airllm":
         system.python = case.airllm_python or sys.executable
-        job["cap"] = False  # its splitting step needs more than its running
     return system
 
 
@@ -371,7 +364,6 @@ def _record(
         "decode_p80": decode[int(0.8 * (len(decode) - 1) + 0.5)],
         "predicted_decode_s": predicted.decode.seconds if predicted else 0.0,
         "predicted_prefill_s": predicted.prefill.seconds if predicted else 0.0,
-        "cap_bytes": results[-1].get("cap_bytes", 0),
         "anonymous_peak_bytes": max(r.get("anonymous_peak_bytes", 0) for r in results),
         "disk_bytes_per_step": median(
             result.get("device_read_bytes", 0) / case.tokens for result in results

@@ -10,7 +10,6 @@ import ctypes
 import hashlib
 import json
 import os
-import resource
 import sys
 import threading
 import time
@@ -24,9 +23,6 @@ from endor.bench.io import drop_cache, resident_share
 from endor.errors import ConfigError
 
 Job = Mapping[str, Any]
-
-LIBRARY_BYTES = 1 << 30
-"""Allowance above the budget for what every system needs: torch's own buffers and activations."""
 
 SPLIT_DIR = "airllm-split"
 
@@ -98,7 +94,7 @@ def run(job: Job) -> dict[str, Any]:
 
     Args:
         job: `system`, `path`, `files`, `prompt` (token ids), `tokens`, `threads`, `cold`,
-            `ram_bytes`, `cap`, and what the system needs besides: see the loaders below.
+            `ram_bytes`, and what the system needs besides: see the loaders below.
     """
     import torch
     import transformers
@@ -108,7 +104,6 @@ def run(job: Job) -> dict[str, Any]:
     files = [Path(name) for name in job["files"]]
     if job["system"] == "raw":
         return _raw(job, files)
-    cap = _cap(job["ram_bytes"]) if job["cap"] else 0
     for path in files:
         drop_cache(path) if job["cold"] else _warm(path)
     anonymous = Anonymous()
@@ -144,7 +139,6 @@ def run(job: Job) -> dict[str, Any]:
         "logits": digest.hexdigest()[:16],
         "device_read_bytes": _read_bytes() - read,
         "anonymous_peak_bytes": anonymous.stop(),
-        "cap_bytes": cap,
     }
     return result | finish()
 
@@ -253,13 +247,6 @@ def _raw(job: Job, files: Sequence[Path]) -> dict[str, Any]:
     return {"load_s": 0.0, "steps_s": clock.steps, "cached_share": clock.shares[:-1]}
 
 
-def _cap(ram_bytes: int) -> int:
-    """Forbid more private memory than the budget above what the libraries took already."""
-    limit = status_bytes("VmData") + ram_bytes + LIBRARY_BYTES
-    resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
-    return limit
-
-
 def _share(files: Sequence[Path]) -> float:
     """Return the part of the files' bytes that is in the page cache."""
     sizes = [path.stat().st_size for path in files]
@@ -291,21 +278,24 @@ def _version(package: str) -> str:
     return version(package)
 
 
-def main() -> None:
-    """Read a job, write its result; a failure is a result too."""
-    job = json.load(sys.stdin)
-    sys.stdout.flush()
-    answer = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # what libraries print must not mix with the answer
-    ctypes.CDLL(None).prctl(1, 9)  # PR_SET_PDEATHSIG, SIGKILL: die with the parent
+def answer(job: Job) -> dict[str, Any]:
+    """Return a job's measurements, or its failure under `error`."""
     try:
         if job["system"] not in (*LOADERS, "raw"):
             raise ConfigError(f"unknown system {job['system']!r}")
-        result = run(job)
+        return run(job)
     except Exception as error:  # whatever a peer raises, the comparison goes on without it
-        result = {"error": f"{type(error).__name__}: {error}"[:2000]}
-    answer.write(json.dumps(result) + "\n")
-    answer.flush()
+        return {"error": f"{type(error).__name__}: {error}"[:2000]}
+
+
+def main() -> None:
+    """Read a job from standard input, write its answer to standard output."""
+    ctypes.CDLL(None).prctl(1, 9)  # PR_SET_PDEATHSIG, SIGKILL: die with the parent
+    job = json.load(sys.stdin)
+    out = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # what libraries print must not mix with the answer
+    out.write(json.dumps(answer(job)) + "\n")
+    out.flush()
     os._exit(0)  # a peer's threads must not keep the child alive
 
 
