@@ -1,0 +1,77 @@
+"""`endor plan` prints a placement, its arithmetic and its picture."""
+
+import json
+
+import pytest
+import torch
+import transformers
+from click.testing import CliRunner
+
+import endor
+from endor.cli.plan import plan_command
+from endor.errors import BudgetError
+from endor.offload import hardware, probes
+
+
+@pytest.fixture(scope="module")
+def packed(tmp_path_factory):
+    root = tmp_path_factory.mktemp("plan")
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        vocab_size=64,
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+    )
+    model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    model.save_pretrained(root / "source")
+    endor.pack_checkpoint(root / "source", root / "packed", prune="magnitude")
+    return root / "packed"
+
+
+@pytest.fixture(autouse=True)
+def _quick(monkeypatch, tmp_path):
+    """Keep the user's cache out of it, and the probes small."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    constants = {
+        **probes.memory(1, 1 << 20),
+        **probes.codecs("BF16", 1, rows=16, cols=1024),
+        **probes.linear("BF16", rows=16, cols=64, batch=4),
+    }
+    found = hardware.Machine(dtype="BF16", threads=1, **constants)
+    monkeypatch.setattr(hardware, "measure", lambda dtype: found)
+
+
+def run(packed, *arguments):
+    ran = CliRunner().invoke(plan_command, [str(packed), *arguments], catch_exceptions=False)
+    assert ran.exit_code == 0, ran.output
+    return ran.stdout
+
+
+def test_a_plan_says_what_goes_where_and_how_fast(packed):
+    out = run(packed, "--ram", "100MB")
+    assert out.startswith("LlamaForCausalLM: 28 units, ")
+    for line in ("prefill  ", "decode   ", "dense    ", "cache of keys and values"):
+        assert line in out
+
+
+def test_explain_prints_the_arithmetic(packed):
+    out = run(packed, "--ram", "100MB", "--explain")
+    assert "expand exp+bitmap, dense bytes" in out
+    assert "decode: cpu = expand" in out
+    assert "unhidden" in out
+
+
+def test_json_holds_the_tier_of_every_unit(packed, tmp_path):
+    plot = tmp_path / "plan.png"
+    found = json.loads(run(packed, "--ram", "2MB", "--json", "--fast", "--plot", str(plot)))
+    assert len(found["tiers"]) == found["units"] == 28
+    assert found["workload"]["product"] == "direct"
+    assert found["decode"]["tokens_per_s"] > 0
+    assert plot.read_bytes()[:4] == b"\x89PNG"
+
+
+def test_too_little_memory_is_refused_with_the_least(packed):
+    with pytest.raises(BudgetError, match="must be at least"):
+        run(packed, "--ram", "1KiB")
