@@ -1,0 +1,277 @@
+"""Weights of a real packed checkpoint, through every tier, on the simulated device."""
+
+import threading
+
+import numpy as np
+import pytest
+import torch
+
+import endor
+from endor import codecs
+from endor.errors import BudgetError, ChecksumError, ConfigError
+from endor.offload import Part, Unit, WeightSpec, collect_units
+from endor.offload.device_placement import DevicePlacement, spread_on_device
+from endor.offload.device_store import DeviceStore
+from endor.offload.fake_device import FakeDevice
+from endor.storage import FileLayout, open_reader
+
+COUNT = 9
+
+
+@pytest.fixture(scope="module")
+def tensors() -> dict[str, torch.Tensor]:
+    """Weights of several shapes and codecs; one much larger than the others."""
+    generator = torch.Generator().manual_seed(3)
+    out = {}
+    for at in range(COUNT):
+        rows = 640 if at == COUNT - 1 else 48 + 16 * at
+        weight = torch.randn(rows, 96, generator=generator).to(torch.bfloat16)
+        if at % 3:
+            weight[weight.abs() < 0.7] = 0
+        out[f"layers.{at}.weight"] = weight
+    return out
+
+
+@pytest.fixture(scope="module")
+def layout(tensors, tmp_path_factory) -> FileLayout:
+    path = tmp_path_factory.mktemp("packed") / "weights.safetensors"
+    packed = {
+        name: endor.compress(weight, codec=("auto", "raw", "exp")[at % 3])
+        for at, (name, weight) in enumerate(tensors.items())
+    }
+    endor.save_file(packed, path)
+    return FileLayout.read(path)
+
+
+def whole(layout: FileLayout) -> list[tuple[WeightSpec, torch.dtype]]:
+    """Each stored tensor is a weight."""
+    return [
+        (
+            WeightSpec(name, entry.spec.shape, (Part(name, 0, entry.spec.numel, 0),), name),
+            torch.bfloat16,
+        )
+        for name, entry in layout.tensors.items()
+    ]
+
+
+class Expansion:
+    """Stands in for the kernels: decodes on the CPU what the simulated device holds."""
+
+    def __init__(self, device: FakeDevice, items) -> None:
+        self.device = device
+        self.items = items
+
+    def run(self) -> None:
+        self.device.drain()
+        for packed, out in self.items:
+            storage = packed.storage.numpy()
+            arrays = {}
+            for array in packed.spec.arrays:
+                begin = packed.offsets[array.suffix]
+                flat = storage[begin : begin + array.nbytes].view(array.dtype.uint)
+                arrays[array.suffix] = flat.reshape(array.shape)
+            bits = codecs.decode(codecs.Encoded(packed.spec, arrays))
+            out.view(-1).view(torch.int16).numpy().view(np.uint16)[:] = bits.reshape(-1)
+
+
+def open_store(layout, placement, specs=None, **options) -> DeviceStore:
+    device = FakeDevice(bytes_per_s=1e6)
+    specs = specs or whole(layout)
+    units = collect_units([layout], [spec for spec, _ in specs])
+    return DeviceStore(
+        [layout],
+        units,
+        specs,
+        placement(units),
+        options.pop("reader", None) or open_reader("buffered"),
+        device=device,
+        prepare=lambda items: Expansion(device, items),
+        **options,
+    )
+
+
+def tiers(*names: str, slots: int = 2):
+    """A placement that walks through `names` again and again."""
+
+    def place(units: tuple[Unit, ...]) -> DevicePlacement:
+        found = {unit.name: names[at % len(names)] for at, unit in enumerate(units)}
+        largest = max(unit.nbytes for unit in units)
+        return DevicePlacement(found, 2 * largest if "disk" in names else 0, slots)
+
+    return place
+
+
+PLACEMENTS = [
+    tiers("vram"),
+    tiers("vram-dense"),
+    tiers("resident"),
+    tiers("disk"),
+    tiers("vram", "resident", "disk"),
+    tiers("disk", "vram-dense", "resident", "vram", slots=1),
+    tiers("resident", "disk", slots=4),
+]
+
+
+@pytest.mark.parametrize("placement", PLACEMENTS)
+def test_every_tier_gives_the_same_bits(layout, tensors, placement):
+    store = open_store(layout, placement)
+    try:
+        store.preload()
+        for _ in range(3):
+            for name, weight in store.weights.items():
+                assert torch.equal(weight.dense(), tensors[name])
+                assert torch.equal(weight.fresh(), tensors[name])
+        device = store.device
+        assert isinstance(device, FakeDevice)
+        assert device.errors == []
+        report = store.report()
+        assert sum(entry["units"] for entry in report["tiers"].values()) == len(store.units)
+    finally:
+        store.close()
+
+
+def test_two_scratch_buffers_take_turns(layout, tensors):
+    store = open_store(layout, tiers("resident"))
+    names = list(tensors)
+    first, second = (store.weights[name].dense() for name in names[:2])
+    assert torch.equal(first, tensors[names[0]])
+    assert torch.equal(second, tensors[names[1]])
+    third = store.weights[names[2]].dense()
+    assert third.data_ptr() == first.data_ptr()
+    store.close()
+
+
+def test_threads_share_a_store(layout, tensors):
+    store = open_store(layout, tiers("disk", "resident", "vram", slots=2))
+    wrong: list[str] = []
+
+    def walk(names: list[str]) -> None:
+        for name in names:
+            if not torch.equal(store.weights[name].fresh(), tensors[name]):
+                wrong.append(name)
+
+    orders = [list(tensors), list(tensors)[::-1], list(tensors) * 2]
+    threads = [threading.Thread(target=walk, args=(order,), daemon=True) for order in orders]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+        assert not thread.is_alive()
+    assert wrong == []
+    store.close()
+
+
+def test_parts_of_tensors_are_placed(layout, tensors):
+    """Rows of two stored matrices make one weight; one range begins in the middle of a tensor."""
+    (a, first), (b, second) = list(tensors.items())[1:3]
+    parts = (Part(a, 96 * 3, 96 * 10, 0), Part(b, 0, second.numel(), 96 * 7))
+    spec = WeightSpec("joined", (7 + len(second), 96), parts, "joined")
+    odd = WeightSpec("odd", (1, 5), (Part(a, 101, 106, 0),), "odd")
+    store = open_store(layout, tiers("resident"), [(spec, torch.bfloat16), (odd, torch.float32)])
+    assert torch.equal(store.weights["joined"].dense(), torch.cat([first[3:10], second]))
+    expected = first.flatten()[101:106].float().view(1, 5)
+    assert torch.equal(store.weights["odd"].dense(), expected)
+    assert torch.equal(store.weights["odd"].fresh(), expected)
+    store.close()
+
+
+def test_a_held_unit_is_copied_once(layout, tensors):
+    store = open_store(layout, tiers("resident", slots=1))
+    engine = store.device_engine
+    weight = store.weights["layers.4.weight"]
+    for _ in range(5):
+        assert torch.equal(weight.dense(hold=True), tensors["layers.4.weight"])
+    copies = engine.report()["copier"]
+    assert copies["hits"] + copies["late"] + copies["misses"] == 1
+    engine.drop()
+    assert torch.equal(store.weights["layers.0.weight"].dense(), tensors["layers.0.weight"])
+    store.close()
+
+
+class DirectReader:
+    """A reader that also reads into the simulated device's memory."""
+
+    reads_device = True
+
+    def __init__(self) -> None:
+        self.inner = open_reader("buffered")
+        self.device_reads = 0
+
+    def read(self, record, buffer):
+        if isinstance(buffer, torch.Tensor):
+            self.device_reads += 1
+            data = np.fromfile(record.path, np.uint8, record.nbytes, offset=record.offset)
+            buffer[: record.nbytes] = torch.from_numpy(data)
+            return type("Stat", (), {"nbytes": record.nbytes})
+        return self.inner.read(record, buffer)
+
+    def describe(self):
+        return self.inner.describe()
+
+    def close(self) -> None:
+        self.inner.close()
+
+
+def test_a_direct_reader_fills_slots_without_host_memory(layout, tensors):
+    reader = DirectReader()
+    store = open_store(layout, tiers("disk", "resident", "vram"), reader=reader)
+    for _ in range(2):
+        for name, weight in store.weights.items():
+            assert torch.equal(weight.dense(), tensors[name])
+    assert reader.device_reads
+    assert store.device_engine.staging_bytes == 0
+    store.close()
+
+
+@pytest.mark.parametrize("tier", ["vram", "resident", "disk"])
+def test_damage_is_found_in_every_tier(layout, tmp_path, tier):
+    path = tmp_path / "damaged.safetensors"
+    data = bytearray(layout.path.read_bytes())
+    record = next(iter(layout.records.values()))
+    data[record.offset + 3] ^= 1
+    path.write_bytes(data)
+    damaged = FileLayout.read(path)
+    name = record.tensors[0]
+    if tier == "vram":
+        with pytest.raises(ChecksumError, match="damaged"):
+            open_store(damaged, tiers(tier))
+        return
+    store = open_store(damaged, tiers(tier))
+    with pytest.raises(ChecksumError, match="damaged"):
+        store.weights[name].dense()
+    store.close()
+
+
+def test_spreading_fills_vram_then_ram(layout):
+    units = collect_units([layout], [spec for spec, _ in whole(layout)])
+    total = sum(unit.nbytes for unit in units)
+    largest = max(unit.nbytes for unit in units)
+    everything = spread_on_device(units, vram_bytes=total, ram_bytes=0)
+    assert set(everything.tiers.values()) == {"vram"}
+    assert everything.vram_bytes(units) == total
+    half = spread_on_device(units, vram_bytes=total * 2 // 3, ram_bytes=total)
+    assert half.vram_bytes(units) <= total * 2 // 3
+    assert half.tiers[max(units, key=lambda unit: unit.nbytes).name] == "vram"
+    assert set(half.tiers.values()) == {"vram", "resident"}
+    third = spread_on_device(units, vram_bytes=largest, ram_bytes=2 * largest)
+    assert third.slots >= 1
+    assert "disk" in third.tiers.values()
+    assert third.vram_bytes(units) <= largest
+    with pytest.raises(BudgetError, match=r"device memory.*raise vram"):
+        spread_on_device(units, vram_bytes=4096, ram_bytes=total)
+
+
+def test_wishes_are_kept(layout):
+    units = collect_units([layout], [spec for spec, _ in whole(layout)])
+    total = sum(unit.nbytes for unit in units)
+    wishes = {units[0].name: "disk", units[1].name: "vram", units[2].name: "resident"}
+    found = spread_on_device(units, vram_bytes=2 * total, ram_bytes=total, wishes=wishes)
+    assert {name: found.tiers[name] for name in wishes} == wishes
+
+
+def test_a_placement_is_checked(layout):
+    units = collect_units([layout], [spec for spec, _ in whole(layout)])
+    with pytest.raises(ConfigError, match="must be one of"):
+        DevicePlacement({}, 0).check(units)
+    with pytest.raises(ConfigError, match="at least one device slot"):
+        DevicePlacement({unit.name: "resident" for unit in units}, 0, slots=0).check(units)
