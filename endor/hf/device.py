@@ -1,0 +1,81 @@
+"""Opening a packed checkpoint for a CUDA device: what fits where."""
+
+from collections.abc import Mapping, Sequence
+
+import torch
+
+from endor.errors import BudgetError
+from endor.offload import Unit, WeightSpec, available_bytes
+from endor.offload.device import Device
+from endor.offload.device_placement import DevicePlacement, HomeTier, spread_on_device
+from endor.offload.device_store import DeviceStore
+from endor.offload.store import scratch_bytes
+from endor.storage import FileLayout, RecordReader
+
+RESERVE_SHARE = 10
+"""Without a budget, this part of the device's memory is left for the cache and activations."""
+
+
+def open_device_store(
+    layouts: Sequence[FileLayout],
+    units: Sequence[Unit],
+    specs: Sequence[tuple[WeightSpec, torch.dtype]],
+    reader: RecordReader,
+    device: Device,
+    *,
+    vram: int | None,
+    ram: int | None,
+    parameter_bytes: int,
+    wishes: Mapping[str, HomeTier] | None = None,
+    placement: DevicePlacement | None = None,
+    verify: bool = True,
+    threads: int = 2,
+) -> DeviceStore:
+    """Return the packed weights of a model on `device`, filling VRAM first, then RAM.
+
+    Args:
+        layouts: The checkpoint's files.
+        units: What moves.
+        specs: What is multiplied by.
+        reader: Reads records; the store closes it.
+        device: Where the model computes.
+        vram: Device memory for all weights: unpacked parameters, packed weights, slots and scratch.
+            None takes nine tenths of what is free.
+        ram: Host memory for packed weights and staging; None takes what the machine has.
+        parameter_bytes: Unpacked parameters, which are on the device already.
+        wishes: Tiers that are fixed beforehand, by unit name.
+        placement: A tier per unit, instead of all that.
+        verify: Check each record when it is first read.
+        threads: Disk reads in flight.
+
+    Raises:
+        BudgetError: A budget is too small.
+    """
+    scratch = 2 * scratch_bytes(layouts, specs)
+    if placement is None:
+        if vram is not None:
+            room = vram - parameter_bytes - scratch
+        else:
+            free, total = torch.cuda.mem_get_info(device.device)
+            room = free - total // RESERVE_SHARE - scratch
+        try:
+            placement = spread_on_device(
+                units,
+                vram_bytes=room,
+                ram_bytes=available_bytes() if ram is None else ram,
+                wishes=wishes,
+            )
+        except BudgetError as error:
+            raise BudgetError(
+                f"vram: unpacked parameters take {parameter_bytes} bytes, scratch {scratch}; {error}"
+            ) from None
+    return DeviceStore(
+        layouts,
+        units,
+        specs,
+        placement,
+        reader,
+        device=device,
+        verify=verify,
+        threads=threads,
+    )
