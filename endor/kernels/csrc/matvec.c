@@ -99,13 +99,13 @@ static void product_chunks(void *context) {
     }
 }
 
-static void to_float(const void *x, int kind, uint64_t count, float *out) {
+static void to_float(const uint8_t *x, int kind, uint64_t count, float *out) {
     if (kind == ENDOR_X_F32) {
         memcpy(out, x, count * 4);
         return;
     }
     for (uint64_t i = 0; i < count; i++) {
-        uint32_t bits = load16((const uint8_t *)x + 2 * i);
+        uint32_t bits = load16(x + 2 * i);
         if (kind == ENDOR_X_F16) {
             out[i] = endor_half(bits);
         } else {
@@ -113,6 +113,20 @@ static void to_float(const void *x, int kind, uint64_t count, float *out) {
             memcpy(out + i, &bits, 4);
         }
     }
+}
+
+/* x in the form the kernel multiplies, each row on a cache line: its loads never straddle two. */
+static void *align_operand(product_job *job, const uint8_t *x, int x_kind, uint64_t batch) {
+    uint64_t size = job->x.bf16_pairs ? 2 : 4, in_size = x_kind == ENDOR_X_F32 ? 4 : 2;
+    job->x.stride = (job->cols + 31) / 32 * 32;
+    uint8_t *rows = aligned_alloc(64, batch * job->x.stride * size);
+    for (uint64_t b = 0; rows && b < batch; b++) {
+        uint8_t *row = rows + b * job->x.stride * size;
+        const uint8_t *in = x + b * job->cols * in_size;
+        if (job->x.bf16_pairs) memcpy(row, in, job->cols * size);
+        else to_float(in, x_kind, job->cols, (float *)row);
+    }
+    return rows;
 }
 
 /* x: (batch, cols), contiguous, of kind x_kind; out: float (batch, rows). weight_kind says how W's bits are read. */
@@ -128,24 +142,19 @@ ENDOR_API int endor_matvec(int kernel, const endor_tensor *tensor, int weight_ki
     if (tensor->codec == ENDOR_EXP) endor_stream_of(tensor, &job.stream);
     job.x.weight = weight_kind;
     job.x.bf16_pairs = job.ops->bf16_pairs && weight_kind == ENDOR_X_BF16 && x_kind == ENDOR_X_BF16;
-    float *floats = NULL;
-    if (!job.x.bf16_pairs) {
-        floats = malloc(batch * cols * sizeof *floats);
-        if (!floats) return ENDOR_NO_MEMORY;
-        to_float(x, x_kind, batch * cols, floats);
-    }
-    job.x.stride = cols;
+    uint8_t *operand = align_operand(&job, x, x_kind, batch);
+    if (!operand) return ENDOR_NO_MEMORY;
     uint64_t share = rows / (8 * (uint64_t)(threads > 0 ? threads : 1));
     job.chunk = share < 1 ? 1 : share;
     if (tensor->numel < 32 * ENDOR_TILE) threads = 1;
     atomic_init(&job.status, ENDOR_OK);
     for (uint64_t b = 0; b < batch && atomic_load(&job.status) == ENDOR_OK; b += ENDOR_MAX_BATCH) {
         job.x.batch = (int)min64(ENDOR_MAX_BATCH, batch - b);
-        job.x.x = floats ? (const void *)(floats + b * cols) : (const uint8_t *)x + 2 * b * cols;
+        job.x.x = operand + b * job.x.stride * (job.x.bf16_pairs ? 2 : 4);
         job.out = out + b * rows;
         atomic_init(&job.next, 0);
         endor_parallel(threads, product_chunks, &job);
     }
-    free(floats);
+    free(operand);
     return atomic_load(&job.status);
 }
