@@ -30,6 +30,7 @@ def open_device_store(
     placement: DevicePlacement | None = None,
     verify: bool = True,
     threads: int = 2,
+    unpacked: Sequence[str] = (),
 ) -> DeviceStore:
     """Return the packed weights of a model on `device`, filling VRAM first, then RAM.
 
@@ -47,6 +48,7 @@ def open_device_store(
         placement: A tier per unit, instead of all that.
         verify: Check each record when it is first read.
         threads: Disk reads in flight.
+        unpacked: Packed tensors that were expanded when the model was loaded.
 
     Raises:
         BudgetError: A budget is too small.
@@ -67,7 +69,8 @@ def open_device_store(
             )
         except BudgetError as error:
             raise BudgetError(
-                f"vram: unpacked parameters take {parameter_bytes} bytes, scratch {scratch}; {error}"
+                f"vram: unpacked parameters take {parameter_bytes} bytes and scratch {scratch}; "
+                f"{error}"
             ) from None
     return DeviceStore(
         layouts,
@@ -78,4 +81,5 @@ def open_device_store(
         device=device,
         verify=verify,
         threads=threads,
+        unpacked=unpacked,
     )

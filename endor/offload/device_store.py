@@ -78,6 +78,7 @@ class DeviceStore(Store):
         device: Where it computes.
         verify: Check each record when it is first read.
         threads: Disk reads in flight.
+        unpacked: Packed tensors that no layer can use packed: expanded when the model was loaded.
         prepare: Makes expansions; `endor.kernels.gpu.prepare`, unless the device is simulated.
     """
 
@@ -92,8 +93,10 @@ class DeviceStore(Store):
         device: Device,
         verify: bool = True,
         threads: int = 2,
+        unpacked: Sequence[str] = (),
         prepare: Prepare = gpu.prepare,
     ) -> None:
+        self.unpacked = tuple(unpacked)
         self.layouts = tuple(layouts)
         self.units = tuple(units)
         self.device = device
@@ -148,6 +151,7 @@ class DeviceStore(Store):
         return {
             "device": str(self.device.device),
             "tiers": tiers,
+            "unpacked_at_load": list(self.unpacked),
             "staging_bytes": self.device_engine.staging_bytes,
             "scratch_bytes": self.device_scratch.nbytes,
             "reader": self.reader.describe(),
