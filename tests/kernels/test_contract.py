@@ -153,6 +153,27 @@ def test_clustered_elements(compiled: str) -> None:
         assert_decodes(want, bits, compiled, 0, bits.size, 2, threads=3)
 
 
+def test_scratch_is_reused(compiled: str, rng: np.random.Generator) -> None:
+    scratch = kernels.Scratch()
+    for n in (50_000, 70_000, 3, 0, 60_000):
+        for codec, bitmap in CODECS:
+            bits = elements(rng, DTYPES["BF16"], n, 0.5, "outliers")
+            got = kernels.encode(
+                bits,
+                DTYPES["BF16"],
+                codec=codec,  # type: ignore[arg-type]
+                bitmap=bitmap,
+                scratch=scratch,
+                kernel=compiled,
+            )
+            assert_same(got, codecs.encode(bits, DTYPES["BF16"], codec=codec, bitmap=bitmap))  # type: ignore[arg-type]
+    held = scratch.nbytes
+    first = kernels.encode(bits, DTYPES["BF16"], codec="raw", scratch=scratch, kernel=compiled)
+    second = kernels.encode(bits, DTYPES["BF16"], codec="raw", scratch=scratch, kernel=compiled)
+    assert np.shares_memory(first.arrays["values"], second.arrays["values"])
+    assert scratch.nbytes == held
+
+
 def test_concurrent_callers(compiled: str, rng: np.random.Generator) -> None:
     bits = elements(rng, DTYPES["BF16"], 300_000, 0.5, "outliers")
     encoded = codecs.encode(bits, DTYPES["BF16"], codec="exp")
