@@ -4,16 +4,34 @@ from collections.abc import Mapping, Sequence
 
 import torch
 
-from endor.errors import BudgetError
+from endor.errors import BackendError, BudgetError
 from endor.offload import Unit, WeightSpec, available_bytes
 from endor.offload.device import Device
 from endor.offload.device_placement import DevicePlacement, HomeTier, spread_on_device
 from endor.offload.device_store import DeviceStore
 from endor.offload.store import scratch_bytes
-from endor.storage import FileLayout, RecordReader
+from endor.storage import FileLayout, RecordReader, open_reader
+from endor.storage.cufile import open_device_reader
 
 RESERVE_SHARE = 10
 """Without a budget, this part of the device's memory is left for the cache and activations."""
+
+
+def open_reader_for(kind: str, device: str, layouts: Sequence[FileLayout]) -> RecordReader:
+    """Return the reader called `kind`; `cufile` and `kvikio` read into the memory of a device.
+
+    Raises:
+        BackendError: It cannot run here.
+        ConfigError: There is no such reader.
+    """
+    if kind not in ("cufile", "kvikio"):
+        return open_reader(kind)  # type: ignore[arg-type]
+    if device == "cpu":
+        raise BackendError(
+            f"reader {kind!r} reads into device memory, and the model runs on the CPU; use "
+            "reader='direct'"
+        )
+    return open_device_reader(kind, layouts[0].path)  # type: ignore[arg-type, return-value]
 
 
 def open_device_store(
