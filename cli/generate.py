@@ -1,0 +1,155 @@
+"""`endor generate`: text from a packed checkpoint, and what it cost."""
+
+import json
+import time
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+if TYPE_CHECKING:
+    from endor.hf.generation import Generation
+
+
+@click.command("generate")
+@click.argument("packed", type=click.Path(exists=True, file_okay=False, path_type=Path))
+@click.option("--prompt", required=True, help="Text to continue.")
+@click.option("--chat", is_flag=True, help="Take the prompt as a message, by the chat template.")
+@click.option("--max-new-tokens", default=64, show_default=True, help="Stop after so many tokens.")
+@click.option(
+    "--device", default="cpu", show_default=True, help="Where the model runs, such as cpu or cuda."
+)
+@click.option("--vram", metavar="SIZE", help="Device memory for weights, such as 6GiB.")
+@click.option(
+    "--ram",
+    metavar="SIZE",
+    help="Memory for weights, such as 2GiB; what does not fit is read from disk for every token.",
+)
+@click.option(
+    "--exact/--fast",
+    default=True,
+    show_default=True,
+    help="The dense model's bits, or products straight from the packed form.",
+)
+@click.option("--temperature", default=0.0, show_default=True, help="0 takes the likeliest token.")
+@click.option("--top-p", default=1.0, show_default=True, help="Probability that sampling keeps.")
+@click.option("--seed", type=int, help="Makes sampling repeatable.")
+@click.option(
+    "--report",
+    type=click.Path(dir_okay=False, writable=True, path_type=Path),
+    metavar="FILE.html",
+    help="Write a page with a timeline of reads, stalls and computing.",
+)
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object when all is done.")
+def generate_command(
+    packed: Path,
+    prompt: str,
+    chat: bool,
+    max_new_tokens: int,
+    device: str,
+    vram: str | None,
+    ram: str | None,
+    exact: bool,
+    temperature: float,
+    top_p: float,
+    seed: int | None,
+    report: Path | None,
+    as_json: bool,
+) -> None:
+    """Generate text from the checkpoint PACKED.
+
+    The text comes on the standard output as it is made, its cost on the standard error. PACKED may
+    also be an ordinary checkpoint, for comparison; memory options then do not apply.
+    """
+    from endor.hf.generation import Sampling, encode_prompt, generate_text, load_tokenizer
+
+    sampling = Sampling(max_new_tokens, temperature, top_p, seed)
+    sampling.check()
+    start = time.perf_counter()
+    model = _load(packed, device=device, vram=vram, ram=ram, exact=exact)
+    store = getattr(model, "endor", None)
+    if report is not None and store is None:
+        raise click.UsageError("--report needs a packed checkpoint")
+    tokenizer = load_tokenizer(packed)
+    inputs = encode_prompt(tokenizer, prompt, chat=chat)
+    load_s = time.perf_counter() - start
+    show = None if as_json else lambda text: click.echo(text, nl=False)
+    result = generate_text(model, tokenizer, inputs, sampling, show=show)
+    facts = figures(result, load_s) | {"exact": exact or store is None}
+    if report is not None and store is not None:
+        from endor.offload.report import write_report
+
+        write_report(
+            report,
+            store,
+            seconds=(result.began_s, result.ended_s),
+            title=f"{packed.name}: {result.new_tokens} tokens",
+        )
+    if as_json:
+        engine = store.report() if store is not None else None
+        click.echo(json.dumps({"text": result.text, **facts, "engine": engine}, indent=2))
+        return
+    click.echo()
+    click.echo(summary(facts), err=True)
+
+
+def _load(path: Path, *, device: str, vram: str | None, ram: str | None, exact: bool) -> Any:
+    import transformers
+
+    from endor.hf import load_model
+    from endor.hf.model import is_packed
+
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    if not is_packed(path):
+        if vram or ram or not exact:
+            raise click.UsageError(
+                f"{path} is an ordinary checkpoint: --vram, --ram and --fast need a packed one"
+            )
+        model = transformers.AutoModelForCausalLM.from_pretrained(path, dtype="auto")
+        return model.to(device)
+    model = load_model(path, device=device, vram=vram, ram=ram, exact=exact)
+    model.endor.preload()
+    return model
+
+
+def figures(result: "Generation", load_s: float) -> dict[str, Any]:
+    """Return what a generation took, as plain data."""
+    out = asdict(result)
+    for key in ("text", "began_s", "ended_s"):
+        del out[key]
+    steps = max(1, result.new_tokens)
+    return out | {
+        "load_s": load_s,
+        "prefill_tokens_per_s": result.prefill_tokens_per_s,
+        "decode_tokens_per_s": result.decode_tokens_per_s,
+        "disk_bytes_per_token": result.disk_bytes / steps,
+        "packed_bytes_per_token": result.packed_bytes / steps,
+        "peak_memory_bytes": peak_memory_bytes(),
+    }
+
+
+def summary(facts: dict[str, Any]) -> str:
+    """Return the figures for a reader."""
+    lines = [
+        f"load     {facts['load_s']:.2f} s",
+        f"prefill  {facts['prefill_tokens_per_s']:.1f} tokens/s ({facts['prompt_tokens']} tokens)",
+        f"decode   {facts['decode_tokens_per_s']:.2f} tokens/s ({facts['new_tokens']} tokens)",
+    ]
+    if facts["packed_bytes"]:
+        lines.append(
+            f"moved    {facts['disk_bytes_per_token'] / 1e6:.2f} MB from disk and "
+            f"{facts['packed_bytes_per_token'] / 1e6:.2f} MB of packed weights per token; "
+            f"waited {facts['stall_s']:.2f} s for the disk"
+        )
+    lines.append(f"memory   {facts['peak_memory_bytes'] / 1e6:.0f} MB at its peak")
+    return "\n".join(lines)
+
+
+def peak_memory_bytes() -> int:
+    """Return the largest resident size that this process had."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith("VmHWM:"):
+            return int(line.split()[1]) * 1024
+    return 0
