@@ -1,0 +1,116 @@
+"""What several commands share: options, progress bars, sizes in words."""
+
+import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, TypeVar
+
+import click
+
+Command = TypeVar("Command", bound=Callable[..., Any])
+
+_UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
+
+
+class Size(click.ParamType[int]):
+    """A number of bytes: `4GiB`, `500MB`, `1048576`."""
+
+    name = "size"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        if isinstance(value, int):
+            return value
+        found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?)(i?)B?\s*", str(value), re.IGNORECASE)
+        if found is None:
+            self.fail(f"{value!r} is not a size such as 4GiB or 500MB", param, ctx)
+        number, prefix, binary = found.groups()
+        factor = _UNITS[prefix.upper()]
+        if binary:
+            factor = 1 << (10 * "KMGT".index(prefix.upper()) + 10) if prefix else 1
+        return int(float(number) * factor)
+
+
+def json_option(command: Command) -> Command:
+    """Add `--json`, passed as `as_json`."""
+    return click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")(command)
+
+
+def output_options(command: Command) -> Command:
+    """Add `--resume`, `--overwrite` and `--threads`."""
+    for option in (
+        click.option("--threads", type=click.IntRange(1), help="Workers; every CPU when omitted."),
+        click.option("--overwrite", is_flag=True, help="Replace OUT when it exists."),
+        click.option("--resume", is_flag=True, help="Go on with an interrupted run."),
+    ):
+        command = option(command)
+    return command
+
+
+def selection_options(command: Command) -> Command:
+    """Add `--include` and `--exclude`."""
+    for option in (
+        click.option(
+            "--exclude",
+            multiple=True,
+            metavar="PATTERN",
+            help="Leave these tensors as they are; wins over --include. May be repeated.",
+        ),
+        click.option(
+            "--include",
+            multiple=True,
+            metavar="PATTERN",
+            help="Also take these tensors: a glob such as 'lm_head.weight', or re:EXPRESSION. "
+            "By default the matrices of the layers are taken. May be repeated.",
+        ),
+    ):
+        command = option(command)
+    return command
+
+
+@contextmanager
+def progress_bar(what: str) -> Iterator[Callable[[int, int], None]]:
+    """Show a bar of bytes done on stderr; yields the function that moves it."""
+    from tqdm import tqdm
+
+    with tqdm(desc=what, unit="B", unit_scale=True, dynamic_ncols=True, delay=0.2) as bar:
+
+        def move(done: int, total: int) -> None:
+            bar.total = total
+            bar.update(done - bar.n)
+
+        yield move
+
+
+@contextmanager
+def calibration_progress() -> Iterator[Callable[[int, int, str], None]]:
+    """Show a second bar of layers done on stderr, once a calibrated run reports some."""
+    from tqdm import tqdm
+
+    bar: tqdm[Any] | None = None
+
+    def move(done: int, total: int, what: str) -> None:
+        nonlocal bar
+        if bar is None:
+            bar = tqdm(desc="layers", total=total, unit="layer", dynamic_ncols=True, position=1)
+        bar.set_postfix_str(what)
+        bar.update(done - bar.n)
+
+    try:
+        yield move
+    finally:
+        if bar is not None:
+            bar.close()
+
+
+def human(nbytes: float) -> str:
+    """Return a size in words, in powers of 1000."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if nbytes < 1000:
+            return f"{nbytes:.0f} {unit}" if unit == "B" else f"{nbytes:.2f} {unit}"
+        nbytes /= 1000
+    return f"{nbytes:.2f} TB"
+
+
+MODEL = click.Path(path_type=Path)
+"""A path whose absence the library reports in one clear line."""

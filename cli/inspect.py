@@ -1,0 +1,55 @@
+"""`endor inspect`: what a packed checkpoint holds."""
+
+import json
+from pathlib import Path
+
+import click
+
+from endor.cli.common import MODEL, human, json_option
+from endor.cli.tables import table
+
+
+@click.command("inspect")
+@click.argument("packed", type=MODEL)
+@json_option
+def inspect_command(packed: Path, as_json: bool) -> None:
+    """Show what PACKED holds, tensor by tensor: shape, codec, density, bits per weight.
+
+    Reads headers only; `endor verify` checks the content.
+    """
+    from endor.checkpoint import inspect_checkpoint
+
+    found = inspect_checkpoint(packed)
+    if as_json:
+        click.echo(json.dumps(found.to_dict()))
+        return
+    rows = []
+    for row in found.rows:
+        spec = row.spec
+        codec = spec.codec if spec.bitmap or spec.codec == "dense" else f"{spec.codec}, no bitmap"
+        if spec.codec == "exp":
+            codec = f"exp-{spec.k}" + ("" if spec.bitmap else ", no bitmap")
+        rows.append(
+            [
+                row.name,
+                "x".join(map(str, spec.shape)) or "scalar",
+                spec.dtype.name,
+                codec,
+                f"{spec.density:.4f}",
+                f"{spec.bits_per_weight:.3f}",
+                human(spec.nbytes),
+            ]
+        )
+    click.echo(table(["tensor", "shape", "dtype", "codec", "density", "bits/weight", "size"], rows))
+    sizes = found.sizes
+    click.echo("")
+    click.echo(
+        f"{sizes.tensors} tensors, {sizes.packed_tensors} packed, in {sizes.shards} file(s): "
+        f"{human(sizes.dense_bytes)} dense, {human(sizes.packed_bytes)} here, "
+        f"{sizes.ratio:.2f}x smaller"
+    )
+    if sizes.packed_tensors:
+        click.echo(
+            f"packed weights: {sizes.weights:,}, density {sizes.density:.4f}, "
+            f"{sizes.bits_per_weight:.3f} bits a weight with all metadata and padding"
+        )

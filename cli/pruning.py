@@ -1,0 +1,164 @@
+"""The pruning options that `endor pack` and `endor prune` share."""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from endor.cli.common import Command, Size
+from endor.pruning.contract import METHODS, Method, Pattern, PruneOptions
+
+if TYPE_CHECKING:
+    from endor.checkpoint import CheckpointSource
+    from endor.pruning.contract import WeightPruner
+
+
+class PatternType(click.ParamType[str]):
+    """`unstructured` or N:M."""
+
+    name = "pattern"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        from endor.errors import ConfigError
+
+        try:
+            return str(Pattern.parse(str(value)))
+        except ConfigError as error:
+            self.fail(str(error), param, ctx)
+
+
+def method_help() -> str:
+    """Return one line on each method."""
+    return "; ".join(f"{method.name}: {method.help}" for method in METHODS.values())
+
+
+def calibration_options(command: Command) -> Command:
+    """Add what the calibrated methods take, passed on as a dict by `pruning_options`."""
+    defaults = PruneOptions()
+    for option in (
+        click.option(
+            "--device",
+            default=defaults.device,
+            show_default=True,
+            help="Where calibrated pruning computes: auto, cpu, cuda, cuda:0, ...",
+        ),
+        click.option(
+            "--scratch",
+            type=click.Path(file_okay=False, path_type=Path),
+            help="Folder for activations that do not fit in memory.",
+        ),
+        click.option(
+            "--memory",
+            "memory_bytes",
+            type=Size(),
+            default="4GiB",
+            show_default=True,
+            help="Most memory for activations; the rest goes to --scratch.",
+        ),
+        click.option(
+            "--layer-sparsity",
+            default=defaults.layer_sparsity,
+            show_default=True,
+            metavar="RULE",
+            help="uniform, linear[:SPREAD], owl[:SPREAD], or a JSON file {layer: sparsity}.",
+        ),
+        click.option(
+            "--dampening",
+            default=defaults.dampening,
+            show_default=True,
+            help="Ridge on the Gram matrix, as a share of its mean diagonal.",
+        ),
+        click.option("--seed", default=defaults.seed, show_default=True, help="Of the windows."),
+        click.option(
+            "--seq-len",
+            type=click.IntRange(1),
+            default=defaults.seq_len,
+            show_default=True,
+            help="Tokens of a calibration window.",
+        ),
+        click.option(
+            "--samples",
+            type=click.IntRange(1),
+            default=defaults.samples,
+            show_default=True,
+            help="Calibration windows.",
+        ),
+        click.option(
+            "--chat-template",
+            is_flag=True,
+            help="Render JSONL conversations with the tokenizer's chat template.",
+        ),
+        click.option(
+            "--calibration",
+            type=click.Path(path_type=Path),
+            metavar="FILE",
+            help="Text or JSONL like what the model will see; a text is shipped for those who "
+            "have none. It matters more than the method.",
+        ),
+        click.option(
+            "--pattern",
+            type=PatternType(),
+            default="unstructured",
+            show_default=True,
+            help="unstructured, or N:M for N survivors in every M (2:4, 4:8).",
+        ),
+        click.option(
+            "--sparsity",
+            type=click.FloatRange(0, 1, max_open=True),
+            default=defaults.sparsity,
+            show_default=True,
+            help="Share of zeros in every pruned matrix.",
+        ),
+    ):
+        command = option(command)
+    return command
+
+
+@contextmanager
+def pruned(
+    model: Path,
+    name: str,
+    options: dict[str, Any],
+    include: Sequence[str],
+    exclude: Sequence[str],
+    watch: Callable[[int, int, str], None],
+) -> Iterator[tuple["CheckpointSource", "WeightPruner | None", dict[str, Any]]]:
+    """Yield what to convert: a source, a pruner for it (or None), and a description of both.
+
+    A method that looks at weights only is a pruner on the plain source; a calibrated one is a
+    source that computes layer after layer as its tensors are asked for.
+
+    Args:
+        model: The checkpoint.
+        name: `"none"`, or a key of `METHODS`.
+        options: Fields of `PruneOptions`.
+        include: Patterns of tensors to prune besides the default ones.
+        exclude: Patterns of tensors to leave alone.
+        watch: Called with layers done, layers in total, and what goes on.
+    """
+    from contextlib import closing
+    from typing import cast
+
+    from endor.checkpoint import open_source
+    from endor.pruning.contract import WeightPruner
+
+    with ExitStack() as stack:
+        source = stack.enter_context(closing(open_source(model)))
+        if name == "none":
+            yield source, None, {}
+            return
+        method: Method = METHODS[name]
+        chosen = PruneOptions(method=name, **options)
+        if not method.calibrated:
+            yield source, cast(WeightPruner, method.create(chosen)), {}
+            return
+        from endor.checkpoint.select import select
+        from endor.pruning.source import PrunedSource
+
+        selected = select(source.tensors.values(), include=include, exclude=exclude)
+        wrapped = stack.enter_context(
+            closing(PrunedSource(source, chosen, selected, progress=watch))
+        )
+        yield wrapped, None, wrapped.describe()

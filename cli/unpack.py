@@ -1,0 +1,40 @@
+"""`endor unpack`: an ordinary checkpoint again."""
+
+import json
+from pathlib import Path
+
+import click
+
+from endor.cli.common import MODEL, human, json_option, output_options, progress_bar
+
+
+@click.command("unpack")
+@click.argument("packed", type=MODEL)
+@click.argument("out", type=MODEL)
+@output_options
+@json_option
+def unpack_command(
+    packed: Path, out: Path, resume: bool, overwrite: bool, threads: int | None, as_json: bool
+) -> None:
+    """Write PACKED to OUT as an ordinary Hugging Face checkpoint, bit for bit.
+
+    Every checksum is checked on the way.
+    """
+    from endor.checkpoint import unpack_checkpoint
+
+    with progress_bar("unpack") as progress:
+        report = unpack_checkpoint(
+            packed,
+            out,
+            resume=resume,
+            overwrite=overwrite,
+            threads=threads,
+            progress=progress,
+        )
+    if as_json:
+        click.echo(json.dumps(report.to_dict()))
+        return
+    click.echo(
+        f"{out}: {report.tensors} tensors, {human(report.dense_bytes)} in {report.files} file(s), "
+        f"{report.seconds:.1f} s, {report.gbps:.2f} GB/s"
+    )

@@ -1,0 +1,50 @@
+"""`endor verify`: is a packed checkpoint whole, and is it that model?"""
+
+import json
+import sys
+from dataclasses import asdict
+from pathlib import Path
+
+import click
+
+from endor.cli.common import MODEL, human, json_option, progress_bar
+
+SHOWN = 20
+"""Problems that are printed one by one."""
+
+
+@click.command("verify")
+@click.argument("packed", type=MODEL)
+@click.option(
+    "--against",
+    type=MODEL,
+    metavar="MODEL",
+    help="Also compare every tensor with this checkpoint (dense or packed), bit for bit.",
+)
+@click.option("--threads", type=click.IntRange(1), help="Workers; every CPU when omitted.")
+@json_option
+def verify_command(packed: Path, against: Path | None, threads: int | None, as_json: bool) -> None:
+    """Check PACKED: checksums, structure, index; with --against, equality of every bit.
+
+    Prints a line for each problem and exits 1 if there is any.
+    """
+    from endor.checkpoint import verify_checkpoint
+
+    with progress_bar("verify") as progress:
+        report = verify_checkpoint(packed, against=against, threads=threads, progress=progress)
+    if as_json:
+        click.echo(json.dumps(asdict(report) | {"path": str(report.path), "ok": report.ok}))
+    else:
+        for problem in report.problems[:SHOWN]:
+            click.echo(f"endor: {problem}", err=True)
+        if len(report.problems) > SHOWN:
+            click.echo(f"endor: and {len(report.problems) - SHOWN} more (--json has all)", err=True)
+        found = f"{report.tensors} tensors in {report.files} file(s), {human(report.nbytes)}"
+        if report.ok and against is not None:
+            click.echo(f"{packed}: whole, and equal to {against} in every bit: {found}")
+        elif report.ok:
+            click.echo(f"{packed}: whole: {found}")
+        else:
+            click.echo(f"{packed}: {len(report.problems)} problem(s): {found}")
+    if not report.ok:
+        sys.exit(1)
