@@ -199,7 +199,7 @@ def test_what_does_not_fit_is_refused(rng):
         gpu.decode(packed, torch.empty(64 * 96 + 1, **like)[1:].view(64, 96))
     with pytest.raises(ShapeError, match="must be on cuda:0"):
         gpu.decode(packed, torch.empty(64, 96, dtype=torch.bfloat16))
-    with pytest.raises(DTypeError, match="x must be torch.bfloat16"):
+    with pytest.raises(DTypeError, match=r"x must be torch\.bfloat16"):
         gpu.product(packed, torch.zeros(1, 96, device="cuda"))
     with pytest.raises(ShapeError, match=r"x must be contiguous \(batch, 96\)"):
         gpu.product(packed, torch.zeros(1, 64, **like))
