@@ -18,7 +18,7 @@
 #define TARGET_BF16                                                                                               \
     __attribute__((                                                                                               \
         target("avx512f,avx512bw,avx512vl,avx512dq,avx512vbmi,avx512vbmi2,avx512bf16,bmi,bmi2,popcnt")))
-/* Bytes ahead: hides the latency of DRAM. The non-temporal hint spares what else is in L1 (x, the tile). */
+/* Bytes ahead: hides the latency of DRAM. Into L2, or with the hint that spares what else is in L1. */
 #define PREFETCH 2048
 
 #define INLINE static inline __attribute__((always_inline))
@@ -549,7 +549,8 @@ INLINE TARGET_BF16 uint64_t rows_pairs(endor_run *runs, uint64_t rows, uint64_t 
             __m512i w[ENDOR_MAX_RUNS][2];
             for (int r = 0; r < n_runs; r++) {
                 uint64_t m = load64(bitmap[r] + k / 8);
-                _mm_prefetch((const char *)v[r] + PREFETCH, _MM_HINT_NTA);
+                _mm_prefetch((const char *)v[r] + PREFETCH, _MM_HINT_T1);
+                if (!(k & 511)) _mm_prefetch((const char *)bitmap[r] + k / 8 + PREFETCH / 4, _MM_HINT_T1);
                 w[r][0] = expand_w((uint32_t)m, load(v[r]));
                 w[r][1] = expand_w((uint32_t)(m >> 32), load(v[r] + count((uint32_t)m)));
                 v[r] += count(m);
