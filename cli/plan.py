@@ -10,8 +10,7 @@ import click
 from endor.cli.tables import table
 
 if TYPE_CHECKING:
-    from endor.hf.outline import Outline
-    from endor.offload.hardware import Disk, Machine
+    from endor.hf.outline import Outline, Planned
     from endor.offload.planner import Plan
 
 TIERS = {
@@ -60,32 +59,28 @@ def plan_command(
     Nothing is loaded: the files' headers and measured constants of this machine are enough. The
     constants are remembered; `endor bench hw` shows them.
     """
-    from endor.hf.outline import outline
-    from endor.offload import available_bytes, hardware, parse_bytes
-    from endor.offload.planner import Workload, plan
+    from endor.hf.outline import plan_checkpoint
+    from endor.offload import available_bytes, parse_bytes
+    from endor.offload.planner import Workload
 
-    found = outline(packed)
-    machine = hardware.machine(found.dtype, refresh=remeasure)
-    disk = hardware.disk(packed, refresh=remeasure)
-    result = plan(
-        found.units,
-        found.shape,
-        machine,
-        disk,
+    planned = plan_checkpoint(
+        packed,
         ram_bytes=parse_bytes(ram, "--ram") if ram else available_bytes(),
         vram_bytes=parse_bytes(vram, "--vram") if vram else 0,
         workload=Workload(batch, min(prompt, context), context, "direct" if fast else "exact"),
+        remeasure=remeasure,
     )
+    found, result = planned.outline, planned.plan
     if plot is not None:
         from endor.bench.offload_plot import placement
 
         placement(found.units, result, plot)
     if as_json:
-        click.echo(json.dumps(to_dict(found, machine, disk, result), indent=2))
+        click.echo(json.dumps(to_dict(planned), indent=2))
         return
     click.echo(summary(found, result))
     if explain:
-        click.echo("\n" + arithmetic(machine, disk, result))
+        click.echo("\n" + arithmetic(planned))
 
 
 def summary(found: "Outline", result: "Plan") -> str:
@@ -140,8 +135,9 @@ def verdict(result: "Plan") -> list[str]:
     return [f"{text}: at least as fast; unpack the checkpoint if memory is not scarce{advice}"]
 
 
-def arithmetic(machine: "Machine", disk: "Disk", result: "Plan") -> str:
+def arithmetic(planned: "Planned") -> str:
     """Return the constants, and how they become the predicted times."""
+    machine, disk, result = planned.machine, planned.disk, planned.plan
     rows = [
         ["disk, cold reads", f"{disk.read_gbps:.2f} GB/s"],
         ["  over its passes", f"{disk.slowest_gbps:.2f} to {disk.fastest_gbps:.2f} GB/s"],
@@ -184,8 +180,9 @@ def tier_bytes(found: "Outline", result: "Plan") -> dict[str, tuple[int, int]]:
     return out
 
 
-def to_dict(found: "Outline", machine: "Machine", disk: "Disk", result: "Plan") -> dict[str, Any]:
+def to_dict(planned: "Planned") -> dict[str, Any]:
     """Return the plan for machines."""
+    found, result = planned.outline, planned.plan
     return {
         "model": found.name,
         "units": len(found.units),
@@ -201,6 +198,6 @@ def to_dict(found: "Outline", machine: "Machine", disk: "Disk", result: "Plan") 
         "load_s": result.load_s,
         "dense_decode_s": result.dense_decode.seconds if result.dense_decode else None,
         "dense_is_faster": result.dense_is_faster,
-        "machine": machine.to_dict(),
-        "disk": asdict(disk),
+        "machine": planned.machine.to_dict(),
+        "disk": asdict(planned.disk),
     }

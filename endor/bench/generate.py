@@ -31,6 +31,13 @@ from endor.offload.planner import Plan, Workload, plan
 PEERS = ("accelerate-disk", "accelerate-cpu", "airllm", "dense")
 CHILD_TIMEOUT_S = 3600
 
+CHILD_ENVIRONMENT = {"OMP_WAIT_POLICY": "PASSIVE"}
+"""Of every system, unless the caller's environment says otherwise: torch's idle threads sleep.
+
+Spinning, they take the cores from whatever else computes: here Endor's kernels, and on a machine
+that is not otherwise idle every system's own other threads.
+"""
+
 Progress = Callable[[str], None]
 
 
@@ -311,7 +318,7 @@ def _run(system: _System, *, last: bool) -> None:
         capture_output=True,
         text=True,
         timeout=CHILD_TIMEOUT_S,
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(paths)},
+        env={**CHILD_ENVIRONMENT, **os.environ, "PYTHONPATH": os.pathsep.join(paths)},
         check=False,
     )
     lines = ran.stdout.strip().splitlines()

@@ -7,7 +7,10 @@ from endor.errors import ConfigError
 from endor.hf.loading import open_layouts
 from endor.hf.model import is_packed
 from endor.hf.names import assign
+from endor.offload import hardware
 from endor.offload.costs import ModelShape
+from endor.offload.hardware import Disk, Machine
+from endor.offload.planner import Plan, Workload, plan
 from endor.offload.units import Unit, collect_units
 
 
@@ -28,6 +31,55 @@ class Outline:
     units: tuple[Unit, ...]
     shape: ModelShape
     dtype: str
+
+
+@dataclass(frozen=True, slots=True)
+class Planned:
+    """A plan, and all that it was made from."""
+
+    outline: Outline
+    machine: Machine
+    disk: Disk
+    plan: Plan
+
+
+def plan_checkpoint(
+    packed_dir: Path | str,
+    *,
+    ram_bytes: int,
+    vram_bytes: int = 0,
+    workload: Workload | None = None,
+    remeasure: bool = False,
+) -> Planned:
+    """Return the plan for a packed checkpoint on this machine, measuring what is not remembered.
+
+    Pass `plan.placement` to `endor.load_model` to have it come true.
+
+    Args:
+        packed_dir: The checkpoint.
+        ram_bytes: Host memory for weights, cache, scratch and activations.
+        vram_bytes: Device memory; 0 plans for the processor.
+        workload: What the model is for.
+        remeasure: Measure the machine and the disk again.
+
+    Raises:
+        BudgetError: A budget is too small; the message has the least that works.
+        ConfigError: No packed checkpoint, or options that make no sense.
+        FormatError: A header is damaged.
+    """
+    found = outline(packed_dir)
+    machine = hardware.machine(found.dtype, refresh=remeasure)
+    disk = hardware.disk(packed_dir, refresh=remeasure)
+    chosen = plan(
+        found.units,
+        found.shape,
+        machine,
+        disk,
+        ram_bytes=ram_bytes,
+        vram_bytes=vram_bytes,
+        workload=workload,
+    )
+    return Planned(found, machine, disk, chosen)
 
 
 def outline(packed_dir: Path | str) -> Outline:
