@@ -8,12 +8,14 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from endor.cli.common import MODEL
+
 if TYPE_CHECKING:
     from endor.hf.generation import Generation
 
 
 @click.command("generate")
-@click.argument("packed", type=click.Path(exists=True, file_okay=False, path_type=Path))
+@click.argument("packed", type=MODEL)
 @click.option("--prompt", required=True, help="Text to continue.")
 @click.option("--chat", is_flag=True, help="Take the prompt as a message, by the chat template.")
 @click.option("--max-new-tokens", default=64, show_default=True, help="Stop after so many tokens.")
@@ -63,11 +65,12 @@ def generate_command(
     also be an ordinary checkpoint, for comparison; memory options then do not apply.
     """
     from endor.hf.generation import Sampling, encode_prompt, generate_text, load_tokenizer
+    from endor.hf.load import open_model
 
     sampling = Sampling(max_new_tokens, temperature, top_p, seed)
     sampling.check()
     start = time.perf_counter()
-    model = _load(packed, device=device, vram=vram, ram=ram, exact=exact)
+    model = open_model(packed, device=device, vram=vram, ram=ram, exact=exact)
     store = getattr(model, "endor", None)
     if report is not None and store is None:
         raise click.UsageError("--report needs a packed checkpoint")
@@ -92,26 +95,6 @@ def generate_command(
         return
     click.echo()
     click.echo(summary(facts), err=True)
-
-
-def _load(path: Path, *, device: str, vram: str | None, ram: str | None, exact: bool) -> Any:
-    import transformers
-
-    from endor.hf import load_model
-    from endor.hf.model import is_packed
-
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
-    if not is_packed(path):
-        if vram or ram or not exact:
-            raise click.UsageError(
-                f"{path} is an ordinary checkpoint: --vram, --ram and --fast need a packed one"
-            )
-        model = transformers.AutoModelForCausalLM.from_pretrained(path, dtype="auto")
-        return model.to(device)
-    model = load_model(path, device=device, vram=vram, ram=ram, exact=exact)
-    model.endor.preload()
-    return model
 
 
 def figures(result: "Generation", load_s: float) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from endor.errors import BackendError, ConfigError
+from endor.errors import BackendError, CheckpointError, ConfigError
 from endor.hf.model import is_packed
 
 if TYPE_CHECKING:
@@ -80,6 +80,39 @@ def load_model(
         dtype=dtype,
         **({"attn_implementation": attn_implementation} if attn_implementation else {}),
     )
+
+
+def open_model(
+    path: str | Path,
+    *,
+    device: str = "cpu",
+    ram: int | str | None = None,
+    vram: int | str | None = None,
+    exact: bool = True,
+) -> Any:
+    """Return the model of a packed or of an ordinary checkpoint, its weights in place.
+
+    Arguments and errors as for `load_model`; an ordinary checkpoint takes only `device`.
+
+    Raises:
+        ConfigError: An option needs a packed checkpoint.
+        CheckpointError: There is no checkpoint.
+    """
+    import transformers
+
+    if not Path(path).is_dir():
+        raise CheckpointError(f"{path}: no such checkpoint; give a directory with config.json")
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    if is_packed(Path(path)):
+        model = load_model(path, device=device, vram=vram, ram=ram, exact=exact)
+        model.endor.preload()
+        return model
+    if vram or ram or not exact:
+        raise ConfigError(
+            f"{path} is an ordinary checkpoint: vram, ram and fast products need a packed one"
+        )
+    return transformers.AutoModelForCausalLM.from_pretrained(path, dtype="auto").to(device)
 
 
 def _model_class(transformers: Any, config: Any) -> Any:
