@@ -221,7 +221,7 @@ def product(
             batch=len(x),
             float_out=out.dtype == torch.float32,
             segment_nnz=packed.segment_nnz,
-            shared_limit=_shared_limit(packed.device.index),
+            shared_limit=shared_limit(packed.device.index),
         )
     )
     return out
@@ -333,8 +333,8 @@ def _stream(pointer: int) -> Any:
 
 
 @functools.cache
-def _shared_limit(index: int) -> int:
-    """Shared memory of a product block: at least two fit a multiprocessor."""
+def shared_limit(index: int) -> int:
+    """Return the shared memory that a product's block may take: two fit a multiprocessor."""
     attributes = _cupy().cuda.Device(index).attributes
     return int(attributes["MaxSharedMemoryPerBlockOptin"]) // 2 - 1024
 
