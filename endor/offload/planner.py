@@ -294,11 +294,14 @@ class _Search:
         return tiers, staging
 
     def _staging(self, rest: Sequence[UnitCost], budget: int) -> int:
-        """Room for a few of the largest units; more would only keep fewer resident."""
+        """Room for a few of the largest units, before any is resident.
+
+        Less makes reading and computing take turns; more would only keep fewer units resident.
+        """
         largest = max((cost.packed_bytes for cost in rest), default=0)
         everything = sum(cost.packed_bytes for cost in rest)
         ahead = min((STAGING_UNITS - 1) * largest, STAGING_AHEAD_BYTES, everything - largest)
-        return max(largest, min(largest + ahead, budget // 2))
+        return max(largest, min(largest + ahead, budget))
 
     def _fill(
         self,
