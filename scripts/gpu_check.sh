@@ -68,7 +68,6 @@ if [[ -n $sanitizer ]]; then
     subset="test_a_record_of_several_tensors or (test_raw and 8193 and BF16) or (test_product and 3 and BF16)"
     for tool in memcheck racecheck; do
         step "$tool" 90 "$sanitizer" --tool "$tool" --error-exitcode 9 --target-processes all \
-            --kernel-name regex:'(expand_raw|expand_exp|product)' \
             "$python" -m pytest tests/gpu/test_gpu_kernels.py -q -p no:cacheprovider -k "$subset"
     done
 else

@@ -1,4 +1,4 @@
-"""Measurements and summary of scripts/gpu_check.sh: `gpu_report.py kernels|model|summary OUTDIR`."""
+"""Measurements and summary of gpu_check.sh: `gpu_report.py kernels|model|summary OUTDIR`."""
 
 import json
 import shutil
@@ -86,7 +86,7 @@ def summary(out: Path) -> int:
         text += ["```", device.read_text().strip(), "```", ""]
     text += ["| step | ended | took |", "|---|---|---|"]
     for row in (out / "steps.txt").read_text().splitlines():
-        text.append("| " + " | ".join((row.split("|") + ["", ""])[:3]) + " |")
+        text.append("| " + " | ".join([*row.split("|"), "", ""][:3]) + " |")
     records = out / "kernels.jsonl"
     if records.exists():
         text += ["", "| subject | shape | density | us | GB/s | of ceiling | dense GB/s | note |"]
