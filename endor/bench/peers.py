@@ -136,14 +136,21 @@ def _torch_decode(case: Case, bits: np.ndarray) -> Peer:
     return Peer(Subject("torch masked_scatter_", run), encoded.nbytes, dense)
 
 
-def _bitmask_compressor() -> Any:
+def _import(peer: str, module: str, hint: str = "") -> Any:
     try:
-        compressors = import_module("compressed_tensors.compressors")
-        config = import_module("compressed_tensors.config")
-    except ImportError:
-        raise _Unavailable(
-            "compressed-tensors: not installed (0.14.0.1 is the last release with the compressor)"
-        ) from None
+        return import_module(module)
+    except ModuleNotFoundError as error:
+        if module.startswith(error.name or "?"):
+            raise _Unavailable(f"{peer}: not installed{hint}") from None
+        raise _Unavailable(f"{peer}: cannot be imported, {error}") from error
+    except ImportError as error:
+        raise _Unavailable(f"{peer}: cannot be imported, {error}") from error
+
+
+def _bitmask_compressor() -> Any:
+    hint = " (0.14.0.1 is the last release with the compressor)"
+    compressors = _import("compressed-tensors", "compressed_tensors.compressors", hint)
+    config = _import("compressed-tensors", "compressed_tensors.config", hint)
     if not hasattr(compressors, "BitmaskCompressor"):
         raise _Unavailable("compressed-tensors: this release dropped BitmaskCompressor (<= 0.14)")
     return compressors.BitmaskCompressor(config=config.BitmaskConfig())
@@ -188,10 +195,7 @@ def _zipnn(case: Case) -> Any:
     names = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}
     if case.dtype not in names:
         raise _Unavailable(f"zipnn: takes {', '.join(names)}, not {case.dtype}")
-    try:
-        zipnn = import_module("zipnn")
-    except ImportError:
-        raise _Unavailable("zipnn: not installed") from None
+    zipnn = _import("zipnn", "zipnn")
     return zipnn.ZipNN(
         input_format="byte", bytearray_dtype=names[case.dtype], threads=case.thread_count
     )

@@ -55,8 +55,8 @@ def rates(records: Sequence[BenchRecord], path: Path) -> None:
                 Bar(
                     record.subject,
                     record.gbps,
-                    not record.peer and record.subject != record.ceiling,
-                    f"{record.gbps:.3g}",
+                    record.subject.startswith("endor"),
+                    f"{record.gbps:.2f}",
                 )
                 for record in group
             ],
