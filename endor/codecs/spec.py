@@ -165,7 +165,7 @@ class TensorSpec:
         if codec not in CODECS:
             raise FormatError(f"unknown codec {codec!r}: a newer Endor may read it")
         numel = math.prod(shape)
-        if numel > MAX_NUMEL:
+        if math.prod(size or 1 for size in shape) > MAX_NUMEL:  # strides overflow even without data
             raise FormatError(
                 f"shape {shape} has {numel} elements; at most {MAX_NUMEL} are allowed"
             )

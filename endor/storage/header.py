@@ -102,6 +102,12 @@ class Header:
                     "header alone; copy the file again"
                 )
             raw += file.read(length)
+        first = raw[PREFIX_BYTES : PREFIX_BYTES + 1]
+        if first != b"{":
+            raise FormatError(
+                f"{path}: header must begin with '{{', got {brief(first)}; this is not a safetensors "
+                "file, or it is damaged"
+            )
         document = parse_json(raw[PREFIX_BYTES:], f"{path}: header")
         metadata = document.pop(METADATA_KEY, {})
         if not isinstance(metadata, dict) or not all(
@@ -178,9 +184,6 @@ def parse_json(text: bytes | str, where: str) -> dict[str, Any]:
             object_pairs_hook=_unique,
             parse_constant=_refuse_constant,
         )
-        if isinstance(document, dict):
-            for key in document:
-                key.encode()  # lone surrogates, which \\u escapes can smuggle in
     except (ValueError, RecursionError) as error:
         raise FormatError(f"{where} must be JSON: {error}; copy the file again") from None
     if not isinstance(document, dict):
@@ -238,6 +241,8 @@ def check_entry_size(path: Path, key: str, entry: Entry) -> None:
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     out = dict(pairs)
+    for key in out:
+        key.encode()  # lone surrogates, which \u escapes can smuggle in
     if len(out) != len(pairs):
         seen: set[str] = set()
         repeated = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]

@@ -1,0 +1,95 @@
+"""Small packed files for the tests of storage."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from endor import codecs
+from endor.codecs import DTYPES, DType, Encoded, exp
+from endor.storage import FileWriter, header_capacity
+
+Write = Callable[..., Path]
+
+
+def sample_bits(dtype: DType, shape: tuple[int, ...], *, density: float = 0.4) -> np.ndarray:
+    """Return elements with few exponents, some outliers among them, as unsigned integers."""
+    rng = np.random.default_rng([dtype.itemsize, dtype.exponent_bits, *shape])
+    numel = int(np.prod(shape, dtype=np.int64))
+    if not dtype.packable:
+        return rng.integers(0, 2, numel).astype(dtype.uint).reshape(shape)
+    exponents = rng.integers(0, 4, numel) + (1 << (dtype.exponent_bits - 1)) - 3
+    outliers = rng.random(numel) < 0.02
+    exponents[outliers] = rng.integers(0, 1 << dtype.exponent_bits, int(outliers.sum()))
+    bits = dtype.join(exponents, rng.integers(0, 1 << dtype.rest_bits, numel))
+    bits[rng.random(numel) >= density] = 0
+    special = np.array([0, 1, -1, 1 << (8 * dtype.itemsize - 1)]).astype(dtype.uint)
+    bits[: special.size] = special[:numel]  # zero, subnormal, NaN, -0.0
+    return bits.reshape(shape)
+
+
+def sample_tensors(shape: tuple[int, ...] = (3, 700)) -> dict[str, Encoded]:
+    """Return a tensor of every dtype in every codec that takes it, `exp` with patches."""
+    out = {}
+    for dtype in DTYPES.values():
+        bits = sample_bits(dtype, shape)
+        out[f"{dtype.name}.dense"] = codecs.encode(bits, dtype, codec="dense")
+        if dtype.packable:
+            out[f"{dtype.name}.raw"] = codecs.encode(bits, dtype, codec="raw")
+            base = (1 << (dtype.exponent_bits - 1)) - 3
+            for bitmap, suffix in ((False, "exp"), (True, "exp_bitmap")):
+                encoded = exp.encode(bits, dtype, bitmap=bitmap, k=2, base=base)
+                out[f"{dtype.name}.{suffix}"] = encoded
+    return out
+
+
+def write_file(
+    path: Path,
+    records: dict[str, dict[str, Encoded]],
+    metadata: dict[str, str] | None = None,
+) -> Path:
+    """Write a packed file with these tensors per record."""
+    plan = {
+        record: {name: encoded.spec for name, encoded in tensors.items()}
+        for record, tensors in records.items()
+    }
+    capacity = header_capacity(plan, metadata)
+    with FileWriter(path, header_capacity=capacity, metadata=metadata) as writer:
+        for record, tensors in records.items():
+            with writer.record(record) as out:
+                for name, encoded in tensors.items():
+                    out.add(name, encoded)
+    return path
+
+
+@pytest.fixture
+def samples() -> dict[str, Encoded]:
+    return sample_tensors()
+
+
+@pytest.fixture
+def write(tmp_path: Path) -> Write:
+    """Write a file into the test's own directory and return its path."""
+
+    def write(
+        records: dict[str, dict[str, Encoded]],
+        metadata: dict[str, str] | None = None,
+        *,
+        name: str = "weights.safetensors",
+    ) -> Path:
+        return write_file(tmp_path / name, records, metadata)
+
+    return write
+
+
+@pytest.fixture
+def small(write: Write) -> Path:
+    """A file of two records, four tensors and every kind of array: 8 KiB of data."""
+    bf16, f32 = DTYPES["BF16"], DTYPES["F32"]
+    weights = codecs.encode(sample_bits(bf16, (40, 30)), bf16, codec="exp", bitmap=True)
+    sparse = codecs.encode(sample_bits(f32, (100,), density=0.1), f32, codec="raw")
+    norm = codecs.encode(sample_bits(f32, (16,)), f32, codec="dense")
+    full = codecs.encode(sample_bits(bf16, (200,)), bf16, codec="exp", bitmap=False)
+    records = {"a": {"a.weight": weights, "a.norm": norm}, "b": {"b.x": sparse, "b.y": full}}
+    return write(records, {"note": "small"})
