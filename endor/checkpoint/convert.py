@@ -2,12 +2,12 @@
 
 Workers read, prune and encode; the calling thread appends the results in execution order to the
 current shard. At most the largest tensor (or 96 MiB, if that is more) is in flight in dense form,
-and as much again at most in packed form.
+and as much again at most in packed form; both in memory that is used again.
 """
 
 import hashlib
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,9 +17,9 @@ from endor import kernels
 from endor.checkpoint.companions import copy_companions, packed_config
 from endor.checkpoint.index import build_index, dense_file_names, shard_name, write_index
 from endor.checkpoint.output import OutputDirectory
-from endor.checkpoint.pipeline import OrderedWork
+from endor.checkpoint.pipeline import OrderedWork, ScratchPool
 from endor.checkpoint.plan import Unit, plan_units
-from endor.checkpoint.reading import Loaded, TensorLoader
+from endor.checkpoint.reading import TensorLoader
 from endor.checkpoint.report import PackReport, Progress, Sizes, no_progress
 from endor.checkpoint.source import PACKED_INDEX_NAME
 from endor.checkpoint.tensors import CheckpointSource, SourceTensor
@@ -33,6 +33,9 @@ from endor.storage.layout import ALIGN, FORMAT_VERSION
 DEFAULT_SHARD_BYTES = 4 << 30
 MAX_HEADER_ROOM = 32 << 20
 """A shard ends before its header would need more than this."""
+
+ENTRY_ROOM = 2048
+"""More than a tensor's part of a header takes besides its name, which is there once per array."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,6 +101,14 @@ def _describe(options: PackOptions) -> dict[str, Any]:
     return {"codec": options.codec} | ({"prune": dict(options.prune)} if options.prune else {})
 
 
+@dataclass(frozen=True, slots=True)
+class _Encoded:
+    """A tensor ready to be written, and what gives its memory back."""
+
+    encoded: Encoded
+    release: Callable[[], None]
+
+
 class _Run:
     """One conversion: how far it is, and how it goes on."""
 
@@ -122,6 +133,7 @@ class _Run:
         self.converted_bytes = 0
         self.shards: list[Path] = []
         self.loader = TensorLoader(source, pruner, selected)
+        self.scratches = ScratchPool(self.loader.budget_bytes)
         self.threads = 1
 
     def adopt_finished(self) -> None:
@@ -157,23 +169,24 @@ class _Run:
             while self.done < len(self.units):
                 self._write_shard(results)
 
-    def _encode(self, tensor: SourceTensor) -> tuple[Encoded, Loaded | None]:
+    def _encode(self, tensor: SourceTensor) -> _Encoded:
         loaded = self.loader.load(tensor)
+        scratch = self.scratches.take()
         together = max(1, min(self.threads, self.loader.budget_bytes // max(tensor.nbytes, 1)))
         encoded = kernels.encode(
             loaded.bits,
             tensor.dtype,
             codec=self.options.codec if tensor.name in self.selected else "dense",
             threads=max(1, self.threads // together),
+            scratch=scratch,
         )
-        if encoded.spec.codec == "dense":
-            return encoded, loaded  # its array is the buffer
+        if encoded.spec.codec == "dense":  # its array is the buffer
+            self.scratches.give(scratch)
+            return _Encoded(encoded, lambda: self.loader.pool.give(loaded.buffer))
         self.loader.pool.give(loaded.buffer)
-        return encoded, None
+        return _Encoded(encoded, lambda: self.scratches.give(scratch))
 
-    def _write_shard(
-        self, results: Iterator[tuple[SourceTensor, tuple[Encoded, Loaded | None]]]
-    ) -> None:
+    def _write_shard(self, results: Iterator[tuple[SourceTensor, _Encoded]]) -> None:
         path = self.output.partial / f"endor-{len(self.shards) + 1:05d}.safetensors"
         capacity, stop = self._header_room()
         first = self.done
@@ -185,11 +198,10 @@ class _Run:
                     break
                 with writer.record(unit.name) as record:
                     for tensor in unit.tensors:
-                        found, (encoded, loaded) = next(results)
+                        found, result = next(results)
                         assert found is tensor
-                        record.add(tensor.name, encoded)
-                        if loaded is not None:
-                            self.loader.pool.give(loaded.buffer)
+                        record.add(tensor.name, result.encoded)
+                        result.release()
                         self.done_bytes += tensor.nbytes
                         self.converted_bytes += tensor.nbytes
                         self.progress(self.done_bytes, self.total_bytes)
@@ -204,7 +216,7 @@ class _Run:
         stop = self.done
         for unit in self.units[self.done :]:
             specs = {tensor.name: self._largest(tensor) for tensor in unit.tensors}
-            room += header_capacity({unit.name: specs})
+            room += sum(ENTRY_ROOM + 24 * len(tensor.name) for tensor in unit.tensors)
             least += sum(self._least(tensor) for tensor in unit.tensors)
             if plan and (room > MAX_HEADER_ROOM or least > self.options.max_shard_bytes):
                 break
@@ -213,9 +225,12 @@ class _Run:
         return header_capacity(plan), stop
 
     def _largest(self, tensor: SourceTensor) -> TensorSpec:
-        if tensor.name in self.selected:
-            return largest_spec(tensor.shape, tensor.dtype)
-        return TensorSpec(tensor.shape, tensor.dtype, "dense", False, tensor.numel)
+        """Return a spec whose header entry is at least as long as the real one."""
+        if tensor.name not in self.selected or self.options.codec == "dense":
+            return TensorSpec(tensor.shape, tensor.dtype, "dense", False, tensor.numel)
+        if self.options.codec == "raw":
+            return TensorSpec(tensor.shape, tensor.dtype, "raw", True, tensor.numel)
+        return largest_spec(tensor.shape, tensor.dtype)
 
     def _least(self, tensor: SourceTensor) -> int:
         """Return bytes that the stored tensor needs at least: its bitmap, or all of it."""

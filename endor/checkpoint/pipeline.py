@@ -8,6 +8,7 @@ from typing import Generic, TypeVar
 
 import numpy as np
 
+from endor.kernels.scratch import Scratch
 from endor.storage import HostBuffer
 
 Task = TypeVar("Task")
@@ -56,6 +57,34 @@ class BufferPool:
                 self._total -= buffer.nbytes
             else:
                 self._free.append(buffer)
+
+
+class ScratchPool:
+    """Memory for encoded tensors that is handed out again.
+
+    Args:
+        limit_bytes: What comes back is dropped while all of it together exceeds this.
+    """
+
+    def __init__(self, limit_bytes: int) -> None:
+        self._limit = limit_bytes
+        self._free: list[Scratch] = []
+        self._sizes: dict[int, int] = {}
+        self._lock = threading.Lock()
+
+    def take(self) -> Scratch:
+        """Return the memory used last."""
+        with self._lock:
+            return self._free.pop() if self._free else Scratch()
+
+    def give(self, scratch: Scratch) -> None:
+        """Take memory back; arrays in it must not be used any more."""
+        with self._lock:
+            self._sizes[id(scratch)] = scratch.nbytes
+            if sum(self._sizes.values()) > self._limit:
+                del self._sizes[id(scratch)]
+            else:
+                self._free.append(scratch)
 
 
 class OrderedWork(Generic[Task, Result]):

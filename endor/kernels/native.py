@@ -77,6 +77,8 @@ def load() -> tuple[ctypes.CDLL | None, str]:
         ("pack_exp", i32, (i32, pointer, pointer, i32)),
         ("matvec", i32, (i32, pointer, i32, u64, u64, pointer, i32, u64, pointer, i32)),
         ("probe", u64, (i32, pointer, pointer, u64, i32)),
+        ("count16", i32, (pointer, u64, ctypes.c_uint32, pointer)),
+        ("zero_below16", i32, (pointer, u64, ctypes.c_uint32, ctypes.c_uint32, u64)),
     ):
         function = getattr(library, f"endor_{name}")
         function.restype, function.argtypes = result, arguments

@@ -11,6 +11,7 @@ import numpy as np
 
 from endor.codecs import DType, dtype
 from endor.errors import DTypeError, PruningError
+from endor.kernels.threshold import count16, zero_below16
 from endor.pruning.contract import Pattern, PruneOptions
 
 if TYPE_CHECKING:
@@ -125,6 +126,10 @@ def prune_smallest(bits: np.ndarray, kind: DType, zeros: int) -> None:
     """
     if zeros <= 0:
         return
+    if kind.itemsize == 2:
+        threshold, ties = _nth(count16(bits, 0x7FFF), zeros)
+        zero_below16(bits, 0x7FFF, threshold, ties)
+        return
     threshold, ties = _threshold(bits, kind, zeros)
     for start in range(0, bits.size, CHUNK):
         part = bits[start : start + CHUNK]
@@ -137,7 +142,10 @@ def prune_smallest(bits: np.ndarray, kind: DType, zeros: int) -> None:
 
 
 def _threshold(bits: np.ndarray, kind: DType, zeros: int) -> tuple[int, int]:
-    """Return a magnitude, and how many elements of just that size go besides all smaller ones."""
+    """Return a magnitude, and how many elements of just that size go besides all smaller ones.
+
+    Sees 8-bit elements, or 32-bit ones in two rounds of 16 bits.
+    """
     low_bits = 16 if kind.itemsize == 4 else 0
     high, rest = _nth(_histogram(bits, kind, low_bits, None), zeros)
     if not low_bits:
