@@ -105,7 +105,7 @@ class Header:
         first = raw[PREFIX_BYTES : PREFIX_BYTES + 1]
         if first != b"{":
             raise FormatError(
-                f"{path}: header must begin with '{{', got {brief(first)}; this is not a safetensors "
+                f"{path}: header must begin with b'{{', got {first!r}; this is not a safetensors "
                 "file, or it is damaged"
             )
         document = parse_json(raw[PREFIX_BYTES:], f"{path}: header")

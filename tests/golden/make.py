@@ -1,0 +1,90 @@
+"""Make the golden files of format version 1: python tests/golden/make.py
+
+They are decoded for ever, so this refuses to overwrite them. A later version of the format gets
+files of its own.
+"""
+
+import hashlib
+import json
+from pathlib import Path
+
+import numpy as np
+
+from endor import codecs
+from endor.codecs import DTYPES, DType, Encoded, exp
+from endor.storage import FileWriter, header_capacity
+
+SHAPE = (4, 300)
+METADATA = {"made by": "tests/golden/make.py", "Ω": '{"endor.checksum":"0"}'}
+
+
+def elements(dtype: DType) -> np.ndarray:
+    """Return elements by arithmetic alone: about half zeros, few exponents, some outliers."""
+    at = np.arange(SHAPE[0] * SHAPE[1], dtype=np.uint64)
+    noise = (at * np.uint64(2654435761) + np.uint64(12345)) >> np.uint64(7)
+    if not dtype.packable:
+        return (noise & np.uint64(1)).astype(dtype.uint).reshape(SHAPE)
+    middle = np.uint64((1 << (dtype.exponent_bits - 1)) - 3)
+    exponents = middle + (noise & np.uint64(3))
+    exponents[::97] = at[::97] & np.uint64((1 << dtype.exponent_bits) - 1)
+    bits = dtype.join(exponents, (noise >> np.uint64(3)) & np.uint64((1 << dtype.rest_bits) - 1))
+    bits[noise % np.uint64(5) < 2] = 0
+    bits[1], bits[2] = dtype.uint.type(1 << (8 * dtype.itemsize - 1)), ~dtype.uint.type(0)
+    return bits.reshape(SHAPE)
+
+
+def records() -> dict[str, dict[str, Encoded]]:
+    """Return every dtype dense, and in `exp` with a bitmap; some also in the other forms."""
+    out: dict[str, dict[str, Encoded]] = {"dense": {}, "raw": {}, "exp": {}, "edge": {}}
+    for dtype in DTYPES.values():
+        bits = elements(dtype)
+        out["dense"][f"dense.{dtype.name}"] = codecs.encode(bits[:1, :20], dtype, codec="dense")
+        if not dtype.packable:
+            continue
+        out["raw"][f"raw.{dtype.name}"] = codecs.encode(bits, dtype, codec="raw")
+        base = (1 << (dtype.exponent_bits - 1)) - 3
+        packed = exp.encode(bits, dtype, bitmap=True, k=2, base=base)
+        out["exp"][f"exp.{dtype.name}"] = packed
+    bf16, i8 = DTYPES["BF16"], DTYPES["I8"]
+    out["edge"] = {
+        "full.BF16": exp.encode(elements(bf16)[:1], bf16, bitmap=False, k=2, base=125),
+        "full.I8": exp.encode(elements(i8)[:1], i8, bitmap=False, k=8, base=200),
+        "zeros": codecs.encode(np.zeros(9, np.uint16), bf16, codec="exp", bitmap=True),
+        "empty": codecs.encode(np.zeros((0, 3), np.uint16), bf16, codec="raw"),
+        "scalar": codecs.encode(np.array(0x3F80, np.uint16), bf16, codec="raw"),
+    }
+    return out
+
+
+def write(path: Path) -> dict[str, str]:
+    """Write the packed file to `path`; return per tensor the sha256 of its dense elements."""
+    content = records()
+    plan = {
+        record: {name: encoded.spec for name, encoded in tensors.items()}
+        for record, tensors in content.items()
+    }
+    capacity = header_capacity(plan, METADATA)
+    with FileWriter(path, header_capacity=capacity, metadata=METADATA) as writer:
+        for record, tensors in content.items():
+            with writer.record(record) as out:
+                for name, encoded in tensors.items():
+                    out.add(name, encoded)
+    return {
+        name: hashlib.sha256(codecs.decode(encoded).tobytes()).hexdigest()
+        for tensors in content.values()
+        for name, encoded in tensors.items()
+    }
+
+
+def main() -> None:
+    """Write both golden files next to this one, unless one of them exists."""
+    here = Path(__file__).parent
+    packed, digests = here / "v1.safetensors", here / "v1.json"
+    for path in (packed, digests):
+        if path.exists():
+            raise SystemExit(f"{path}: exists; golden files are never overwritten")
+    digests.write_text(json.dumps(write(packed), indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
