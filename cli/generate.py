@@ -12,6 +12,7 @@ from endor.cli.common import MODEL
 
 if TYPE_CHECKING:
     from endor.hf.generation import Generation
+    from endor.offload.planner import Plan
 
 
 @click.command("generate")
@@ -34,6 +35,13 @@ if TYPE_CHECKING:
     show_default=True,
     help="The dense model's bits, or products straight from the packed form.",
 )
+@click.option(
+    "--plan/--no-plan",
+    "use_plan",
+    default=True,
+    help="Place weights by this machine's measured speeds, or simply fill the memory.  "
+    "[default: plan]",
+)
 @click.option("--temperature", default=0.0, show_default=True, help="0 takes the likeliest token.")
 @click.option("--top-p", default=1.0, show_default=True, help="Probability that sampling keeps.")
 @click.option("--seed", type=int, help="Makes sampling repeatable.")
@@ -53,6 +61,7 @@ def generate_command(
     vram: str | None,
     ram: str | None,
     exact: bool,
+    use_plan: bool,
     temperature: float,
     top_p: float,
     seed: int | None,
@@ -69,17 +78,33 @@ def generate_command(
 
     sampling = Sampling(max_new_tokens, temperature, top_p, seed)
     sampling.check()
+    tokenizer = load_tokenizer(packed)
+    inputs = encode_prompt(tokenizer, prompt, chat=chat)
+    plan = None
+    if use_plan and device == "cpu" and vram is None:
+        plan = planned(packed, ram, exact, inputs["input_ids"].shape[-1], max_new_tokens)
     start = time.perf_counter()
-    model = open_model(packed, device=device, vram=vram, ram=ram, exact=exact)
+    model = open_model(
+        packed,
+        device=device,
+        vram=vram,
+        ram=ram,
+        exact=exact,
+        placement=plan.placement if plan else None,
+    )
     store = getattr(model, "endor", None)
     if report is not None and store is None:
         raise click.UsageError("--report needs a packed checkpoint")
-    tokenizer = load_tokenizer(packed)
-    inputs = encode_prompt(tokenizer, prompt, chat=chat)
     load_s = time.perf_counter() - start
     show = None if as_json else lambda text: click.echo(text, nl=False)
     result = generate_text(model, tokenizer, inputs, sampling, show=show)
     facts = figures(result, load_s) | {"exact": exact or store is None}
+    if plan is not None:
+        facts |= {
+            "predicted_prefill_tokens_per_s": plan.prefill_tokens_per_s,
+            "predicted_decode_tokens_per_s": plan.decode_tokens_per_s,
+            "bound": plan.decode.bound,
+        }
     if report is not None and store is not None:
         from endor.offload.report import write_report
 
@@ -87,6 +112,9 @@ def generate_command(
             report,
             store,
             seconds=(result.began_s, result.ended_s),
+            predicted={"decode_s": plan.decode.seconds, "prefill_s": plan.prefill.seconds}
+            if plan
+            else None,
             title=f"{packed.name}: {result.new_tokens} tokens",
         )
     if as_json:
@@ -95,6 +123,28 @@ def generate_command(
         return
     click.echo()
     click.echo(summary(facts), err=True)
+
+
+def planned(
+    packed: Path, ram: str | None, exact: bool, prompt_tokens: int, new_tokens: int
+) -> "Plan | None":
+    """Return the plan for a packed checkpoint, None for an ordinary one."""
+    from endor.hf.model import is_packed
+    from endor.hf.outline import plan_checkpoint
+    from endor.offload import available_bytes, parse_bytes
+    from endor.offload.planner import Workload
+
+    if not is_packed(packed):
+        return None
+    return plan_checkpoint(
+        packed,
+        ram_bytes=parse_bytes(ram, "--ram") if ram else available_bytes(),
+        workload=Workload(
+            prompt=prompt_tokens,
+            context=prompt_tokens + new_tokens,
+            product="exact" if exact else "direct",
+        ),
+    ).plan
 
 
 def figures(result: "Generation", load_s: float) -> dict[str, Any]:
@@ -120,6 +170,12 @@ def summary(facts: dict[str, Any]) -> str:
         f"prefill  {facts['prefill_tokens_per_s']:.1f} tokens/s ({facts['prompt_tokens']} tokens)",
         f"decode   {facts['decode_tokens_per_s']:.2f} tokens/s ({facts['new_tokens']} tokens)",
     ]
+    if "bound" in facts:
+        lines.append(
+            f"plan     {facts['predicted_prefill_tokens_per_s']:.1f} and "
+            f"{facts['predicted_decode_tokens_per_s']:.2f} tokens/s were predicted, bound by the "
+            f"{facts['bound']}"
+        )
     if facts["packed_bytes"]:
         lines.append(
             f"moved    {facts['disk_bytes_per_token'] / 1e6:.2f} MB from disk and "

@@ -89,6 +89,7 @@ def open_model(
     ram: int | str | None = None,
     vram: int | str | None = None,
     exact: bool = True,
+    placement: "Placement | None" = None,
 ) -> Any:
     """Return the model of a packed or of an ordinary checkpoint, its weights in place.
 
@@ -105,7 +106,9 @@ def open_model(
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     if is_packed(Path(path)):
-        model = load_model(path, device=device, vram=vram, ram=ram, exact=exact)
+        model = load_model(
+            path, device=device, vram=vram, ram=ram, exact=exact, placement=placement
+        )
         model.endor.preload()
         return model
     if vram or ram or not exact:
