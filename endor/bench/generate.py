@@ -61,6 +61,7 @@ class GenerateCase:
         work: Directory for what peers write (AirLLM its split copy of the checkpoint).
         airllm_python: Interpreter that has AirLLM; this one when omitted.
         report: Where Endor's last round writes its HTML report.
+        remeasure: Measure machine and disk first, so that predictions are made of today's speeds.
     """
 
     packed: Path
@@ -78,6 +79,7 @@ class GenerateCase:
     work: Path | None = None
     airllm_python: str | None = None
     report: Path | None = None
+    remeasure: bool = True
 
     def check(self) -> None:
         """Raise `ConfigError` unless the settings make sense."""
@@ -182,8 +184,8 @@ def generate(case: GenerateCase, progress: Progress | None = None) -> list[Gener
 
     threads = case.threads or torch.get_num_threads()
     torch.set_num_threads(threads)
-    machine = hardware.machine(found.dtype)
-    disk = hardware.disk(case.packed, refresh=True)
+    machine = hardware.machine(found.dtype, refresh=case.remeasure)
+    disk = hardware.disk(case.packed, refresh=case.remeasure)
     with tempfile.TemporaryDirectory(dir=case.work, prefix="endor-bench-") as work:
         systems = list(_systems(case, found, machine, disk, threads, work))
         for number in range(case.rounds):

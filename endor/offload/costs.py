@@ -11,7 +11,8 @@ that need the unit (1 but for experts):
     T_step  = max(T_cpu, T_disk) + experts' reads
 
 Reading overlaps computing, since reads take hardly any processor time; expanding and multiplying
-share the same cores and do not overlap. With the direct product a unit costs p / B_product instead.
+share the same cores and do not overlap. With the direct product, up to eight rows, a unit costs
+p / B_product instead, and a little more for each further row.
 Which experts a token needs is known only when it needs them, so nothing hides their reads.
 
 On a CUDA device the host only moves bytes:
@@ -37,9 +38,16 @@ DeviceTier = Literal["vram-dense", "vram", "dense", "resident", "disk"]
 Product = Literal["exact", "direct"]
 """`exact`: expand, then torch's product; `direct`: multiply from the packed form at batch 1."""
 
-OPS_PER_LAYER = 60
-"""Small operations of one decoder layer (norms, rotary embedding, residuals, cache update)."""
+OPS_PER_LAYER = 200
+"""What a decoder layer does besides its weights (norms, rotary embedding, attention, cache update,
+the interpreter between them), in small operations."""
+OPS_PER_UNIT = 16
+"""What calling a layer with a packed weight costs besides the work, in small operations."""
 LAUNCHES_PER_LAYER = 24
+PRODUCT_ROWS = 8
+"""Rows up to which the direct product applies."""
+PRODUCT_ROW_COST = 0.3
+"""What each further row adds to a packed product: unpacking is shared, arithmetic is not."""
 SYNC_S = 0.5e-3
 """The host samples a token and submits the next step."""
 
@@ -228,6 +236,7 @@ class _Sums:
     link_bytes: float = 0.0
     copies: float = 0.0
     moved: float = 0.0
+    calls: float = 0.0
 
 
 def predict(
@@ -246,10 +255,11 @@ def predict(
     sums = _Sums()
     flops = (machine.link.gemm_gflops if machine.link else machine.gemm_gflops) * 1e9
     weight_gbps = machine.link.hbm_gbps if machine.link else machine.linear_gbps
-    direct = step.product == "direct" and step.rows == 1 and not on_device
+    direct = step.product == "direct" and step.rows <= PRODUCT_ROWS and not on_device
     for cost in costs:
         tier = tiers[cost.name]
         use = _use(cost, step)
+        sums.calls += use
         arithmetic = 2 * step.rows * cost.weights * cost.use / flops
         if on_device:
             dense_s = cost.dense_bytes / weight_gbps / 1e9
@@ -260,7 +270,7 @@ def predict(
                 sums.link_bytes += use * cost.packed_bytes
                 sums.copies += use
         elif direct and tier != "dense":
-            sums.multiply += use * cost.product_s
+            sums.multiply += use * cost.product_s * (1 + PRODUCT_ROW_COST * (step.rows - 1))
         else:
             sums.expand += 0.0 if tier == "dense" else use * cost.expand_s
             sums.multiply += max(use * cost.linear_s, arithmetic)
@@ -282,7 +292,8 @@ def _on_cpu(sums: _Sums, machine: Machine, disk: Disk, shape: ModelShape, step: 
         "head": max(head, step.batch * shape.head_bytes / machine.gemm_gflops / 1e9),
         "attention": kv_bytes / machine.read_gbps / 1e9
         + attention_flops / machine.gemm_gflops / 1e9,
-        "small operations": shape.layers * _layer_ops_s(machine, shape, step),
+        "small operations": shape.layers * _layer_ops_s(machine, shape, step)
+        + sums.calls * OPS_PER_UNIT * machine.op_us / 1e6,
         "reads' own": sums.disk_bytes * disk.cpu_s_per_gb / 1e9 / machine.threads,
     }
     routed = sums.routed_bytes / disk.read_gbps / 1e9
