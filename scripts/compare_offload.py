@@ -2,8 +2,9 @@
 
     python scripts/compare_offload.py WORK --results WORK/results.jsonl
 
-WORK needs 20 GB. Steps that are done are not done again; `--only NAME` runs one part. AirLLM needs an
-environment of its own: `--airllm-python PATH` names its interpreter, without it that peer is left out.
+WORK needs 20 GB. Steps that are done are not done again; `--only NAME` runs one part. AirLLM needs
+an environment of its own: `--airllm-python PATH` names its interpreter, without it that peer is
+left out.
 """
 
 import argparse
@@ -19,6 +20,7 @@ import endor
 from endor.bench.generate import GenerateCase, GenerateRecord, generate
 from endor.bench.offload_plot import comparison
 from endor.cli.bench_generate import summary
+from endor.codecs import CodecChoice
 
 SCRIPTS = Path(__file__).resolve().parent
 HALF = 2_057_000_000
@@ -61,11 +63,12 @@ def prepare(work: Path) -> None:
             str(SCRIPTS / "make_random_llama.py"),
             str(source),
         )
-    for name, prune, codec in (
+    packings: tuple[tuple[str, str | None, CodecChoice], ...] = (
         ("pruned", "magnitude", "auto"),
         ("pruned-raw", "magnitude", "raw"),
         ("lossless", None, "auto"),
-    ):
+    )
+    for name, prune, codec in packings:
         if not (work / name).exists():
             endor.pack_checkpoint(source, work / name, prune=prune, codec=codec, resume=True)
     if not (work / "pruned-dense").exists():
