@@ -122,6 +122,48 @@ __device__ __forceinline__ void copy16(void* shared, const void* global) {
 #endif
 }
 
+// Shared memory by its 32-bit address. Through a generic pointer the compiler works out the shared
+// window again for every predicated load, three times the instructions of the whole expansion; the
+// opaque move keeps it from doing so here.
+typedef u32 Staged;
+__device__ __forceinline__ Staged staged_address(const void* shared) {
+  u32 address = static_cast<u32>(__cvta_generic_to_shared(shared)), opaque;
+  asm volatile("mov.u32 %0, %1;" : "=r"(opaque) : "r"(address));
+  return opaque;
+}
+
+// The element at `at`, which moves on to the next one, if `bit`; else zero, and `at` stays.
+template <int BYTES>
+__device__ __forceinline__ u32 take(Staged& at, u32 bit) {
+  u32 element;
+  if constexpr (BYTES == 1)
+    asm volatile("{ .reg .pred p; setp.ne.u32 p, %2, 0; mov.u32 %0, 0;"
+                 " @p ld.shared.u8 %0, [%1]; @p add.u32 %1, %1, 1; }"
+                 : "=&r"(element), "+r"(at) : "r"(bit));
+  else if constexpr (BYTES == 2)
+    asm volatile("{ .reg .pred p; setp.ne.u32 p, %2, 0; mov.u32 %0, 0;"
+                 " @p ld.shared.u16 %0, [%1]; @p add.u32 %1, %1, 2; }"
+                 : "=&r"(element), "+r"(at) : "r"(bit));
+  else
+    asm volatile("{ .reg .pred p; setp.ne.u32 p, %2, 0; mov.u32 %0, 0;"
+                 " @p ld.shared.u32 %0, [%1]; @p add.u32 %1, %1, 4; }"
+                 : "=&r"(element), "+r"(at) : "r"(bit));
+  return element;
+}
+
+// One 16-byte store; a struct assignment may become four.
+__device__ __forceinline__ void store16(void* global, uint4 v) {
+  asm volatile("st.global.v4.u32 [%0], {%1, %2, %3, %4};"
+               ::"l"(global), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w) : "memory");
+}
+__device__ __forceinline__ void stage16(Staged at, uint4 v) {
+  asm volatile("st.shared.v4.u32 [%0], {%1, %2, %3, %4};"
+               ::"r"(at), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w) : "memory");
+}
+__device__ __forceinline__ void stage8(Staged at, u32 x, u32 y) {
+  asm volatile("st.shared.v2.u32 [%0], {%1, %2};" ::"r"(at), "r"(x), "r"(y) : "memory");
+}
+
 // Close the group of copies issued since the last call.
 __device__ __forceinline__ void copy_commit() {
 #if __CUDA_ARCH__ >= 800
@@ -150,26 +192,21 @@ __device__ __forceinline__ u32 stage_elements(u8* slot, u64 values, u64 first, u
   return head / static_cast<u32>(sizeof(E));
 }
 
-// 16 bytes from their elements, the first one lowest.
-__device__ __forceinline__ uint4 join(const u8* e) {
+__device__ __forceinline__ uint4 quad(u32 x, u32 y, u32 z, u32 w) {
   uint4 v;
-  u32* words = &v.x;
-#pragma unroll
-  for (int i = 0; i < 4; i++)
-    words[i] = e[4 * i] | (u32)e[4 * i + 1] << 8 | (u32)e[4 * i + 2] << 16 | (u32)e[4 * i + 3] << 24;
+  v.x = x, v.y = y, v.z = z, v.w = w;
   return v;
 }
-__device__ __forceinline__ uint4 join(const u16* e) {
-  uint4 v;
-  u32* words = &v.x;
-#pragma unroll
-  for (int i = 0; i < 4; i++) words[i] = e[2 * i] | (u32)e[2 * i + 1] << 16;
-  return v;
-}
-__device__ __forceinline__ uint4 join(const u32* e) {
-  uint4 v;
-  v.x = e[0], v.y = e[1], v.z = e[2], v.w = e[3];
-  return v;
+
+// A register of output from its elements, the first one lowest.
+template <int BYTES>
+__device__ __forceinline__ u32 join(const u32* e) {
+  if constexpr (BYTES == 1)
+    return __byte_perm(__byte_perm(e[0], e[1], 0x0040), __byte_perm(e[2], e[3], 0x0040), 0x5410);
+  else if constexpr (BYTES == 2)
+    return __byte_perm(e[0], e[1], 0x5410);
+  else
+    return e[0];
 }
 
 // Write the 1024 weights of a tile: lane L, step j writes the 16-byte vector j*32+L, so a warp stores
@@ -177,13 +214,14 @@ __device__ __forceinline__ uint4 join(const u32* e) {
 // stored elements before the word; a popcount gives those before the vector. No branch depends on
 // the data: at most `lanes_per_vector` predicated shared loads, then one store.
 //
-//   staged   elements in shared memory, first one at staged[shift]
+//   staged   shared address of the tile's first stored element
 //   word     this lane's bitmap word, zero bits past the end of the tensor
 //   before   stored elements of the tile below this lane's word
 template <typename E>
-__device__ __forceinline__ void expand_tile(const E* staged, u32 shift, u32 word, u32 before,
-                                            const Tensor& t, u64 tile, u32 lane) {
-  constexpr u32 VECTOR = 16 / sizeof(E), STEPS = TILE / (32 * VECTOR);
+__device__ __forceinline__ void expand_tile(Staged staged, u32 word, u32 before, const Tensor& t,
+                                            u64 tile, u32 lane) {
+  constexpr int BYTES = sizeof(E);
+  constexpr u32 VECTOR = 16 / BYTES, STEPS = TILE / (32 * VECTOR), PER_REGISTER = 4 / BYTES;
   const u64 start = tile * TILE;
   const bool whole = start + TILE <= t.numel;  // the same for all lanes
   E* out = reinterpret_cast<E*>(t.out) + start;
@@ -191,19 +229,19 @@ __device__ __forceinline__ void expand_tile(const E* staged, u32 shift, u32 word
   for (u32 j = 0; j < STEPS; j++) {
     const u32 first = (j * 32 + lane) * VECTOR, owner = first >> 5, bit = first & 31;
     u32 bits = __shfl_sync(FULL_WARP, word, owner);
-    u32 at = __shfl_sync(FULL_WARP, before, owner) + shift + __popc(bits & ((1u << bit) - 1u));
+    const u32 rank = __shfl_sync(FULL_WARP, before, owner) + __popc(bits & ((1u << bit) - 1u));
+    Staged at = staged + rank * BYTES;
     bits >>= bit;
-    E element[VECTOR];
+    u32 element[VECTOR];
 #pragma unroll
-    for (u32 i = 0; i < VECTOR; i++) {
-      element[i] = 0;
-      if (bits >> i & 1u) element[i] = staged[at++];
-    }
+    for (u32 i = 0; i < VECTOR; i++) element[i] = take<BYTES>(at, bits & (1u << i));
     if (whole || start + first + VECTOR <= t.numel) {
-      *reinterpret_cast<uint4*>(out + first) = join(element);
+      store16(out + first, quad(join<BYTES>(element), join<BYTES>(element + PER_REGISTER),
+                                join<BYTES>(element + 2 * PER_REGISTER),
+                                join<BYTES>(element + 3 * PER_REGISTER)));
     } else {
       for (u32 i = 0; i < VECTOR; i++)
-        if (start + first + i < t.numel) out[first + i] = element[i];
+        if (start + first + i < t.numel) out[first + i] = static_cast<E>(element[i]);
     }
   }
 }

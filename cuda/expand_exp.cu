@@ -52,7 +52,7 @@ __device__ __forceinline__ uint2 load8(u64 address) {
   const u32 off = static_cast<u32>(address & 7) * 8;
   const uint2* p = pointer<uint2>(address & ~static_cast<u64>(7));
   uint2 low = __ldg(p);
-  if (off == 0) return low;  // always so for the first byte plane; the same for all lanes
+  if (off == 0) return low;  // the same for all lanes
   uint2 high = __ldg(p + 1);
   uint2 v;
   if (off < 32) {
@@ -73,7 +73,10 @@ struct Chunk {
 
   __device__ __forceinline__ void load(const Tensor& t, u64 chunk) {
 #pragma unroll
-    for (u32 j = 0; j < B; j++) bytes[j] = load8(t.values + j * t.nnz + chunk * 8);
+    for (u32 j = 0; j < B; j++) {
+      const u64 address = t.values + j * t.nnz + chunk * 8;
+      bytes[j] = j ? load8(address) : __ldg(pointer<uint2>(address));  // plane 0 is aligned
+    }
 #pragma unroll
     for (u32 j = 0; j < P; j++) bits[j] = __ldg(pointer<u8>(t.planes + j * t.plane_nbytes) + chunk);
   }
@@ -129,22 +132,28 @@ struct Chunk {
   }
 };
 
-__device__ __forceinline__ void put_shared(u8* slot, u32 chunk, const u32* words) {
+__device__ __forceinline__ void put_shared(Staged slot, u32 chunk, const u32* words) {
   if constexpr (WORDS == 2) {
-    uint2 v;
-    v.x = words[0], v.y = words[1];
-    *reinterpret_cast<uint2*>(slot + 8 * chunk) = v;
+    stage8(slot + 8 * chunk, words[0], words[1]);
   } else {
 #pragma unroll
     for (u32 i = 0; i < WORDS; i += 4)
-      *reinterpret_cast<uint4*>(slot + 4 * (WORDS * chunk + i)) = join(words + i);
+      stage16(slot + 4 * (WORDS * chunk + i), quad(words[i], words[i + 1], words[i + 2], words[i + 3]));
   }
 }
 
 __device__ __forceinline__ void put_global(const Tensor& t, u64 chunk, const u32* words) {
   Element* out = reinterpret_cast<Element*>(t.out) + 8 * chunk;
   if (8 * chunk + 8 <= t.numel) {
-    put_shared(reinterpret_cast<u8*>(out), 0, words);
+    if constexpr (WORDS == 2) {
+      uint2 v;
+      v.x = words[0], v.y = words[1];
+      *reinterpret_cast<uint2*>(out) = v;
+    } else {
+#pragma unroll
+      for (u32 i = 0; i < WORDS; i += 4)
+        store16(out + PER_WORD * i, quad(words[i], words[i + 1], words[i + 2], words[i + 3]));
+    }
     return;
   }
   for (u32 i = 0; 8 * chunk + i < t.numel; i++)
@@ -184,6 +193,7 @@ __device__ __forceinline__ void expand(const Tensor& t, u64 tile, u8* slot, u32 
   const u32 shift = static_cast<u32>(range.first & 7);
   const u32 chunks = range.count ? (shift + range.count + 7) >> 3 : 0;
 
+  const Staged place = BITMAP ? staged_address(slot) : Staged();
   for (u32 done = 0; done < chunks; done += 32 * AHEAD) {
     Chunk<P> loaded[AHEAD];
 #pragma unroll
@@ -196,7 +206,7 @@ __device__ __forceinline__ void expand(const Tensor& t, u64 tile, u8* slot, u32 
       u32 words[WORDS];
       loaded[a].decode(t.base, words);
       if constexpr (BITMAP)
-        put_shared(slot, chunk, words);
+        put_shared(place, chunk, words);
       else
         put_global(t, first_chunk + chunk, words);
     }
@@ -204,13 +214,12 @@ __device__ __forceinline__ void expand(const Tensor& t, u64 tile, u8* slot, u32 
 
   if constexpr (BITMAP) {
     const u32 before = exclusive_sum(__popc(word), lane);
-    Element* staged = reinterpret_cast<Element*>(slot);
     __syncwarp();
     if (t.patch_offsets) {
-      patch(t, tile, range, group_first, staged + shift, lane);
+      patch(t, tile, range, group_first, reinterpret_cast<Element*>(slot) + shift, lane);
       __syncwarp();
     }
-    expand_tile(staged, shift, word, before, t, tile, lane);
+    expand_tile<Element>(place + shift * S, word, before, t, tile, lane);
   } else if (t.patch_offsets) {
     __syncwarp();  // orders the warp's own stores before the patches
     patch(t, tile, range, group_first, reinterpret_cast<Element*>(t.out) + range.first, lane);

@@ -45,5 +45,6 @@ extern "C" __global__ void __launch_bounds__(256)
   const u32 before = exclusive_sum(__popc(word), lane);  // while the values travel
   copy_wait<0>();
   __syncwarp();
-  expand_tile(reinterpret_cast<const Element*>(slot), shift, word, before, t, tile, lane);
+  expand_tile<Element>(staged_address(slot) + shift * static_cast<u32>(sizeof(Element)), word, before,
+                       t, tile, lane);
 }

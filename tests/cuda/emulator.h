@@ -211,6 +211,32 @@ inline void copy16(void* shared, const void* global) {
   emulator::check_read(global, 16);
   emulator::current->open.push_back({shared, global});
 }
+typedef uintptr_t Staged;
+inline Staged staged_address(const void* shared) { return reinterpret_cast<Staged>(shared); }
+template <int BYTES> uint32_t take(Staged& at, uint32_t bit) {
+  if (!bit) return 0;
+  if (at % BYTES) emulator::fail("misaligned shared load");
+  if (at < reinterpret_cast<Staged>(emulator::shared.data()) ||
+      at + BYTES > reinterpret_cast<Staged>(emulator::shared.data() + emulator::shared.size()))
+    emulator::fail("read outside shared memory");
+  uint32_t element = 0;
+  memcpy(&element, reinterpret_cast<const void*>(at), BYTES);
+  at += BYTES;
+  return element;
+}
+inline void store16(void* global, uint4 v) {
+  if (reinterpret_cast<uintptr_t>(global) % 16) emulator::fail("misaligned 16-byte store");
+  memcpy(global, &v, 16);
+}
+inline void stage16(Staged at, uint4 v) {
+  if (at % 16) emulator::fail("misaligned 16-byte shared store");
+  memcpy(reinterpret_cast<void*>(at), &v, 16);
+}
+inline void stage8(Staged at, uint32_t x, uint32_t y) {
+  if (at % 8) emulator::fail("misaligned 8-byte shared store");
+  memcpy(reinterpret_cast<void*>(at), &x, 4);
+  memcpy(reinterpret_cast<void*>(at + 4), &y, 4);
+}
 inline void copy_commit() {
   emulator::current->groups.push_back(std::move(emulator::current->open));
   emulator::current->open.clear();
