@@ -1,0 +1,48 @@
+"""Every GPU benchmark runs, at toy size."""
+
+import pytest
+
+from endor.bench import gpu as bench
+from endor.bench import gpu_model
+
+pytestmark = pytest.mark.gpu
+
+TOY = bench.GpuCase(rows=256, cols=1056, repeats=3)
+
+
+def test_expansion():
+    records = list(bench.expansion(TOY))
+    assert {"endor raw", "endor exp", "endor exp without bitmap"} <= {
+        record.subject for record in records
+    }
+    assert all(record.p50 > 0 for record in records)
+
+
+def test_products():
+    subjects = [record.subject for record in bench.products(TOY, batches=(1, 3))]
+    assert "torch F.linear, batch 3" in subjects
+    assert subjects.count("endor product, batch 1") == 6
+
+
+def test_link():
+    records = list(bench.link(TOY, sizes=(1 << 20,)))
+    assert records[0].subject == "pinned copy of 1 MiB"
+    assert sum(record.subject.startswith("streamed") for record in records) == 2
+
+
+def test_model(tmp_path):
+    case = gpu_model.ModelCase(
+        layers=2,
+        hidden=256,
+        wide=512,
+        heads=8,
+        kv_heads=4,
+        vocab=512,
+        vram_bytes=3 << 20,
+        tokens=4,
+        seconds=120,
+    )
+    gpu_model.make(case, tmp_path)
+    answers = list(gpu_model.run(case, tmp_path, ("dense, no cap", "endor")))
+    assert all("error" not in answer for answer in answers), answers
+    assert answers[0]["tokens"] == answers[1]["tokens"]
