@@ -5,7 +5,6 @@ for fused experts merges many tensors into one parameter; here the same rules te
 of which stored tensor lands where.
 """
 
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -226,21 +225,6 @@ def _stack_rows(
             ", ".join(names), (offset // max(1, shape[-1]), *shape[1:]), target, shape
         )
     return tuple(parts)
-
-
-def unexpected_patterns(layouts: Sequence[FileLayout], assignment: Assignment) -> set[str]:
-    """Return patterns for the keys of packed files that no parameter of the model takes."""
-    suffixes = sorted(
-        {
-            array.suffix
-            for layout in layouts
-            for entry in layout.tensors.values()
-            for array in entry.arrays
-            if array.suffix
-        }
-    )
-    patterns = {r"^__pad__\."} | {rf"_{suffix}$" for suffix in suffixes}
-    return patterns | {rf"^{re.escape(name)}$" for name in assignment.claimed}
 
 
 def _wrong_shape(

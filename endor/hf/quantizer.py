@@ -1,6 +1,5 @@
 """The transformers quantizer `endor`: replaces packed modules, whose store reads the files."""
 
-import os
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -19,8 +18,8 @@ from endor.hf.experts import (
     pack_experts,
 )
 from endor.hf.linear import EndorLinear
-from endor.hf.loading import check_records, expanded_file, open_layouts
-from endor.hf.names import Assignment, assign, unexpected_patterns
+from endor.hf.loading import PlainFile, open_layouts, plain_file
+from endor.hf.names import Assignment, assign
 from endor.offload import (
     Placement,
     Store,
@@ -113,7 +112,7 @@ class EndorQuantizer(HfQuantizer):  # type: ignore[misc]
 
     transformers calls, in this order: `update_device_map` and `update_attn_implementation` before
     any file is looked for, `update_dtype`, then the two `_process_model` steps around the loading
-    of the unpacked parameters, of which it reads nothing that is packed.
+    of the unpacked parameters. Those it reads from a file in memory; it never opens packed ones.
     """
 
     requires_calibration = True
@@ -127,7 +126,7 @@ class EndorQuantizer(HfQuantizer):  # type: ignore[misc]
         self._layouts: list[FileLayout] = []
         self._assignment = Assignment()
         self._dtypes: dict[str, torch.dtype] = {}
-        self._expanded: int | None = None
+        self._plain: PlainFile | None = None
 
     def is_serializable(self) -> bool:
         """False: transformers cannot write packed files; the model's `save_pretrained` copies."""
@@ -193,23 +192,24 @@ class EndorQuantizer(HfQuantizer):  # type: ignore[misc]
             module = model.get_submodule(name)
             eager_forward(type(module))
             pack_experts(module, list(stacks))
-        model._keys_to_ignore_on_load_unexpected = set(
-            model._keys_to_ignore_on_load_unexpected or ()
-        ) | unexpected_patterns(self._layouts, plan)
-        with open_reader("buffered") as reader:
-            if self.quantization_config.verify:
-                weights = {unit.name for unit in collect_units(self._layouts, plan.weights)}
-                check_records(self._layouts, weights, reader)
-            if plan.dense:
-                self._expanded = expanded_file(self._layouts, plan.dense, reader)
-                checkpoint_files.append(f"/proc/self/fd/{self._expanded}")
+        model._keys_to_ignore_on_load_unexpected = {
+            *(model._keys_to_ignore_on_load_unexpected or ()),
+            r"^__pad__\.",
+        }
+        packed = {part.tensor for spec in plan.weights for part in spec.parts}
+        with open_reader(self.quantization_config.reader) as reader:
+            self._plain = plain_file(
+                self._layouts, packed, reader, verify=self.quantization_config.verify
+            )
+        # The list that transformers loads from next.
+        checkpoint_files[:] = [self._plain.path]
 
     def _process_model_after_weight_loading(
         self, model: "PreTrainedModel", **kwargs: Any
     ) -> "PreTrainedModel":
-        if self._expanded is not None:
-            os.close(self._expanded)
-            self._expanded = None
+        if self._plain is not None:
+            self._plain.close()
+            self._plain = None
         config, plan = self.quantization_config, self._assignment
         units = collect_units(self._layouts, plan.weights)
         specs = [(spec, self._dtypes[spec.target]) for spec in plan.weights]

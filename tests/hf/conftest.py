@@ -1,7 +1,7 @@
 """Small random models, packed, and what the dense model of the same weights says."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -141,6 +141,15 @@ def make_pair(tmp_path_factory: pytest.TempPathFactory) -> MakePair:
         return Pair(packed, dense_dir, dense)
 
     return make
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _one_thread() -> Iterator[None]:
+    """Tiny products gain nothing from threads, and lose much where other processes run too."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture
