@@ -1,6 +1,7 @@
 """Opening a packed checkpoint for a CUDA device: what fits where."""
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 
@@ -15,6 +16,43 @@ from endor.storage.cufile import open_device_reader
 
 RESERVE_SHARE = 10
 """Without a budget, this part of the device's memory is left for the cache and activations."""
+
+
+WISHES: dict[str, HomeTier] = {"cuda": "vram", "cpu": "resident", "disk": "disk"}
+"""The tier that an entry of a device map asks for."""
+
+
+def read_device_map(device_map: Mapping[str, Any]) -> tuple[str, dict[str, HomeTier]]:
+    """Return the one device of a map, and the tiers that its entries ask for by module name.
+
+    Raises:
+        BackendError: Several devices, or one that packed weights do not run on.
+    """
+    places = {name: _place_of(name, device) for name, device in device_map.items()}
+    devices = sorted({place for place in places.values() if place.startswith("cuda")})
+    if len(devices) > 1:
+        raise BackendError(
+            f"device_map: packed weights run on one CUDA device, got {', '.join(devices)}"
+        )
+    wishes = {
+        name: WISHES[place.partition(":")[0]]
+        for name, place in places.items()
+        if name or place == "disk"
+    }
+    return devices[0] if devices else "cpu", wishes
+
+
+def _place_of(name: str, device: Any) -> str:
+    """Return `cpu`, `disk` or `cuda:N` for an entry of a device map."""
+    text = f"cuda:{device}" if isinstance(device, int) else str(device)
+    if text in ("cpu", "disk"):
+        return text
+    if text.partition(":")[0] == "cuda":
+        return text if ":" in text else f"cuda:{torch.cuda.current_device()}"
+    raise BackendError(
+        f"device_map: {name or 'model'}: packed weights run on the CPU or one CUDA device, got "
+        f"{device!r}"
+    )
 
 
 def open_reader_for(kind: str, device: str, layouts: Sequence[FileLayout]) -> RecordReader:
