@@ -1,24 +1,22 @@
 """`endor eval`: perplexity, and agreement with a dense model."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import click
 
 from endor.cli.common import MODEL, json_option
+from endor.cli.tables import table
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
-    from endor.bench.perplexity import Perplexity
+    from endor.bench.evaluate import Evaluation, Precision
 
 
 @click.command("eval")
-@click.argument("model", type=MODEL)
+@click.argument("models", type=MODEL, nargs=-1, required=True, metavar="MODEL...")
 @click.option(
     "--text",
     type=click.Path(exists=True, dir_okay=False, path_type=Path),
@@ -43,80 +41,143 @@ if TYPE_CHECKING:
     "--against",
     type=MODEL,
     metavar="DENSE",
-    help="Also report how closely MODEL follows this one: KL divergence and equal first choices.",
+    help="Also report how closely each MODEL follows this one: KL divergence, equal first choices.",
+)
+@click.option(
+    "--bos/--no-bos",
+    default=None,
+    help="Start every window with the beginning-of-sequence token.  [default: as the tokenizer]",
+)
+@click.option(
+    "--dtype",
+    type=click.Choice(["auto", "float32", "bfloat16", "float16"]),
+    default="auto",
+    show_default=True,
+    help="Element type to compute in; auto is the checkpoint's own.",
 )
 @click.option("--ram", metavar="SIZE", help="Memory for packed weights, such as 2GiB.")
+@click.option(
+    "--plot",
+    type=click.Path(dir_okay=False, path_type=Path),
+    metavar="FILE.png",
+    help="Draw perplexity against bits per weight (needs matplotlib).",
+)
 @json_option
 def eval_command(
-    model: Path,
+    models: tuple[Path, ...],
     text: Path | None,
     window: int,
     stride: int | None,
     max_windows: int | None,
     against: Path | None,
+    bos: bool | None,
+    dtype: "Precision",
     ram: str | None,
+    plot: Path | None,
     as_json: bool,
 ) -> None:
-    """Measure the perplexity of MODEL, a packed or dense checkpoint, on a text.
+    """Measure the perplexity of each MODEL, a packed or dense checkpoint, on a text.
 
     Figures compare only between models with one tokenizer and the same window; bits per byte
-    compare across tokenizers.
+    compare across tokenizers. With --json, one object per model and line.
     """
-    from transformers import AutoTokenizer
+    from endor.bench.evaluate import evaluate, load, read_text, shipped_text
 
-    from endor.bench.perplexity import agreement, perplexity, tokenize
-    from endor.hf.load import open_model
-
-    loaded = open_model(model, ram=ram)
-    content = (text or shipped_text()).read_text(encoding="utf-8")
-    tokens = tokenize(content, AutoTokenizer.from_pretrained(model))
-    options: dict[str, Any] = {"window": window, "stride": stride, "max_windows": max_windows}
-    if against is None:
-        with window_bar() as progress:
-            found = perplexity(loaded, tokens, **options, progress=progress)
+    content = read_text(text or shipped_text())
+    reference = load(against, dtype=dtype) if against else None
+    found = []
+    for path in models:
+        with window_bar(path.name) as progress:
+            one = evaluate(
+                path,
+                content,
+                reference=reference,
+                window=window,
+                stride=stride,
+                max_windows=max_windows,
+                bos=bos,
+                ram=ram,
+                dtype=dtype,
+                progress=progress,
+            )
+        found.append(one)
         if as_json:
-            click.echo(json.dumps({"model": str(model), **asdict(found)}))
-            return
-        click.echo(line(str(model), found))
-        return
-    reference = open_model(against, ram=ram)
-    with window_bar() as progress:
-        compared = agreement(loaded, reference, tokens, **options, progress=progress)
-    if as_json:
-        click.echo(json.dumps({"path": str(model), "against": str(against), **asdict(compared)}))
-        return
-    click.echo(line(str(model), compared.model))
-    click.echo(line(str(against), compared.reference))
-    click.echo(
-        f"KL({against} || {model}) {compared.kl:.4f} nats a token, same first choice "
-        f"{compared.top1:.1%}, difference {compared.nll_difference:+.4f} nats a token "
-        f"(standard error {compared.nll_difference_stderr:.4f})"
-    )
+            click.echo(json.dumps(one.to_dict()))
+    if not as_json:
+        click.echo(report(found, (text or shipped_text()).name, against))
+    if plot is not None:
+        draw(found, plot)
 
 
-def shipped_text() -> Path:
-    """Return the text that comes with the package."""
-    from importlib.resources import files
+def report(found: "list[Evaluation]", text: str, against: Path | None) -> str:
+    """Return the table of all models, with its conditions above it."""
+    first = found[0].perplexity
+    how = "no overlap" if first.stride == first.window else f"stride {first.stride}"
+    lines = [
+        f"{text}: {first.tokens} tokens scored in {first.windows} windows of {first.window}, {how}"
+        + (", each after the beginning-of-sequence token" if first.bos else ""),
+        "",
+    ]
+    header = ["", "bits/weight", "perplexity", "nats/token", "+-", "bits/byte", "dtype", "s"]
+    if against is not None:
+        header += ["KL", "same first", "nats more", "+-"]
+    rows = []
+    for one in found:
+        score = one.perplexity
+        row = [
+            one.model.name or str(one.model),
+            _number(one.bits_per_weight, 2),
+            _number(score.perplexity, 2),
+            _number(score.nll, 4),
+            _number(score.nll_stderr, 4),
+            _number(score.bits_per_byte, 4),
+            one.dtype,
+            _number(score.seconds, 1),
+        ]
+        if one.agreement is not None:
+            row += [
+                _number(one.agreement.kl, 4),
+                f"{one.agreement.top1:.1%}",
+                f"{one.agreement.nll_difference:+.4f}",
+                _number(one.agreement.nll_difference_stderr, 4),
+            ]
+        rows.append(row)
+    lines.append(table(header, rows))
+    if against is not None:
+        reference = next(one.agreement for one in found if one.agreement is not None).reference
+        lines += [
+            "",
+            f"KL, same first choice and nats more: against {against.name or against}, perplexity "
+            f"{reference.perplexity:.2f}; the last +- is the standard error of the paired "
+            "difference.",
+        ]
+    return "\n".join(lines)
 
-    return Path(str(files("endor").joinpath("data/austen_persuasion.txt")))
+
+def draw(found: "list[Evaluation]", path: Path) -> None:
+    """Plot the models whose bits per weight are known."""
+    from endor.bench.plot import Point, quality
+
+    points = [
+        Point(one.model.name, one.bits_per_weight, one.perplexity.perplexity)
+        for one in found
+        if one.bits_per_weight is not None
+    ]
+    first = found[0].perplexity
+    quality(points, path, title=f"{first.tokens} tokens, windows of {first.window}")
 
 
-def line(name: str, found: "Perplexity") -> str:
-    """Return one model's figures for a reader."""
-    per_byte = "" if found.bits_per_byte is None else f", {found.bits_per_byte:.4f} bits a byte"
-    return (
-        f"{name}: perplexity {found.perplexity:.4f} ({found.nll:.4f} nats a token, standard error "
-        f"{found.nll_stderr:.4f}){per_byte}; {found.tokens} tokens in {found.windows} windows of "
-        f"{found.window}, stride {found.stride}, {found.seconds:.1f} s"
-    )
+def _number(value: float | None, digits: int) -> str:
+    """Return a number for the table; a dash where it is unknown or undefined."""
+    return "-" if value is None or value != value else f"{value:.{digits}f}"
 
 
 @contextmanager
-def window_bar() -> "Iterator[Callable[[int, int], None]]":
+def window_bar(name: str) -> Iterator[Callable[[int, int], None]]:
     """Show a bar of windows on stderr; yields the function that moves it."""
     from tqdm import tqdm
 
-    with tqdm(desc="eval", unit="window", dynamic_ncols=True, delay=0.2) as bar:
+    with tqdm(desc=name, unit="window", dynamic_ncols=True, delay=0.2) as bar:
 
         def move(done: int, total: int) -> None:
             bar.total = total

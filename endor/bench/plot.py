@@ -101,6 +101,10 @@ def quality(points: Sequence[Point], path: Path, *, title: str) -> None:
             fontsize=8,
         )
     axes.set_yscale("log")
+    ticker = import_module("matplotlib.ticker")
+    axes.yaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
+    axes.yaxis.set_major_formatter(ticker.FuncFormatter(lambda value, _: f"{value:g}"))
+    axes.yaxis.set_minor_formatter(ticker.NullFormatter())
     axes.margins(x=0.2, y=0.2)
     axes.grid(color="#e9ecef", zorder=0)
     axes.set_title(title, fontsize=11, loc="left")
