@@ -1,10 +1,13 @@
 """Small packed files for the tests of storage."""
 
+import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+import xxhash
 
 from endor import codecs
 from endor.codecs import DTYPES, DType, Encoded, exp
@@ -93,3 +96,36 @@ def small(write: Write) -> Path:
     full = codecs.encode(sample_bits(bf16, (200,)), bf16, codec="exp", bitmap=False)
     records = {"a": {"a.weight": weights, "a.norm": norm}, "b": {"b.x": sparse, "b.y": full}}
     return write(records, {"note": "small"})
+
+
+Edit = Callable[[dict[str, Any], dict[str, Any]], object]
+
+
+def reseal(path: Path, document: dict[str, Any], directory: object) -> None:
+    """Put a changed header into a file, with a right checksum and the data where they were."""
+    raw = path.read_bytes()
+    data_start = 8 + int.from_bytes(raw[:8], "little")
+    metadata = document["__metadata__"]
+    if directory is not None:
+        metadata["endor"] = json.dumps(directory)
+    metadata["endor.checksum"] = "0" * 16
+    text = json.dumps(document, separators=(",", ":")).encode()
+    assert len(text) + 8 <= data_start
+    head = raw[:8] + text.ljust(data_start - 8)
+    digits = xxhash.xxh3_64_hexdigest(head).encode()
+    head = head.replace(b'"endor.checksum":"' + b"0" * 16, b'"endor.checksum":"' + digits)
+    path.write_bytes(head + raw[data_start:])
+
+
+@pytest.fixture
+def tamper() -> Callable[[Path, Edit], None]:
+    """Let a function change the header document and the directory of a file, and reseal it."""
+
+    def tamper(path: Path, edit: Edit) -> None:
+        raw = path.read_bytes()
+        document = json.loads(raw[8 : 8 + int.from_bytes(raw[:8], "little")])
+        directory = json.loads(document["__metadata__"]["endor"])
+        edit(document, directory)
+        reseal(path, document, directory)
+
+    return tamper
