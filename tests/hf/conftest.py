@@ -156,3 +156,15 @@ def _one_thread() -> Iterator[None]:
 def pair(make_pair: MakePair) -> Pair:
     """A tiny Llama in bfloat16, half of it pruned."""
     return make_pair()
+
+
+@pytest.fixture
+def tokenizer() -> Any:
+    """A tokenizer of the words `w0` to `w210`."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    words = Tokenizer(models.WordLevel({f"w{at}": at for at in range(211)}, unk_token="w0"))
+    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return transformers.PreTrainedTokenizerFast(
+        tokenizer_object=words, unk_token="w0", pad_token="w0", bos_token="w1"
+    )

@@ -1,0 +1,107 @@
+"""EndorLinear is nn.Linear to whoever calls it, and says no where it cannot be."""
+
+import pytest
+import torch
+from torch import nn
+
+from endor.errors import BackendError, ConfigError, EndorError
+from endor.hf import EndorLinear, load_model
+
+
+@pytest.fixture
+def layers(make_pair):
+    """A packed layer with a bias, its dense twin, and the model that keeps them alive."""
+    pair = make_pair("opt")
+    model = load_model(pair.packed)
+    name = "model.decoder.layers.1.fc1"
+    return model.get_submodule(name), pair.dense.get_submodule(name), model
+
+
+@pytest.mark.parametrize("shape", [(64,), (1, 64), (2, 3, 64), (0, 64), (30, 64)])
+def test_forward_has_the_bits(layers, shape):
+    packed, dense, _ = layers
+    x = torch.randn(shape).bfloat16()
+    with torch.no_grad():
+        assert torch.equal(packed(x), dense(x))
+
+
+@pytest.mark.parametrize("rows", [1, 8, 9])
+def test_fast_products_keep_shape_dtype_and_bias(layers, rows):
+    packed, dense, model = layers
+    packed.exact = False
+    x = torch.randn(rows, 1, 64).bfloat16()
+    before = model.endor.ledger.snapshot()
+    with torch.no_grad():
+        found, expected = packed(x), dense(x)
+    assert (found.shape, found.dtype) == (expected.shape, expected.dtype)
+    assert model.endor.ledger.since(before)["products"] == (rows <= 8)
+    torch.testing.assert_close(found, expected, rtol=1.6e-2, atol=1e-2)
+
+
+def test_gradients_reach_input_and_bias(layers):
+    packed, dense, _ = layers
+    grads = []
+    for layer in (packed, dense):
+        x = torch.randn(3, 5, 64, generator=torch.Generator().manual_seed(0)).bfloat16()
+        x.requires_grad_()
+        layer.bias.grad = None
+        out = layer(x)
+        # The scratch is written again before the gradient needs the weight.
+        layer.weight.sum()
+        layer(torch.zeros(1, 64, dtype=torch.bfloat16))
+        out.float().square().sum().backward()
+        grads.append((out.detach(), x.grad, layer.bias.grad))
+    for found, expected in zip(*grads, strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-2, atol=1e-2)
+    assert torch.equal(grads[0][0], grads[1][0])
+
+
+def test_a_model_can_be_differentiated_and_trained_around(pair):
+    model = load_model(pair.packed)
+    model.train()
+    ids = torch.arange(1, 9)[None]
+    grads = []
+    for each in (model, pair.dense):
+        each.zero_grad()
+        each(ids, labels=ids).loss.backward()
+        grads.append(each.model.embed_tokens.weight.grad.float())
+    pair.dense.zero_grad()
+    scale = grads[1].abs().max()
+    assert (grads[0] - grads[1]).abs().max() <= 0.02 * scale
+    assert not any("up_proj" in name for name, _ in model.named_parameters())
+    assert model.hf_quantizer.is_trainable is False
+
+
+def test_weight_is_a_copy_that_cannot_be_set(layers):
+    packed, dense, _ = layers
+    assert torch.equal(packed.weight, dense.weight)
+    packed.weight.zero_()
+    assert torch.equal(packed.weight, dense.weight)
+    for value in (nn.Parameter(torch.zeros(1)), torch.zeros(1), None):
+        with pytest.raises(ConfigError, match="cannot be replaced or tied"):
+            packed.weight = value
+
+
+def test_only_the_bias_is_a_parameter(layers):
+    packed, _, _ = layers
+    assert [name for name, _ in packed.named_parameters()] == ["bias"]
+    assert list(packed.state_dict()) == ["bias"]
+    assert "packed" in repr(packed)
+
+
+def test_conversions_of_one_layer(layers):
+    packed, _, _ = layers
+    assert packed.to("cpu") is packed
+    assert packed.to(torch.bfloat16) is packed
+    for convert in (packed.half, packed.float, packed.double):
+        with pytest.raises(ConfigError, match="keep their dtype"):
+            convert()
+    with pytest.raises(BackendError, match="loaded for the CPU"):
+        packed.to("meta")
+    assert packed.bias.dtype == torch.bfloat16
+
+
+def test_a_layer_without_a_checkpoint():
+    layer = EndorLinear(4, 4, None, torch.float32)
+    with pytest.raises(EndorError, match="has no weights"):
+        layer(torch.zeros(1, 4))

@@ -1,0 +1,181 @@
+"""Saving, copying, converting and measuring a model with packed weights."""
+
+import copy
+import json
+import pickle
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, pipeline
+
+import endor
+from endor.errors import BackendError, ConfigError, OutputExistsError
+from endor.hf.model import is_packed, parameter_bytes, read_config
+
+
+@pytest.fixture
+def model(pair):
+    return endor.load_model(pair.packed)
+
+
+def test_save_pretrained_copies(pair, model, tmp_path):
+    model.generation_config.max_new_tokens = 7
+    model.save_pretrained(tmp_path / "saved")
+    for file in pair.packed.glob("endor*"):
+        assert (tmp_path / "saved" / file.name).read_bytes() == file.read_bytes()
+    config = json.loads((tmp_path / "saved" / "config.json").read_text())
+    assert config["quantization_config"] == read_config(pair.packed)["quantization_config"]
+    assert "transformers_weights" not in config
+    again = endor.load_model(tmp_path / "saved")
+    assert again.generation_config.max_new_tokens == 7
+    pair.check(again)
+    with pytest.raises(OutputExistsError):
+        model.save_pretrained(tmp_path / "saved")
+
+
+def test_saving_leaves_nothing_half_written(model, tmp_path):
+    model.save_pretrained(tmp_path / "other", is_main_process=False)
+    assert not (tmp_path / "other").exists()
+    model.save_pretrained(tmp_path / "saved")
+    assert not [path for path in (tmp_path / "saved").iterdir() if path.name.startswith(".")]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"state_dict": {}},
+        {"push_to_hub": True},
+        {"safe_serialization": False},
+        {"variant": "fp16"},
+    ],
+    ids=str,
+)
+def test_saving_refuses_what_it_cannot_do(model, tmp_path, options):
+    with pytest.raises(ConfigError, match="save_pretrained copies"):
+        model.save_pretrained(tmp_path, **options)
+
+
+def test_saving_refuses_changed_parameters(model, tmp_path):
+    with torch.no_grad():
+        model.model.norm.weight.mul_(2)
+    with pytest.raises(ConfigError, match=r"model\.norm\.weight: changed"):
+        model.save_pretrained(tmp_path / "saved")
+
+
+def test_the_class_method_does_not_write_wrong_files(model, tmp_path):
+    with pytest.raises(ValueError, match="not serializable"):
+        type(model).save_pretrained(model, tmp_path / "saved")
+
+
+def test_conversions(pair, model):
+    assert model.to("cpu") is model
+    for convert in (model.half, model.float):
+        with pytest.raises(ValueError, match="not supported for quantized model"):
+            convert()
+    for convert in (model.double, lambda: model.to(torch.float32)):
+        with pytest.raises(ConfigError, match="keep their dtype"):
+            convert()
+    with pytest.raises(BackendError, match="loaded for the CPU"):
+        model.to("meta")
+    assert {p.dtype for p in model.parameters()} == {torch.bfloat16}, "refused as a whole"
+    pair.check(model)
+
+
+def test_deepcopy_shares_packed_weights_only(pair, model, tmp_path):
+    twin = copy.deepcopy(model)
+    assert twin.endor is model.endor
+    a, b = model.model.norm.weight, twin.model.norm.weight
+    assert a.data_ptr() != b.data_ptr()
+    with torch.no_grad():
+        b.mul_(0)
+    del model
+    assert not torch.equal(pair.logits(twin), pair.logits(pair.dense))
+    assert twin.num_parameters() == pair.dense.num_parameters()
+    with pytest.raises(ConfigError, match="changed"):
+        twin.save_pretrained(tmp_path / "saved")
+
+
+def test_pickling_is_refused(model, tmp_path):
+    with pytest.raises(ConfigError, match="save_pretrained"):
+        pickle.dumps(model)
+    with pytest.raises(ConfigError, match="save_pretrained"):
+        torch.save(model, tmp_path / "model.pt")
+
+
+def test_counts(pair, model):
+    assert model.num_parameters() == pair.dense.num_parameters()
+    assert model.num_parameters(exclude_embeddings=True) == pair.dense.num_parameters(
+        exclude_embeddings=True
+    )
+    unpacked = sum(p.numel() for p in model.parameters())
+    assert model.num_parameters(only_trainable=True) == unpacked
+    assert model.num_parameters() == unpacked + model.endor.numel
+    footprint = model.get_memory_footprint()
+    assert footprint == parameter_bytes(model) + model.endor.packed_nbytes + (
+        model.endor.scratch.nbytes
+    )
+    assert str(model.device) == "cpu"
+    assert model.dtype == torch.bfloat16
+
+
+def test_an_exception_in_a_forward_leaves_the_model_usable(pair):
+    first = endor.load_model(pair.packed)
+    largest = max(unit.nbytes for unit in first.endor.units)
+    need = parameter_bytes(first) + first.endor.scratch.nbytes + largest
+    model = endor.load_model(pair.packed, ram=need)
+
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    handle = model.model.layers[1].mlp.register_forward_pre_hook(stop)
+    with pytest.raises(KeyboardInterrupt):
+        pair.logits(model)
+    handle.remove()
+    pair.check(model)
+
+
+def test_resizing_embeddings_with_a_packed_head_is_an_error(make_pair):
+    pair = make_pair("llama", pack={"include": ["lm_head.weight"]})
+    model = endor.load_model(pair.packed)
+    with pytest.raises(TypeError):
+        model.resize_token_embeddings(300)
+
+
+def test_pipelines(pair, tokenizer, tmp_path):
+    tokenizer.save_pretrained(tmp_path / "packed")
+    for file in pair.packed.iterdir():
+        (tmp_path / "packed" / file.name).write_bytes(file.read_bytes())
+    texts = []
+    for model in (str(tmp_path / "packed"), pair.dense):
+        pipe = pipeline("text-generation", model, tokenizer=tokenizer)
+        texts.append(pipe("w5 w6 w7", max_new_tokens=6, do_sample=False)[0]["generated_text"])
+    assert texts[0] == texts[1]
+    assert len(texts[0].split()) > 3
+
+
+def test_is_packed(pair, tmp_path):
+    assert is_packed(pair.packed)
+    assert not is_packed(pair.dense_dir)
+    with pytest.raises(ConfigError, match="not found"):
+        is_packed(tmp_path)
+    (tmp_path / "config.json").write_text("[]")
+    with pytest.raises(ConfigError, match="JSON object"):
+        is_packed(tmp_path)
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(ConfigError, match="must be JSON"):
+        is_packed(tmp_path)
+
+
+def test_load_model_says_what_it_cannot_do(pair):
+    with pytest.raises(ConfigError, match="names no packed checkpoint"):
+        endor.load_model(pair.dense_dir)
+    with pytest.raises(ConfigError, match="ram must be bytes"):
+        endor.load_model(pair.packed, ram="lots")
+    with pytest.raises(ConfigError, match="vram"):
+        endor.load_model(pair.packed, vram="1GiB")
+
+
+def test_other_attention_implementations(pair):
+    model = endor.load_model(pair.packed, attn_implementation="eager")
+    dense = AutoModelForCausalLM.from_pretrained(pair.dense_dir, attn_implementation="eager")
+    assert torch.equal(pair.logits(model), pair.logits(dense))
