@@ -1,4 +1,4 @@
-"""The writer: equal input gives equal bytes, stock safetensors reads them, failures leave nothing."""
+"""The writer: equal bytes for equal input, readable by safetensors; failures leave nothing."""
 
 import errno
 import os
@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -41,6 +42,14 @@ def dense(data: np.ndarray) -> Encoded:
 
 
 ONES = dense(np.ones(10, np.uint8))
+
+
+def write_all(path: Path, tensors: list[tuple[str, Encoded]], *, capacity: int = ALIGN) -> None:
+    """Write one record per tensor."""
+    with FileWriter(path, header_capacity=capacity) as writer:
+        for at, (name, encoded) in enumerate(tensors):
+            with writer.record(f"record number {at}") as record:
+                record.add(name, encoded)
 
 
 def read_back(path: Path) -> dict[str, Encoded]:
@@ -113,6 +122,8 @@ def test_every_mixture_of_sizes(
 
 
 def test_stock_safetensors_reads_the_same_arrays(write: Write, samples: dict[str, Encoded]) -> None:
+    import torch
+
     path = write({"all": samples})
     with stock_open(path, framework="pt") as file:
         assert file.metadata()["format"] == "pt"
@@ -121,8 +132,6 @@ def test_stock_safetensors_reads_the_same_arrays(write: Write, samples: dict[str
                 key = f"{name}_{array.suffix}" if array.suffix else name
                 found = file.get_tensor(key)
                 assert tuple(found.shape) == array.shape
-                import torch
-
                 raw = found.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
                 assert raw == encoded.arrays[array.suffix].tobytes(), key
 
@@ -184,14 +193,9 @@ def test_the_planned_header_room_always_suffices(
 
 
 def test_a_header_that_outgrows_its_room(tmp_path: Path) -> None:
-    path = tmp_path / "x"
-    with (
-        pytest.raises(FormatError, match=r"header needs \d+ bytes and 4096 were reserved"),
-        FileWriter(path, header_capacity=100) as writer,
-    ):
-        for i in range(40):
-            with writer.record(f"record number {i}") as record:
-                record.add(f"tensor number {i}", ONES)
+    tensors = [(f"tensor number {i}", ONES) for i in range(40)]
+    with pytest.raises(FormatError, match=r"header needs \d+ bytes and 4096 were reserved"):
+        write_all(tmp_path / "x", tensors, capacity=100)
     assert not list(tmp_path.iterdir())
 
 
@@ -216,13 +220,8 @@ def test_header_capacity_is_tight_enough() -> None:
     ],
 )
 def test_bad_names(tmp_path: Path, names: list[str], message: str) -> None:
-    with (
-        pytest.raises(FormatError, match=message),
-        FileWriter(tmp_path / "f", header_capacity=ALIGN) as writer,
-        writer.record("r") as record,
-    ):
-        for name in names:
-            record.add(name, ONES)
+    with pytest.raises(FormatError, match=message):
+        write_all(tmp_path / "f", [(name, ONES) for name in names])
     assert not list(tmp_path.iterdir())
 
 
@@ -231,13 +230,8 @@ def test_keys_that_collide(tmp_path: Path, first: str) -> None:
     packed = codecs.encode(np.zeros(9, np.uint16), BF16, codec="raw")
     tensors = {"x": packed, "x_bitmap": ONES}
     order = [first, *(tensors.keys() - {first})]
-    with (
-        pytest.raises(FormatError, match="'x_bitmap' exists already"),
-        FileWriter(tmp_path / "f", header_capacity=ALIGN) as writer,
-        writer.record("r") as record,
-    ):
-        for name in order:
-            record.add(name, tensors[name])
+    with pytest.raises(FormatError, match="'x_bitmap' exists already"):
+        write_all(tmp_path / "f", [(name, tensors[name]) for name in order])
     assert not list(tmp_path.iterdir())
 
 
@@ -261,16 +255,14 @@ def test_bad_records(tmp_path: Path) -> None:
 
 
 def test_a_swallowed_failure_still_fails_the_file(tmp_path: Path) -> None:
-    with (
-        pytest.raises(FormatError, match="record 'r' was not finished"),
-        FileWriter(tmp_path / "f", header_capacity=ALIGN) as writer,
-    ):
-        try:
-            with writer.record("r") as record:
+    def write() -> None:
+        with FileWriter(tmp_path / "f", header_capacity=ALIGN) as writer:
+            with suppress(ValueError), writer.record("r") as record:
                 record.add("x", ONES)
                 raise ValueError
-        except ValueError:
-            pass
+
+    with pytest.raises(FormatError, match="record 'r' was not finished"):
+        write()
     assert not list(tmp_path.iterdir())
 
 
@@ -295,13 +287,14 @@ def test_reserved_metadata(tmp_path: Path, key: str) -> None:
 def test_any_exception_leaves_the_old_file(tmp_path: Path, failure: type[BaseException]) -> None:
     path = tmp_path / "f"
     path.write_text("old")
-    with (
-        pytest.raises(failure),
-        FileWriter(path, header_capacity=ALIGN) as writer,
-        writer.record("r") as record,
-    ):
-        record.add("x", dense(np.ones(PIECE_BYTES + 1, np.uint8)))
-        raise failure
+
+    def write() -> None:
+        with FileWriter(path, header_capacity=ALIGN) as writer, writer.record("r") as record:
+            record.add("x", dense(np.ones(PIECE_BYTES + 1, np.uint8)))
+            raise failure
+
+    with pytest.raises(failure):
+        write()
     assert path.read_text() == "old"
     assert list(tmp_path.iterdir()) == [path]
 
