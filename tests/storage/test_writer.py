@@ -256,10 +256,13 @@ def test_bad_records(tmp_path: Path) -> None:
 
 def test_a_swallowed_failure_still_fails_the_file(tmp_path: Path) -> None:
     def write() -> None:
-        with FileWriter(tmp_path / "f", header_capacity=ALIGN) as writer:
-            with suppress(ValueError), writer.record("r") as record:
-                record.add("x", ONES)
-                raise ValueError
+        with (
+            FileWriter(tmp_path / "f", header_capacity=ALIGN) as writer,
+            suppress(ValueError),
+            writer.record("r") as record,
+        ):
+            record.add("x", ONES)
+            raise ValueError
 
     with pytest.raises(FormatError, match="record 'r' was not finished"):
         write()
