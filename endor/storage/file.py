@@ -10,7 +10,7 @@ import numpy as np
 from endor import kernels
 from endor.codecs import Encoded, TensorSpec
 from endor.errors import DTypeError, ReadError
-from endor.packed import PackedTensor, bits_of, compress, endor_dtype, torch_dtype
+from endor.packed import PackedTensor, bits_of, compress, decompress, endor_dtype, torch_dtype
 from endor.storage.buffers import HostBuffer
 from endor.storage.check import bind_checked, check_bytes, read_records
 from endor.storage.header import Header
@@ -184,6 +184,8 @@ class safe_open:
         import torch
 
         spec = encoded.spec
+        if torch.device(self._device).type == "cuda":
+            return decompress(PackedTensor(spec, encoded).to(self._device))
         out = torch.empty(spec.shape, dtype=torch_dtype(spec.dtype))
         kernels.decode(encoded, bits_of(out).reshape(-1))
         return out.to(self._device)
