@@ -94,6 +94,8 @@ def load_tokenizer(path: Path) -> Any:
     """
     import transformers
 
+    if not path.is_dir():
+        raise CheckpointError(f"{path}: no such checkpoint; give a directory with config.json")
     try:
         return transformers.AutoTokenizer.from_pretrained(path)
     except (OSError, ValueError) as error:

@@ -1,0 +1,104 @@
+"""`endor generate` prints the model's text on stdout and its cost on stderr."""
+
+import json
+
+import pytest
+import torch
+import transformers
+from click.testing import CliRunner
+from tokenizers import Tokenizer, models, pre_tokenizers
+
+import endor
+from endor.cli.generate import generate_command, peak_memory_bytes
+from endor.errors import BudgetError, CheckpointError, ConfigError
+
+
+@pytest.fixture(scope="module")
+def checkpoints(tmp_path_factory):
+    """A packed checkpoint with a tokenizer of the words w0 to w99, and its dense twin."""
+    root = tmp_path_factory.mktemp("generate")
+    words = Tokenizer(models.WordLevel({f"w{at}": at for at in range(100)}, unk_token="w0"))
+    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=words, unk_token="w0")
+    tokenizer.chat_template = "{% for m in messages %}w9 {{ m['content'] }} w8{% endfor %}"
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        vocab_size=100,
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        initializer_range=0.2,
+        bos_token_id=None,
+        eos_token_id=None,
+    )
+    model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    model.save_pretrained(root / "source")
+    tokenizer.save_pretrained(root / "source")
+    endor.pack_checkpoint(root / "source", root / "packed", prune="magnitude", threads=1)
+    endor.unpack_checkpoint(root / "packed", root / "dense")
+    return root
+
+
+def run(folder, *arguments):
+    command = [str(folder), "--prompt", "w3 w4", "--max-new-tokens", "6", "--no-plan", *arguments]
+    return CliRunner().invoke(generate_command, command, catch_exceptions=True)
+
+
+def test_text_and_cost_go_separate_ways(checkpoints):
+    packed, dense = run(checkpoints / "packed"), run(checkpoints / "dense")
+    assert packed.exit_code == 0, packed.output
+    assert packed.stdout == dense.stdout
+    assert 4 <= len(packed.stdout.split()) <= 6  # w0 is a special token and not shown
+    for word in ("prefill", "decode", "moved", "memory"):
+        assert word in packed.stderr
+    assert "moved" not in dense.stderr
+
+
+def test_json_has_every_figure(checkpoints):
+    done = run(checkpoints / "packed", "--json", "--fast")
+    found = json.loads(done.stdout)
+    assert found["text"]
+    assert found["new_tokens"] == 6
+    assert found["exact"] is False
+    assert found["packed_bytes_per_token"] > 0
+    assert found["disk_bytes"] == 0
+    assert found["peak_memory_bytes"] > 1 << 20
+    assert found["engine"]["counters"]["products"] > 0
+
+
+def test_a_small_budget_streams(checkpoints):
+    whole = json.loads(run(checkpoints / "packed", "--json").stdout)
+    model = endor.load_model(checkpoints / "packed")
+    ram = model.get_memory_footprint() - 4096
+    found = json.loads(run(checkpoints / "packed", "--json", "--ram", str(ram)).stdout)
+    assert found["text"] == whole["text"]
+    assert found["disk_bytes"] > 0
+    assert isinstance(run(checkpoints / "packed", "--ram", "1kB").exception, BudgetError)
+
+
+def test_sampling_and_chat(checkpoints):
+    arguments = ["--temperature", "1.2", "--top-p", "0.9", "--seed", "5", "--chat"]
+    first = run(checkpoints / "packed", *arguments)
+    assert first.exit_code == 0, first.output
+    assert first.stdout == run(checkpoints / "packed", *arguments).stdout
+    assert first.stdout != run(checkpoints / "packed").stdout
+
+
+def test_report(checkpoints, tmp_path):
+    page = tmp_path / "report.html"
+    assert run(checkpoints / "packed", "--report", str(page)).exit_code == 0
+    assert page.read_text().lstrip().lower().startswith("<!doctype html")
+    assert run(checkpoints / "dense", "--report", str(page)).exit_code == 2
+
+
+def test_usage_errors(checkpoints):
+    assert isinstance(run(checkpoints / "dense", "--ram", "1GB").exception, ConfigError)
+    assert isinstance(run(checkpoints / "packed", "--temperature", "-1").exception, ConfigError)
+    nowhere = run(checkpoints / "nowhere").exception
+    assert isinstance(nowhere, CheckpointError)
+    assert "no such checkpoint" in str(nowhere)
+
+
+def test_peak_memory_is_this_process():
+    assert 1 << 24 < peak_memory_bytes() < 1 << 40
