@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from endor.cli.bench_generate import generate_command
+from endor.cli.bench_hw import hw_command
 from endor.cli.tables import table
 
 if TYPE_CHECKING:
@@ -19,11 +21,15 @@ Command = Callable[..., None]
 
 @click.group("bench")
 def bench_command() -> None:
-    """Measure decoding, packing, products and reading.
+    """Measure decoding, packing, products, reading and generation.
 
     Each prints the rate it reached beside what this machine's memory or disk can do, measured in
     the same run, and beside other people's code where that is installed.
     """
+
+
+bench_command.add_command(generate_command)
+bench_command.add_command(hw_command)
 
 
 def _output_options(command: Command) -> Command:

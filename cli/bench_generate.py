@@ -29,9 +29,9 @@ if TYPE_CHECKING:
 @click.option("--ram", required=True, metavar="SIZE", help="Budget of every system, as 2GiB.")
 @click.option("--cold/--warm", default=True, help="Page cache before every step.  [default: cold]")
 @click.option("--direct/--no-direct", default=True, help="Also run Endor's direct product.")
-@click.option("--prompt-tokens", default=16, show_default=True)
+@click.option("--prompt-tokens", default=16, show_default=True, help="Tokens of the prompt.")
 @click.option("--tokens", default=6, show_default=True, help="Tokens to generate.")
-@click.option("--batch", default=1, show_default=True)
+@click.option("--batch", default=1, show_default=True, help="Sequences at once.")
 @click.option("--rounds", default=3, show_default=True, help="Processes per system.")
 @click.option("--threads", default=0, help="CPU threads; torch's default when omitted.")
 @click.option(

@@ -16,7 +16,11 @@ from endor.cli.tables import table
     help="A packed checkpoint or file: its disk is measured too.",
 )
 @click.option(
-    "--dtype", type=click.Choice(["BF16", "F16", "F32"]), default="BF16", show_default=True
+    "--dtype",
+    type=click.Choice(["BF16", "F16", "F32"]),
+    default="BF16",
+    show_default=True,
+    help="Element type of the weights.",
 )
 @click.option("--remeasure", is_flag=True, help="Measure again what is remembered.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
