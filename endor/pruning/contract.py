@@ -84,7 +84,10 @@ class PruneOptions:
         memory_bytes: Most bytes of activations to keep in RAM; the rest goes to disk.
         skip: Regular expression: tensors whose name it finds stay dense.
         only: Regular expression: tensors whose name it does not find stay dense.
-        scratch: Folder for activations that do not fit and for the journal.
+        scratch: Folder for activations that do not fit, and for finished layers: a run with the
+            same input and options goes on from them.
+        sequential: Prune the matrices of a layer in order, each on what the pruned ones before it
+            yield; otherwise all on what the dense layer yields, which is faster.
     """
 
     method: str = "auto"
@@ -103,6 +106,7 @@ class PruneOptions:
     skip: str | None = None
     only: str | None = None
     scratch: Path | None = None
+    sequential: bool = True
 
     def __post_init__(self) -> None:
         if self.method not in METHODS:

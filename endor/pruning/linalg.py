@@ -1,5 +1,7 @@
 """Gram matrices that may be singular or badly scaled, made safe to factor."""
 
+from typing import cast
+
 import torch
 
 from endor.errors import PruningError
@@ -35,16 +37,16 @@ def damped_cholesky(gram: torch.Tensor, dampening: float) -> torch.Tensor:
     """
     mean = float(gram.diagonal().mean())
     for dtype in (torch.float32, torch.float64):
-        ridge = dampening or 1e-6
+        ridge = dampening
         while True:
             matrix = gram.to(dtype, copy=True)
-            matrix.diagonal().add_((dampening if ridge <= dampening else ridge) * mean)
+            matrix.diagonal().add_(ridge * mean)
             factor, failed = torch.linalg.cholesky_ex(matrix)
             if int(failed) == 0 and bool(torch.isfinite(factor).all()):
-                return factor.to(gram.dtype)
+                return cast(torch.Tensor, factor.to(gram.dtype))
             if ridge >= 1:
                 break
-            ridge = min(ridge * 10, 1.0)
+            ridge = min(max(ridge * 10, 1e-6), 1.0)
     raise PruningError(
         "calibration statistic: must be positive definite, is not at dampening 1; use more "
         "calibration text (samples x seq_len well above the layer's input width)"

@@ -36,7 +36,7 @@ def keep_mask_rows(score: torch.Tensor, zeros: torch.Tensor) -> torch.Tensor:
     rows = score.shape[0]
     keep = torch.ones_like(score, dtype=torch.bool)
     zeros = zeros.to(score.device)
-    for count in zeros.unique().tolist():  # at most two values in practice
+    for count in sorted(set(zeros.tolist())):  # at most two values in practice
         if count == 0 or rows == 0:
             continue
         chosen = (zeros == count).nonzero().squeeze(1)

@@ -19,5 +19,6 @@ class Wanda:
         if self._pattern.structured:
             keep = nm_mask(score, self._pattern.kept, self._pattern.group)
         else:
-            keep = keep_mask_rows(score, row_zero_counts(*weight.shape, sparsity))
+            rows, cols = weight.shape
+            keep = keep_mask_rows(score, row_zero_counts(rows, cols, sparsity))
         return torch.where(keep, weight, 0.0)

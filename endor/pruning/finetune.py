@@ -1,0 +1,107 @@
+"""Re-training a pruned layer's survivors so that it does again what the dense layer did.
+
+After the mask is found, the survivors of all matrices of one decoder layer are trained together:
+the pruned layer, on the inputs it really gets (from pruned layers before it), must give the outputs
+of the dense layer on dense inputs. The error of the layers before is thus corrected as well. Only
+one layer's gradients exist at a time, so this streams like everything else. The idea of matching
+dense block outputs is that of BESA (arXiv 2402.16880) and Wanda++ (arXiv 2503.04992).
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from endor.pruning.activations import Activations, batches
+from endor.pruning.layer import Matrix
+from endor.pruning.skeleton import Call
+
+BATCH = 4
+
+
+@dataclass(frozen=True, slots=True)
+class Schedule:
+    """How long and how fast the survivors are trained."""
+
+    epochs: int = 2
+    rate: float = 2e-4
+    warmup: int = 4
+
+
+def finetune(
+    layer: nn.Module,
+    call: Call,
+    inputs: Activations,
+    targets: Activations,
+    windows: int,
+    matrices: Sequence[Matrix],
+    seed: int,
+    schedule: Schedule | None = None,
+) -> None:
+    """Train the non-zero elements of `matrices` in place; zeros stay zero.
+
+    The loss of a token is the squared error of its hidden state relative to the square of the dense
+    one: without the division the few tokens with massive activations would decide alone.
+
+    Args:
+        layer: The decoder layer that holds `matrices`.
+        call: How the model calls it.
+        inputs: Hidden states before it, from the pruned model.
+        targets: Hidden states after it, from the dense model.
+        windows: How many there are.
+        matrices: Its pruned matrices; what else their parameters hold stays as it is.
+        seed: Orders the batches.
+        schedule: See `Schedule`.
+    """
+    schedule = schedule or Schedule()
+    spans = list(batches(windows, BATCH))
+    steps = schedule.epochs * len(spans)
+    parameters = list({id(matrix.parameter): matrix.parameter for matrix in matrices}.values())
+    masks = _masks(parameters, matrices)
+    device = parameters[0].device
+    generator = torch.Generator().manual_seed(seed)
+    order = [
+        spans[at]
+        for _ in range(schedule.epochs)
+        for at in torch.randperm(len(spans), generator=generator).tolist()
+    ]
+    for parameter in parameters:
+        parameter.requires_grad_(True)
+    optimizer = torch.optim.Adam(parameters, lr=schedule.rate, betas=(0.9, 0.95))
+    try:
+        with torch.enable_grad():
+            for step, (start, stop) in enumerate(order):
+                warm = min(1.0, (step + 1) / schedule.warmup)
+                for group in optimizer.param_groups:
+                    group["lr"] = schedule.rate * warm * (1 + math.cos(math.pi * step / steps)) / 2
+                wanted = targets.read(start, stop).to(device)
+                with torch.autocast(device.type, torch.bfloat16):
+                    found = call.run(layer, inputs.read(start, stop).to(device))
+                error = (found.float() - wanted).square().sum(-1)
+                loss = (error / wanted.square().sum(-1).clamp_min(1e-12)).mean()
+                optimizer.zero_grad(set_to_none=True)
+                loss.backward()  # type: ignore[no-untyped-call]
+                for parameter, mask in zip(parameters, masks, strict=True):
+                    if parameter.grad is not None:
+                        parameter.grad.mul_(mask)
+                optimizer.step()
+    finally:
+        for parameter in parameters:
+            parameter.requires_grad_(False)
+            parameter.grad = None
+
+
+def _masks(parameters: Sequence[nn.Parameter], matrices: Sequence[Matrix]) -> list[torch.Tensor]:
+    """Return what may change of each parameter: the survivors of the matrices in it.
+
+    Elsewhere the gradient is set to zero, and so Adam's step is zero exactly.
+    """
+    masks = {
+        id(parameter): torch.zeros_like(parameter, dtype=torch.bool) for parameter in parameters
+    }
+    for matrix in matrices:
+        view = matrix.part.view(masks[id(matrix.parameter)])
+        view.copy_(matrix.part.view(matrix.parameter) != 0)
+    return [masks[id(parameter)] for parameter in parameters]

@@ -1,0 +1,228 @@
+"""The matrices of one decoder layer, and pruning them by the inputs they are given."""
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from endor.errors import PruningError
+from endor.pruning.contract import LayerPruner, Statistics
+from endor.pruning.moe import RoutedTokens, check_experts, is_experts, prune_experts
+from endor.pruning.names import Part
+from endor.pruning.statistics import collect, input_groups
+
+Batches = Callable[[], Iterator[Callable[[], None]]]
+"""Gives functions that run the layer on one batch of calibration windows each."""
+
+
+@dataclass(frozen=True, slots=True)
+class Matrix:
+    """One stored matrix, or one expert of a stored stack.
+
+    Attributes:
+        name: The stored tensor.
+        parameter: The parameter that holds it.
+        part: Where in the parameter.
+        transposed: Whether rows are inputs (GPT-2's Conv1D).
+    """
+
+    name: str
+    parameter: nn.Parameter
+    part: Part
+    transposed: bool
+
+    @property
+    def weight(self) -> torch.Tensor:
+        """The matrix `(outputs, inputs)`, a view of the parameter."""
+        view = self.part.view(self.parameter)
+        return view.T if self.transposed else view
+
+
+class LayerMatrices:
+    """What is to be pruned in one filled decoder layer.
+
+    Args:
+        layer: The layer.
+        parts: Stored parts of its parameters, by name inside the layer.
+        selected: Names of the stored tensors to prune.
+
+    Raises:
+        PruningError: a selected tensor is no matrix of a linear layer or of fused experts.
+    """
+
+    def __init__(
+        self, layer: nn.Module, parts: Mapping[str, tuple[Part, ...]], selected: frozenset[str]
+    ) -> None:
+        from transformers.pytorch_utils import Conv1D
+
+        self._layer = layer
+        self.linears: dict[str, list[Matrix]] = {}
+        self.experts: dict[str, dict[str, list[Matrix]]] = {}
+        for name, stored in parts.items():
+            wanted = [part for part in stored if part.name in selected]
+            if not wanted:
+                continue
+            module_name, _, leaf = name.rpartition(".")
+            module = layer.get_submodule(module_name)
+            parameter = getattr(module, leaf)
+            conv = isinstance(module, Conv1D)
+            matrices = [Matrix(part.name, parameter, part, conv) for part in wanted]
+            if leaf == "weight" and (conv or isinstance(module, nn.Linear)):
+                self.linears[module_name] = matrices
+            elif is_experts(module) and leaf in ("gate_up_proj", "down_proj"):
+                check_experts(module_name, module)
+                self.experts.setdefault(module_name, {})[leaf] = matrices
+            else:
+                raise PruningError(
+                    f"{wanted[0].name}: is the {leaf} of {type(module).__name__}, whose inputs "
+                    "calibrated pruning does not know; leave it out (--exclude), or prune with "
+                    "magnitude"
+                )
+
+    @property
+    def all(self) -> list[Matrix]:
+        """Every matrix."""
+        found = [matrix for matrices in self.linears.values() for matrix in matrices]
+        for parameters in self.experts.values():
+            found += [matrix for matrices in parameters.values() for matrix in matrices]
+        return found
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """Return the stored tensors with their present values, float32, by name."""
+        parts: dict[str, list[torch.Tensor]] = {}
+        for matrix in self.all:
+            parts.setdefault(matrix.name, []).append(matrix.part.view(matrix.parameter.data))
+        return {
+            name: views[0] if len(views) == 1 else torch.stack(views)
+            for name, views in parts.items()
+        }
+
+    def load(self, tensors: Mapping[str, torch.Tensor]) -> None:
+        """Set all matrices from stored tensors."""
+        for matrix in self.all:
+            stored = tensors[matrix.name]
+            view = matrix.part.view(matrix.parameter.data)
+            view.copy_(stored if stored.dim() == view.dim() else stored[matrix.part.expert])
+
+    def prune(
+        self,
+        solver: LayerPruner,
+        kind: Statistics,
+        sparsity: float,
+        batches: Batches,
+        room: Callable[[int], Any],
+        *,
+        sequential: bool,
+    ) -> float:
+        """Prune every matrix and return the largest relative output error of any.
+
+        The error of a matrix is tr(D H Dᵀ) / tr(W H Wᵀ) with D the change, H = mean x xᵀ (its
+        diagonal, if only that is collected).
+
+        Args:
+            solver: The method.
+            kind: What it needs.
+            sparsity: Share of zeros of each matrix.
+            batches: See `Batches`.
+            room: Gives activations with room for the inputs of that many features.
+            sequential: Whether matrices are given what the pruned ones before them yield, which
+                takes one (partial) forward for each group of matrices that share an input.
+        """
+        worst = 0.0
+
+        def solve(weight: torch.Tensor, statistic: torch.Tensor) -> torch.Tensor:
+            nonlocal worst
+            found = solver.solve(weight.contiguous(), statistic, sparsity)
+            if not bool(torch.isfinite(found).all()):
+                raise PruningError("pruning gave NaN or infinity; use a larger dampening")
+            worst = max(worst, relative_error(weight, found, statistic))
+            return found
+
+        modules = {name: self._layer.get_submodule(name) for name in self.linears}
+        modules |= {name: self._layer.get_submodule(name) for name in self.experts}
+        groups = input_groups(modules, next(batches()))
+        passes = [(group,) for group in groups] if sequential else [groups]
+        for together in passes:
+            leaders = [group[0] for group in together if group[0] in self.linears]
+            routed = {
+                name: self._routed_tokens(name, room)
+                for group in together
+                for name in group
+                if name in self.experts
+            }
+            with _recorded(self._layer, routed):
+                found = collect(modules, leaders, batches(), kind, stop=sequential and not routed)
+            for group in together:
+                for name in group:
+                    if name in routed:
+                        views = self._expert_views(name)
+                        prune_experts(modules[name], routed[name], kind, views, solve)
+                        routed[name].close()
+                        continue
+                    for matrix in self.linears[name]:
+                        statistic = found.get(group[0])
+                        if statistic is None:  # no token came here: all inputs count the same
+                            statistic = _neutral(matrix.weight, kind)
+                        try:
+                            matrix.weight.copy_(solve(matrix.weight, statistic))
+                        except PruningError as error:
+                            raise PruningError(f"{matrix.name}: {error}") from None
+        return worst
+
+    def _routed_tokens(self, name: str, room: Callable[[int], Any]) -> RoutedTokens:
+        module: Any = self._layer.get_submodule(name)
+        return RoutedTokens(room(module.gate_up_proj.shape[2]), module.num_experts)
+
+    def _expert_views(self, name: str) -> dict[str, list[list[torch.Tensor]]]:
+        module: Any = self._layer.get_submodule(name)
+        views: dict[str, list[list[torch.Tensor]]] = {
+            leaf: [[] for _ in range(module.num_experts)] for leaf in ("gate_up_proj", "down_proj")
+        }
+        for leaf, matrices in self.experts[name].items():
+            for matrix in matrices:
+                assert matrix.part.expert is not None
+                views[leaf][matrix.part.expert].append(matrix.weight)
+        return views
+
+
+@contextmanager
+def _recorded(layer: nn.Module, routed: Mapping[str, RoutedTokens]) -> Iterator[None]:
+    """Record what experts modules are given."""
+
+    def hook(tokens: RoutedTokens) -> Callable[[nn.Module, tuple[Any, ...]], None]:
+        def record(_module: nn.Module, args: tuple[Any, ...]) -> None:
+            tokens.add(args[0].reshape(-1, args[0].shape[-1]), args[1])
+
+        return record
+
+    handles = [
+        layer.get_submodule(name).register_forward_pre_hook(hook(tokens))
+        for name, tokens in routed.items()
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def relative_error(dense: torch.Tensor, pruned: torch.Tensor, statistic: torch.Tensor) -> float:
+    """Return tr(D H Dᵀ) / tr(W H Wᵀ) for D = pruned - dense; H may be given by its diagonal."""
+
+    def energy(weight: torch.Tensor) -> float:
+        if statistic.dim() == 1:
+            return float((weight.square() @ statistic).sum())
+        return float(((weight @ statistic) * weight).sum())
+
+    whole = energy(dense)
+    return energy(pruned - dense) / whole if whole > 0 else 0.0
+
+
+def _neutral(weight: torch.Tensor, kind: Statistics) -> torch.Tensor:
+    cols = weight.shape[1]
+    if kind == "gram":
+        return torch.eye(cols, device=weight.device)
+    return torch.ones(cols, device=weight.device)

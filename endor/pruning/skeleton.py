@@ -1,0 +1,243 @@
+"""A transformers model without weights, whose decoder layers are filled one at a time."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, cast
+
+import numpy as np
+import torch
+from torch import nn
+
+from endor.checkpoint.tensors import CheckpointSource
+from endor.errors import BackendError, CheckpointError, PruningError
+from endor.packed import tensor_of
+from endor.pruning.activations import batches
+from endor.pruning.names import Part, map_parts
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """What the model passes to one decoder layer besides the hidden states."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+    def run(self, layer: nn.Module, hidden: torch.Tensor) -> torch.Tensor:
+        """Return the layer's hidden states `(windows, tokens, features)`."""
+        out = layer(hidden, *self.args, **self.kwargs)
+        return cast(torch.Tensor, out[0] if isinstance(out, tuple) else out)
+
+
+class _StopForward(Exception):
+    """What was wanted from a forward has been seen."""
+
+
+class Skeleton:
+    """The model of a checkpoint on the meta device; its layers compute in float32.
+
+    Args:
+        source: The checkpoint, with config.json beside it.
+        device: Where layers are computed.
+
+    Raises:
+        CheckpointError: There is no config.json, or it does not fit the weights.
+        PruningError: transformers has no causal language model for it, or no decoder layers are
+            found in it.
+        BackendError: transformers or accelerate is not installed.
+    """
+
+    def __init__(self, source: CheckpointSource, device: torch.device) -> None:
+        self._source = source
+        self._device = device
+        self._model = _empty_model(source)
+        self._prefix, self.layers = _decoder_layers(self._model)
+        shapes = {name: tensor.shape for name, tensor in source.tensors.items()}
+        self._parts = map_parts(self._model, shapes)
+
+    def parts(self, layer: int) -> dict[str, tuple[Part, ...]]:
+        """Return the stored parts of each parameter of a layer, by its name inside the layer."""
+        prefix = f"{self._prefix}.{layer}."
+        return {
+            name.removeprefix(prefix): parts
+            for name, parts in self._parts.items()
+            if name.startswith(prefix)
+        }
+
+    def load_layer(self, layer: int) -> nn.Module:
+        """Fill a layer from the checkpoint, float32 on the device, and return it."""
+        module = self.layers[layer]
+        self._fill(module, f"{self._prefix}.{layer}.", "")
+        return module
+
+    def drop_layer(self, layer: int) -> None:
+        """Give up the weights of a layer."""
+        _drop(self.layers[layer], "")
+
+    def trace(
+        self, ids: torch.Tensor, batch: int, sink: Callable[[int, torch.Tensor], None]
+    ) -> list[Call]:
+        """Embed all windows, and return what each layer is called with besides.
+
+        Runs the model's own forward with every layer replaced by an identity, so that masks and
+        rotary tables are those that the model itself gives to each layer: they differ between
+        layers with and without a sliding window. What is recorded comes from one window and
+        broadcasts over any number of them, since none has padding.
+
+        Args:
+            ids: int64 `(windows, tokens)`.
+            batch: Windows at a time.
+            sink: Takes the number of the first window, and the first layer's input.
+        """
+        body = cast(nn.Module, self._model.base_model)
+        layers_at = self._prefix.removeprefix(f"{self._model.base_model_prefix}.") + "."
+        body_at = "" if body is self._model else f"{self._model.base_model_prefix}."
+        self._fill(body, body_at, layers_at)
+        try:
+            with torch.no_grad():
+                # The first layer alone, for real: what it returns is what the stand-ins return.
+                first = self._record(body, ids[:1], [0], False)[0]
+                layer = self.load_layer(0)
+                returned = layer(first[0], *first[1].args, **first[1].kwargs)
+                self.drop_layer(0)
+                found = self._record(
+                    body, ids[:1], range(len(self.layers)), isinstance(returned, tuple)
+                )
+                for start, stop in batches(len(ids), batch):
+                    sink(start, self._record(body, ids[start:stop], [0], False)[0][0])
+        finally:
+            _drop(body, layers_at)
+        return [call for _, call in found]
+
+    def _record(
+        self, body: nn.Module, ids: torch.Tensor, wanted: "range | list[int]", as_tuple: bool
+    ) -> list[tuple[torch.Tensor, Call]]:
+        """Return input and call of the first `len(wanted)` layers in one forward."""
+        found: list[tuple[torch.Tensor, Call]] = []
+
+        def stand_in(*args: Any, **kwargs: Any) -> Any:
+            hidden = args[0] if args else kwargs.pop("hidden_states")
+            found.append((hidden, Call(tuple(args[1:]), kwargs)))
+            if len(found) == len(wanted):
+                raise _StopForward
+            return (hidden,) if as_tuple else hidden
+
+        with _replaced_forwards(self.layers, stand_in):
+            try:
+                body(input_ids=ids.to(self._device), use_cache=False)
+            except _StopForward:
+                return found
+        raise PruningError(
+            f"{type(self._model).__name__}: calls {len(found)} of {len(self.layers)} layers; it "
+            "cannot be run layer by layer: prune with magnitude"
+        )
+
+    def _fill(self, module: nn.Module, prefix: str, skip: str) -> None:
+        """Give every parameter and stored buffer of `module` its value, but those under `skip`."""
+        for name, value in list(module.named_parameters()) + list(module.named_buffers()):
+            if skip and name.startswith(skip):
+                continue
+            owner = module.get_submodule(name.rpartition(".")[0])
+            leaf = name.rpartition(".")[2]
+            parts = self._parts.get(prefix + name)
+            if leaf in owner._buffers:
+                filled = value if parts is None else self._read(parts, value)
+                owner._buffers[leaf] = filled.to(self._device)
+                continue
+            if parts is None:
+                raise CheckpointError(
+                    f"{self._source.path}: lacks {prefix}{name}, which "
+                    f"{type(self._model).__name__} needs; is the checkpoint complete?"
+                )
+            table = isinstance(owner, nn.Embedding)
+            loaded = self._read(parts, value, keep_dtype=table).to(self._device)
+            setattr(owner, leaf, nn.Parameter(loaded, requires_grad=False))
+
+    def _read(
+        self, parts: tuple[Part, ...], like: torch.Tensor, *, keep_dtype: bool = False
+    ) -> torch.Tensor:
+        """Return a tensor of the shape of `like`, put together from its stored parts."""
+        out: torch.Tensor | None = None
+        last = ""
+        stored = torch.empty(0)
+        for part in parts:
+            if part.name != last:
+                stored, last = self._stored(part.name), part.name
+            if stored.shape == like.shape and part.expert in (None, 0):
+                return stored if keep_dtype else stored.to(torch.float32)
+            if out is None:
+                out = torch.empty(like.shape, dtype=torch.float32)
+            part.view(out).copy_(stored)
+        assert out is not None
+        return out
+
+    def _stored(self, name: str) -> torch.Tensor:
+        tensor = self._source.tensors[name]
+        raw = np.empty(tensor.nbytes, dtype=np.uint8)
+        self._source.read_into(name, raw)
+        return tensor_of(raw.view(tensor.dtype.uint).reshape(tensor.shape), tensor.dtype)
+
+
+@contextmanager
+def _replaced_forwards(layers: nn.ModuleList, forward: Callable[..., Any]) -> Iterator[None]:
+    for layer in layers:
+        layer.forward = forward
+    try:
+        yield
+    finally:
+        for layer in layers:
+            del layer.forward
+
+
+def _drop(module: nn.Module, skip: str) -> None:
+    """Give up the parameters of `module` but those under `skip`; buffers stay."""
+    for name, value in list(module.named_parameters()):
+        if not (skip and name.startswith(skip)):
+            owner = module.get_submodule(name.rpartition(".")[0])
+            empty = torch.empty(value.shape, dtype=value.dtype, device="meta")
+            setattr(owner, name.rpartition(".")[2], nn.Parameter(empty, requires_grad=False))
+
+
+def _empty_model(source: CheckpointSource) -> Any:
+    """Return the causal language model with parameters on the meta device, in eval mode."""
+    try:
+        from accelerate import init_empty_weights
+        from transformers import AutoConfig, AutoModelForCausalLM
+    except ImportError as error:
+        raise BackendError(
+            f"calibrated pruning needs transformers and accelerate: {error}; "
+            "pip install 'endor[hf]'"
+        ) from None
+    if source.directory is None or not (source.directory / "config.json").exists():
+        raise CheckpointError(
+            f"{source.path}: calibrated pruning needs config.json and a tokenizer beside the "
+            "weights; give the directory, or prune with magnitude"
+        )
+    config = AutoConfig.from_pretrained(source.directory)
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    try:
+        with init_empty_weights(include_buffers=False):
+            model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    except ValueError as error:
+        raise PruningError(
+            f"{source.path}: transformers makes no causal language model of it: {error}; prune "
+            "with magnitude"
+        ) from None
+    if hasattr(model, "set_experts_implementation"):
+        model.set_experts_implementation("eager")
+    for module in model.modules():
+        if isinstance(module, nn.Embedding):  # tables stay in their own type: they can be large
+            module.register_forward_hook(lambda _module, _args, out: out.float())
+    return model.eval()
+
+
+def _decoder_layers(model: Any) -> tuple[str, nn.ModuleList]:
+    """Return the name of the list of decoder layers, and the list."""
+    count = model.config.get_text_config(decoder=True).num_hidden_layers
+    for name, module in model.named_modules():
+        if isinstance(module, nn.ModuleList) and len(module) == count:
+            return name, module
+    raise PruningError(
+        f"{type(model).__name__}: has no list of {count} decoder layers; prune with magnitude"
+    )

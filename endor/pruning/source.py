@@ -1,0 +1,113 @@
+"""A checkpoint whose selected tensors come out pruned by a calibrated method."""
+
+import shutil
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from endor.checkpoint.tensors import CheckpointSource, SourceTensor
+from endor.packed import bits_of
+from endor.pruning.contract import METHODS, PruneOptions
+from endor.pruning.stream import LayerStream, Progress
+
+
+class PrunedSource:
+    """Wraps a dense source; prunes layer after layer as their tensors are asked for.
+
+    The layer that was pruned last is in memory; earlier ones are read back from the scratch folder,
+    where they also wait for a run that goes on after an interruption.
+
+    Args:
+        source: The dense checkpoint; stays open, and is not closed here.
+        options: What to do.
+        selected: Checkpoint names of the tensors to prune.
+        progress: Called with layers done, layers in all, and what goes on.
+
+    Raises:
+        PruningError, ConfigError, BackendError: See `LayerStream`.
+    """
+
+    ordered = True
+
+    def __init__(
+        self,
+        source: CheckpointSource,
+        options: PruneOptions,
+        selected: frozenset[str],
+        *,
+        progress: Progress | None = None,
+    ) -> None:
+        self._source = source
+        self._options = options
+        self._own_scratch = options.scratch is None
+        if options.scratch is None:
+            self._scratch = Path(tempfile.mkdtemp(prefix="endor-prune-"))
+        else:
+            self._scratch = options.scratch
+            self._scratch.mkdir(parents=True, exist_ok=True)
+        try:
+            self._stream = LayerStream(source, options, selected, self._scratch, progress)
+        except BaseException:
+            self._drop_scratch()
+            raise
+        self._layer: dict[str, torch.Tensor] = {}
+
+    @property
+    def path(self) -> Path:
+        return self._source.path
+
+    @property
+    def directory(self) -> Path | None:
+        return self._source.directory
+
+    @property
+    def tensors(self) -> Mapping[str, SourceTensor]:
+        return self._source.tensors
+
+    def read_into(self, name: str, out: np.ndarray) -> None:
+        """Fill `out` with a tensor's bytes, pruning up to its layer first if need be."""
+        index = self._stream.layer_of(name)
+        if index is None:
+            self._source.read_into(name, out)
+            return
+        while self._stream.done <= index:
+            self._layer = self._stream.next_layer()
+        tensor = self._layer.get(name)
+        if tensor is None:
+            from safetensors import safe_open
+
+            with safe_open(self._stream.path_of(index), framework="pt") as file:
+                tensor = file.get_tensor(name)
+        out[:] = bits_of(tensor).reshape(-1).view(np.uint8)
+
+    def config(self) -> dict[str, Any] | None:
+        return self._source.config()
+
+    def fingerprint(self) -> str:
+        return f"{self._source.fingerprint()}:{self._stream.fingerprint}"
+
+    def describe(self) -> dict[str, Any]:
+        """Return what config.json says about the pruning."""
+        options = self._options
+        return {
+            "method": options.method,
+            "sparsity": options.target_sparsity,
+            "pattern": options.pattern,
+            "windows": self._stream.windows,
+            "seq_len": options.seq_len,
+            "seed": options.seed,
+            "paper": METHODS[options.method].paper,
+        }
+
+    def close(self) -> None:
+        """Give up the hidden states, and the scratch folder unless the caller named it."""
+        self._stream.close()
+        self._drop_scratch()
+
+    def _drop_scratch(self) -> None:
+        if self._own_scratch:
+            shutil.rmtree(self._scratch, ignore_errors=True)

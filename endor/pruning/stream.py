@@ -1,0 +1,290 @@
+"""Calibrated pruning of one decoder layer after another, in the memory of one.
+
+A layer is loaded, sees the calibration windows as the pruned layers before it left them, gives up
+the statistics of its inputs, is pruned, and passes the windows on. Only one layer, its statistics
+and the hidden states exist at a time.
+"""
+
+import hashlib
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import cast
+
+import torch
+from torch import nn
+
+from endor.checkpoint.tensors import CheckpointSource
+from endor.errors import BackendError, PruningError
+from endor.packed import torch_dtype
+from endor.pruning.activations import Activations, batches
+from endor.pruning.allocation import layer_sparsities, outlier_share
+from endor.pruning.calibration import calibration_windows
+from endor.pruning.contract import METHODS, LayerPruner, PruneOptions
+from endor.pruning.finetune import finetune
+from endor.pruning.layer import LayerMatrices
+from endor.pruning.skeleton import Call, Skeleton
+from endor.pruning.statistics import collect
+
+BATCH_TOKENS = 2048
+"""Tokens of the windows that pass through a layer together."""
+
+Progress = Callable[[int, int, str], None]
+"""Called with layers done, layers in all, and what goes on."""
+
+
+class LayerStream:
+    """Prunes the layers of a checkpoint in order.
+
+    Args:
+        source: The dense checkpoint.
+        options: Method, sparsity, calibration.
+        selected: Checkpoint names of the tensors to prune.
+        scratch: An existing folder for hidden states and finished layers.
+        progress: See `Progress`.
+
+    Raises:
+        PruningError: The model cannot be run layer by layer.
+        ConfigError: The calibration text is too short.
+        BackendError: A library or device is missing.
+    """
+
+    def __init__(
+        self,
+        source: CheckpointSource,
+        options: PruneOptions,
+        selected: frozenset[str],
+        scratch: Path,
+        progress: Progress | None = None,
+    ) -> None:
+        self._options = options
+        self._scratch = scratch
+        self._progress = progress or (lambda done, total, what: None)
+        self._device = _device(options.device)
+        self._skeleton = Skeleton(source, self._device)
+        self._source = source
+        self._method = METHODS[options.method]
+        assert self._method.calibrated, "only calibrated methods are streamed"
+        self._solver = cast(LayerPruner, self._method.create(options))
+        self._names = self._pruned_names(selected)
+        ids = calibration_windows(source.directory, options)
+        self.windows, self._tokens = ids.shape
+        self._batch = max(1, BATCH_TOKENS // self._tokens)
+        self.fingerprint = self._fingerprint(ids)
+        self._ids = ids
+        self._hidden, self._calls = self._embed()
+        self._dense = self._embed()[0] if self._method.finetune else None
+        self._sparsity = layer_sparsities(options, self.layers, self._outliers)
+        self._began = time.perf_counter()
+        self.done = 0
+        self.errors: list[float] = []
+
+    @property
+    def layers(self) -> int:
+        """Decoder layers of the model."""
+        return len(self._skeleton.layers)
+
+    def layer_of(self, name: str) -> int | None:
+        """Return the layer that prunes checkpoint tensor `name`; None when none does."""
+        return self._names.get(name)
+
+    def next_layer(self) -> dict[str, torch.Tensor]:
+        """Prune the next layer and return its pruned tensors by checkpoint name, on the CPU."""
+        index = self.done
+        layer = self._skeleton.load_layer(index)
+        matrices = self._matrices(index)
+        kept = self._kept(index)
+        with torch.no_grad():
+            if kept is None:
+                self._prune(index, layer, matrices)
+            else:
+                if self._dense is not None:
+                    self._advance(layer, index, self._dense)
+                matrices.load(kept)
+            self._advance(layer, index, self._hidden)
+        pruned = kept or {
+            name: tensor.to(self._dtype(name)).cpu().contiguous()
+            for name, tensor in matrices.tensors().items()
+        }
+        self._skeleton.drop_layer(index)
+        if kept is None:
+            self._keep(index, pruned)
+        self.done += 1
+        self._report()
+        return pruned
+
+    def close(self) -> None:
+        """Give up the hidden states."""
+        self._hidden.close()
+        if self._dense is not None:
+            self._dense.close()
+
+    # ---- one layer -----------------------------------------------------------------------------
+
+    def _prune(self, index: int, layer: nn.Module, matrices: LayerMatrices) -> None:
+        if self._dense is not None:
+            self._advance(layer, index, self._dense)
+        error = matrices.prune(
+            self._solver,
+            self._method.statistics,
+            self._sparsity[index],
+            lambda: self._batches(layer, index, self._hidden),
+            self._room,
+            sequential=self._options.sequential,
+        )
+        self.errors.append(error)
+        if self._dense is not None and matrices.all:
+            finetune(
+                layer,
+                self._calls[index],
+                self._hidden,
+                self._dense,
+                self.windows,
+                matrices.all,
+                self._options.seed + index,
+            )
+        for matrix in matrices.all:
+            # What is stored is what the layers behind must see.
+            rounded = matrix.weight.to(self._dtype(matrix.name)).float()
+            matrix.weight.copy_(torch.where(rounded == 0, 0.0, rounded))
+
+    def _batches(
+        self, layer: nn.Module, index: int, hidden: Activations
+    ) -> Iterator[Callable[[], None]]:
+        """Yield functions that run the layer on one batch each and drop the result."""
+        for start, stop in batches(self.windows, self._batch):
+            given = hidden.read(start, stop).to(self._device)
+
+            def run(given: torch.Tensor = given) -> None:
+                self._calls[index].run(layer, given)
+
+            yield run
+
+    def _advance(self, layer: nn.Module, index: int, hidden: Activations) -> None:
+        """Replace hidden states before the layer by those after it."""
+        for start, stop in batches(self.windows, self._batch):
+            out = self._calls[index].run(layer, hidden.read(start, stop).to(self._device))
+            hidden.write(start, out)
+
+    def _matrices(self, index: int) -> LayerMatrices:
+        names = frozenset(name for name, layer in self._names.items() if layer == index)
+        return LayerMatrices(self._skeleton.layers[index], self._skeleton.parts(index), names)
+
+    def _dtype(self, name: str) -> torch.dtype:
+        return torch_dtype(self._source.tensors[name].dtype)
+
+    # ---- before the first ----------------------------------------------------------------------
+
+    def _pruned_names(self, selected: frozenset[str]) -> dict[str, int]:
+        names = {}
+        for index in range(len(self._skeleton.layers)):
+            for parts in self._skeleton.parts(index).values():
+                for part in parts:
+                    if part.name in selected and self._options.selects(part.name):
+                        names[part.name] = index
+        stray = sorted(name for name in selected - names.keys() if self._options.selects(name))
+        if stray:
+            raise PruningError(
+                f"{stray[0]}: lies outside the decoder layers, where calibration does not reach; "
+                f"leave it out: --exclude '{stray[0]}'"
+            )
+        return names
+
+    def _embed(self) -> tuple[Activations, list[Call]]:
+        stored: list[Activations] = []
+
+        def sink(start: int, hidden: torch.Tensor) -> None:
+            if not stored:
+                budget = self._options.memory_bytes // (2 if self._method.finetune else 1)
+                shape = (self.windows, self._tokens, hidden.shape[-1])
+                stored.append(Activations(shape, budget, self._scratch))
+            stored[0].write(start, hidden)
+
+        calls = self._skeleton.trace(self._ids, self._batch, sink)
+        return stored[0], calls
+
+    def _room(self, features: int) -> Activations:
+        """Return room for what a module of every token is given, batch by batch."""
+        count = -(-self.windows // self._batch)
+        return Activations((count, self._batch * self._tokens, features), 0, self._scratch)
+
+    def _outliers(self) -> list[float]:
+        """Return each dense layer's share of outliers: one forward through the whole model."""
+        hidden, _ = self._embed()
+        shares = []
+        with torch.no_grad():
+            for index in range(self.layers):
+                layer = self._skeleton.load_layer(index)
+                linears = self._matrices(index).linears
+                modules = {name: layer.get_submodule(name) for name in linears}
+                runs = self._batches(layer, index, hidden)
+                found = collect(modules, list(modules), runs, "diagonal", stop=False)
+                scores = [
+                    matrix.weight.abs() * found[name].sqrt()
+                    for name, matrices in linears.items()
+                    for matrix in matrices
+                    if name in found
+                ]
+                shares.append(outlier_share(scores))
+                self._advance(layer, index, hidden)
+                self._skeleton.drop_layer(index)
+        hidden.close()
+        return shares
+
+    # ---- finished layers -----------------------------------------------------------------------
+
+    def _fingerprint(self, ids: torch.Tensor) -> str:
+        """Return a hash of everything that decides the result."""
+        fields = asdict(self._options)
+        for key in ("device", "memory_bytes", "scratch", "calibration", "chat_template"):
+            del fields[key]
+        digest = hashlib.sha256(repr(sorted(fields.items())).encode())
+        digest.update(self._source.fingerprint().encode())
+        digest.update(ids.numpy().tobytes())
+        digest.update("\0".join(sorted(self._names)).encode())
+        return digest.hexdigest()
+
+    def path_of(self, index: int) -> Path:
+        """Return where a finished layer is kept."""
+        return self._scratch / f"layer-{index:05d}.safetensors"
+
+    def _keep(self, index: int, tensors: dict[str, torch.Tensor]) -> None:
+        from safetensors.torch import save_file
+
+        path = self.path_of(index)
+        partial = path.with_suffix(".partial")
+        save_file(tensors, partial, metadata={"run": self.fingerprint})
+        partial.replace(path)
+
+    def _kept(self, index: int) -> dict[str, torch.Tensor] | None:
+        """Return a layer that an earlier run with the same input and options finished."""
+        from safetensors import SafetensorError, safe_open
+
+        path = self.path_of(index)
+        if not path.exists():
+            return None
+        try:
+            with safe_open(path, framework="pt") as file:
+                if (file.metadata() or {}).get("run") != self.fingerprint:
+                    return None
+                return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        except SafetensorError:
+            return None
+
+    def _report(self) -> None:
+        spent = time.perf_counter() - self._began
+        left = spent / self.done * (self.layers - self.done)
+        error = f", output error {self.errors[-1]:.3f}" if self.errors else ""
+        self._progress(self.done, self.layers, f"{left / 60:.1f} min left{error}")
+
+
+def _device(name: str) -> torch.device:
+    chosen = ("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name
+    try:
+        device = torch.device(chosen)
+    except RuntimeError as error:
+        raise BackendError(f"device {name!r}: {error}") from None
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise BackendError(f"device {name!r}: torch sees no CUDA device; use --device cpu")
+    return device

@@ -1,0 +1,74 @@
+"""Re-training survivors: the error falls, zeros stay, everything unselected stays."""
+
+import pytest
+import torch
+from torch import nn
+
+from endor.pruning.activations import Activations
+from endor.pruning.finetune import Schedule, finetune
+from endor.pruning.layer import Matrix
+from endor.pruning.names import Part
+from endor.pruning.skeleton import Call
+
+
+class Block(nn.Module):
+    """Two matrices and a residual, the second beside rows that are not pruned."""
+
+    def __init__(self):
+        super().__init__()
+        self.up = nn.Linear(16, 32, bias=False)
+        self.down = nn.Linear(32, 16, bias=False)
+
+    def forward(self, hidden):
+        return hidden + self.down(torch.relu(self.up(hidden)))
+
+
+@pytest.fixture
+def problem(tmp_path):
+    torch.manual_seed(0)
+    block = Block().requires_grad_(False)
+    hidden = torch.randn(12, 8, 16)
+    inputs = Activations(hidden.shape, 1 << 30, tmp_path)
+    inputs.write(0, hidden)
+    targets = Activations(hidden.shape, 1 << 30, tmp_path)
+    targets.write(0, block(hidden))
+    block.up.weight.copy_(torch.where(torch.rand(32, 16) < 0.6, block.up.weight, 0.0))
+    top = block.down.weight[:8]
+    top.copy_(torch.where(torch.rand(8, 32) < 0.6, top, 0.0))
+    matrices = [
+        Matrix("up", block.up.weight, Part("up", None, 0, 32), False),
+        Matrix("down", block.down.weight, Part("down", None, 0, 8), False),
+    ]
+    return block, inputs, targets, matrices
+
+
+def error(block, inputs, targets):
+    return float((block(inputs.read(0, 12)) - targets.read(0, 12)).square().mean())
+
+
+def test_the_error_falls_and_zeros_and_the_unselected_stay(problem):
+    block, inputs, targets, matrices = problem
+    before = error(block, inputs, targets)
+    masks = [matrix.weight == 0 for matrix in matrices]
+    rest = block.down.weight[8:].clone()
+    schedule = Schedule(epochs=30, rate=5e-3)
+    finetune(block, Call((), {}), inputs, targets, 12, matrices, 0, schedule)
+    assert error(block, inputs, targets) < 0.7 * before
+    for matrix, mask in zip(matrices, masks, strict=True):
+        assert torch.equal(matrix.weight == 0, mask)
+    assert torch.equal(block.down.weight[8:], rest)
+    assert not block.up.weight.requires_grad
+    assert block.up.weight.grad is None
+
+
+def test_the_same_seed_gives_the_same_bits(problem):
+    block, inputs, targets, matrices = problem
+    start = [matrix.weight.clone() for matrix in matrices]
+    results = []
+    for _ in range(2):
+        for matrix, weight in zip(matrices, start, strict=True):
+            matrix.weight.copy_(weight)
+        finetune(block, Call((), {}), inputs, targets, 12, matrices, 3)
+        results.append(block.up.weight.clone())
+    assert torch.equal(*results)
+    assert not torch.equal(results[0], start[0])
