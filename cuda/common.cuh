@@ -151,10 +151,16 @@ __device__ __forceinline__ u32 take(Staged& at, u32 bit) {
   return element;
 }
 
+template <typename E>
+__device__ __forceinline__ void store_element(E* at, E element) { *at = element; }
+
 // One 16-byte store; a struct assignment may become four.
 __device__ __forceinline__ void store16(void* global, uint4 v) {
   asm volatile("st.global.v4.u32 [%0], {%1, %2, %3, %4};"
                ::"l"(global), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w) : "memory");
+}
+__device__ __forceinline__ void store8(void* global, u32 x, u32 y) {
+  asm volatile("st.global.v2.u32 [%0], {%1, %2};" ::"l"(global), "r"(x), "r"(y) : "memory");
 }
 __device__ __forceinline__ void stage16(Staged at, uint4 v) {
   asm volatile("st.shared.v4.u32 [%0], {%1, %2, %3, %4};"
@@ -241,7 +247,7 @@ __device__ __forceinline__ void expand_tile(Staged staged, u32 word, u32 before,
                                 join<BYTES>(element + 3 * PER_REGISTER)));
     } else {
       for (u32 i = 0; i < VECTOR; i++)
-        if (start + first + i < t.numel) out[first + i] = static_cast<E>(element[i]);
+        if (start + first + i < t.numel) store_element(out + first + i, static_cast<E>(element[i]));
     }
   }
 }

@@ -146,9 +146,7 @@ __device__ __forceinline__ void put_global(const Tensor& t, u64 chunk, const u32
   Element* out = reinterpret_cast<Element*>(t.out) + 8 * chunk;
   if (8 * chunk + 8 <= t.numel) {
     if constexpr (WORDS == 2) {
-      uint2 v;
-      v.x = words[0], v.y = words[1];
-      *reinterpret_cast<uint2*>(out) = v;
+      store8(out, words[0], words[1]);
     } else {
 #pragma unroll
       for (u32 i = 0; i < WORDS; i += 4)
@@ -157,7 +155,7 @@ __device__ __forceinline__ void put_global(const Tensor& t, u64 chunk, const u32
     return;
   }
   for (u32 i = 0; 8 * chunk + i < t.numel; i++)
-    out[i] = static_cast<Element>(words[i / PER_WORD] >> (8 * S * (i % PER_WORD)));
+    store_element(out + i, static_cast<Element>(words[i / PER_WORD] >> (8 * S * (i % PER_WORD))));
 }
 
 // Give the patched elements of ranks [first, first + count) their true exponent. `elements[0]` is rank
@@ -171,7 +169,7 @@ __device__ __forceinline__ void patch(const Tensor& t, u64 tile, Range range, u6
     if (rank < range.first || rank - range.first >= range.count) continue;
     Element* e = elements + (rank - range.first);
     const u32 exponent = static_cast<u32>(__ldg(pointer<u8>(t.patch_exponents) + i)) << M;
-    *e = static_cast<Element>((*e & ~EXPONENT) | (exponent & EXPONENT));
+    store_element(e, static_cast<Element>((*e & ~EXPONENT) | (exponent & EXPONENT)));
   }
 }
 

@@ -1,7 +1,9 @@
 // Runs a CUDA kernel on the CPU: one fiber per thread, block after block, x86-64 and Linux only.
 //
 // What it is strict about, because the hardware would only sometimes punish it:
-//   - a copy16 (cp.async) delivers its bytes at copy_wait and not before, so a missing wait shows;
+//   - a copy16 (cp.async) spoils its destination at once and delivers its bytes at copy_wait;
+//   - what a lane stores or has copied reaches the others at its next __syncwarp or __syncthreads only
+//     (a shuffle brings the lanes together, but orders no memory), so a missing wait or barrier shows;
 //   - fibers run in a shuffled order between barriers, so a missing __syncwarp or __syncthreads shows;
 //   - shared memory starts out poisoned, and each block's copy ends in a canary;
 //   - every load through __ldg or copy16 must lie in a registered range;
@@ -35,6 +37,11 @@ struct Dim { unsigned x = 1, y = 1, z = 1; };
 
 namespace emulator {
 typedef std::vector<std::pair<void*, const void*>> Group;
+struct Store {
+  void* to;
+  unsigned char bytes[16];
+  unsigned size;
+};
 struct Fiber {
   ucontext_t context;
   std::vector<char> stack;
@@ -42,6 +49,7 @@ struct Fiber {
   unsigned thread = 0;
   std::deque<Group> groups;
   Group open;
+  std::vector<Store> stores;
 };
 struct Range { uintptr_t begin, end; };
 
@@ -69,6 +77,20 @@ inline void check_read(const void* p, size_t bytes) {
   for (const Range& r : readable)
     if (at >= r.begin && at + bytes <= r.end) return;
   fail("read outside the arrays");
+}
+inline unsigned shared_size;
+inline void check_shared(const void* p, size_t bytes) {
+  const unsigned char* at = static_cast<const unsigned char*>(p);
+  if (at < shared_begin() || at + bytes > shared_begin() + shared_size) fail("outside shared memory");
+}
+inline void remember(void* to, const void* from, unsigned size) {
+  Store store{to, {}, size};
+  memcpy(store.bytes, from, size);
+  current->stores.push_back(store);
+}
+inline void flush() {
+  for (const Store& store : current->stores) memcpy(store.to, store.bytes, store.size);
+  current->stores.clear();
 }
 inline void yield() { swapcontext(&current->context, &scheduler); }
 inline int alive(unsigned warp) {
@@ -99,6 +121,7 @@ inline void block_barrier() {
 }
 inline void trampoline() {
   body();
+  flush();
   current->done = true;
   yield();
 }
@@ -107,6 +130,7 @@ void launch(unsigned grid, unsigned block, size_t shared_bytes, Kernel kernel) {
   grid_size.x = grid;
   block_size.x = block;
   body = kernel;
+  shared_size = static_cast<unsigned>(shared_bytes);
   uint32_t random = 12345 + block;
   fibers.clear();
   fibers.resize(block);
@@ -126,6 +150,7 @@ void launch(unsigned grid, unsigned block, size_t shared_bytes, Kernel kernel) {
       f.done = false;
       f.groups.clear();
       f.open.clear();
+      f.stores.clear();
       getcontext(&f.context);
       f.context.uc_stack.ss_sp = f.stack.data();
       f.context.uc_stack.ss_size = f.stack.size();
@@ -187,8 +212,14 @@ inline unsigned __reduce_add_sync(unsigned, unsigned v) {
   emulator::warp_barrier();
   return sum;
 }
-inline void __syncwarp() { emulator::warp_barrier(); }
-inline void __syncthreads() { emulator::block_barrier(); }
+inline void __syncwarp() {
+  emulator::flush();
+  emulator::warp_barrier();
+}
+inline void __syncthreads() {
+  emulator::flush();
+  emulator::block_barrier();
+}
 inline int __popc(unsigned v) { return __builtin_popcount(v); }
 inline unsigned __funnelshift_r(unsigned low, unsigned high, unsigned by) {
   by &= 31;
@@ -209,6 +240,8 @@ inline void copy16(void* shared, const void* global) {
   if (reinterpret_cast<uintptr_t>(shared) % 16 || reinterpret_cast<uintptr_t>(global) % 16)
     emulator::fail("misaligned 16-byte copy");
   emulator::check_read(global, 16);
+  emulator::check_shared(shared, 16);
+  memset(shared, 0xDD, 16);
   emulator::current->open.push_back({shared, global});
 }
 typedef uintptr_t Staged;
@@ -216,26 +249,30 @@ inline Staged staged_address(const void* shared) { return reinterpret_cast<Stage
 template <int BYTES> uint32_t take(Staged& at, uint32_t bit) {
   if (!bit) return 0;
   if (at % BYTES) emulator::fail("misaligned shared load");
-  if (at < reinterpret_cast<Staged>(emulator::shared.data()) ||
-      at + BYTES > reinterpret_cast<Staged>(emulator::shared.data() + emulator::shared.size()))
-    emulator::fail("read outside shared memory");
+  const void* from = reinterpret_cast<const void*>(at);
+  emulator::check_shared(from, BYTES);
   uint32_t element = 0;
-  memcpy(&element, reinterpret_cast<const void*>(at), BYTES);
+  memcpy(&element, from, BYTES);
   at += BYTES;
   return element;
 }
+template <typename E> void store_element(E* at, E element) { emulator::remember(at, &element, sizeof(E)); }
 inline void store16(void* global, uint4 v) {
   if (reinterpret_cast<uintptr_t>(global) % 16) emulator::fail("misaligned 16-byte store");
-  memcpy(global, &v, 16);
+  emulator::remember(global, &v, 16);
+}
+inline void store8(void* global, uint32_t x, uint32_t y) {
+  if (reinterpret_cast<uintptr_t>(global) % 8) emulator::fail("misaligned 8-byte store");
+  const uint32_t v[2] = {x, y};
+  emulator::remember(global, v, 8);
 }
 inline void stage16(Staged at, uint4 v) {
-  if (at % 16) emulator::fail("misaligned 16-byte shared store");
-  memcpy(reinterpret_cast<void*>(at), &v, 16);
+  emulator::check_shared(reinterpret_cast<void*>(at), 16);
+  store16(reinterpret_cast<void*>(at), v);
 }
 inline void stage8(Staged at, uint32_t x, uint32_t y) {
-  if (at % 8) emulator::fail("misaligned 8-byte shared store");
-  memcpy(reinterpret_cast<void*>(at), &x, 4);
-  memcpy(reinterpret_cast<void*>(at + 4), &y, 4);
+  emulator::check_shared(reinterpret_cast<void*>(at), 8);
+  store8(reinterpret_cast<void*>(at), x, y);
 }
 inline void copy_commit() {
   emulator::current->groups.push_back(std::move(emulator::current->open));
@@ -244,7 +281,7 @@ inline void copy_commit() {
 template <int PENDING> void copy_wait() {
   auto& groups = emulator::current->groups;
   while (static_cast<int>(groups.size()) > PENDING) {
-    for (auto& copy : groups.front()) memcpy(copy.first, copy.second, 16);
+    for (auto& copy : groups.front()) emulator::remember(copy.first, copy.second, 16);
     groups.pop_front();
   }
 }
