@@ -1,6 +1,6 @@
 """Checks of content: after these, a damaged or hostile file cannot reach a kernel."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from pathlib import Path
 
 import numpy as np
@@ -65,7 +65,9 @@ def check_record(layout: FileLayout, name: str, record_bytes: np.ndarray) -> Non
         bind_checked(layout, tensor, record_bytes)
 
 
-def read_records(layout: FileLayout, reader: RecordReader) -> Iterator[tuple[Record, np.ndarray]]:
+def read_records(
+    layout: FileLayout, reader: RecordReader
+) -> Generator[tuple[Record, np.ndarray], None, None]:
     """Yield every record of a file with its bytes, in file order, one read ahead.
 
     Yields:

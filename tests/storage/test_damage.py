@@ -333,5 +333,5 @@ def test_a_header_that_says_half_of_what_it_must(small: Path) -> None:
             del less["__metadata__"][key]
         head = json.dumps(less, separators=(",", ":")).encode().ljust(length)
         small.write_bytes(raw[:8] + head + raw[8 + length :])
-        with pytest.raises(FormatError, match="metadata must hold|header checksum must be"):
+        with pytest.raises(FormatError, match=r"metadata must hold|header checksum must be"):
             load_file(small)
