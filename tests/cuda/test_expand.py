@@ -55,10 +55,10 @@ def test_exp_of_weights(expand, rng, packable, bitmap):
 
 @pytest.mark.parametrize("bitmap", [True, False])
 def test_exp_of_any_bits(expand, rng, packable, bitmap):
-    """Exponents from everywhere: long patch lists, in every tile."""
+    """Exponents from everywhere and a narrow window: most elements are patches."""
     for n in (1, 1025, 9000, 17000):
         bits = sparse(rng, packable, n, 0.6)
-        expand(codecs.encode(bits, packable, codec="exp", bitmap=bitmap), launches=1)
+        expand(exp_window(bits, packable, bitmap=bitmap, k=2, base=5), launches=1)
 
 
 @pytest.mark.parametrize("bitmap", [True, False])
