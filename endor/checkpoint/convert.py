@@ -15,7 +15,7 @@ from typing import Any
 
 from endor import kernels
 from endor.checkpoint.companions import copy_companions, packed_config
-from endor.checkpoint.index import build_index, dense_file_names, shard_name, write_index
+from endor.checkpoint.index import build_index, dense_file_names, index_text, shard_name
 from endor.checkpoint.output import OutputDirectory
 from endor.checkpoint.pipeline import OrderedWork, ScratchPool
 from endor.checkpoint.plan import Unit, plan_units
@@ -91,7 +91,7 @@ def convert(
         copy_companions(source, output.partial, config)
         layouts = run.name_shards()
         document = build_index(layouts, dense_file_names(source.tensors.values()))
-        write_index(output.partial / PACKED_INDEX_NAME, document)
+        (output.partial / PACKED_INDEX_NAME).write_bytes(index_text(document))
         output.publish()
     seconds = time.perf_counter() - began
     return PackReport(output.out, Sizes.of(layouts), resumed, seconds, run.converted_bytes)

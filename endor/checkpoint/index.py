@@ -29,12 +29,10 @@ class PackedIndex:
     Attributes:
         files: Shards, in order.
         dense_files: Per tensor the dense file that it came from, and goes back to.
-        document: The JSON as it was read.
     """
 
     files: tuple[str, ...]
     dense_files: Mapping[str, str]
-    document: Mapping[str, Any]
 
 
 def build_index(layouts: Sequence[FileLayout], dense_files: Mapping[str, str]) -> dict[str, Any]:
@@ -64,9 +62,9 @@ def build_index(layouts: Sequence[FileLayout], dense_files: Mapping[str, str]) -
     return document
 
 
-def write_index(path: Path, document: Mapping[str, Any]) -> None:
-    """Write an index document."""
-    path.write_text(json.dumps(document, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+def index_text(document: Mapping[str, Any]) -> bytes:
+    """Return an index document as it is written."""
+    return (json.dumps(document, indent=1, ensure_ascii=False) + "\n").encode()
 
 
 def read_packed_index(directory: Path) -> PackedIndex:
@@ -114,7 +112,7 @@ def read_packed_index(directory: Path) -> PackedIndex:
             f"{directory}: {len(missing)} of {len(files)} shards are missing: "
             f"{', '.join(missing[:3])}; copy them again"
         )
-    return PackedIndex(files, dense_files, document)
+    return PackedIndex(files, dense_files)
 
 
 def dense_file_names(tensors: Iterable[SourceTensor]) -> dict[str, str]:

@@ -32,7 +32,14 @@ def open_source(path: Path | str) -> CheckpointSource:
     Raises:
         CheckpointError: there is none, or it is incomplete or contradicts itself.
     """
-    path = Path(path)
+    source = _open(Path(path))
+    if not source.tensors:
+        source.close()
+        raise CheckpointError(f"{path}: holds no tensors")
+    return source
+
+
+def _open(path: Path) -> CheckpointSource:
     if path.is_file():
         return _from_safetensors(path, None, _single(path))
     if not path.is_dir():

@@ -7,6 +7,7 @@ was copied. Files older than PyTorch 1.6 (not zip archives) cannot be mapped: th
 import ctypes
 import mmap
 import pickle
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -93,7 +94,9 @@ def _load(path: Path) -> tuple[dict[str, torch.Tensor], bool]:
     try:
         with path.open("rb") as file:
             zipped = file.read(4) == b"PK\x03\x04"
-        state = torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about files that are refused right after
+            state = torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
     except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
         reason = " ".join(str(error).split())[:200]
         raise CheckpointError(

@@ -8,7 +8,13 @@ from pathlib import Path
 import numpy as np
 
 from endor import kernels
-from endor.checkpoint.index import PackedIndex, build_index, read_packed_index, shard_name
+from endor.checkpoint.index import (
+    PackedIndex,
+    build_index,
+    index_text,
+    read_packed_index,
+    shard_name,
+)
 from endor.checkpoint.pipeline import MIN_BUDGET_BYTES, BufferPool, OrderedWork
 from endor.checkpoint.report import Progress, no_progress
 from endor.checkpoint.source import PACKED_INDEX_NAME, open_source
@@ -129,7 +135,7 @@ def _check_index(path: Path, index: PackedIndex, layouts: list[FileLayout]) -> I
     elif set(stored) != set(index.dense_files):
         odd = min(set(stored) ^ set(index.dense_files))
         yield f"{where}: {odd} must be both in the index and in a shard"
-    elif build_index(layouts, index.dense_files) != index.document:
+    elif index_text(build_index(layouts, index.dense_files)) != where.read_bytes():
         yield f"{where}: does not describe the shards; restore or re-make the checkpoint"
 
 

@@ -82,7 +82,7 @@ class Magnitude:
                 f"{name}: only matrices and stacks of them are pruned, got shape {bits.shape}; "
                 f"leave the tensor out: --exclude '{name}'"
             )
-        if not self.options.selects(name):
+        if not bits.size or not self.options.selects(name):
             return
         pattern = self.options.parsed_pattern
         for matrix in bits.reshape(-1, *bits.shape[-2:]):

@@ -1,0 +1,199 @@
+import json
+import pickle
+import struct
+from contextlib import closing
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from endor.checkpoint import open_source, pack_checkpoint
+from endor.checkpoint.files import ReadOnlyFile, read_header
+from endor.errors import CheckpointError
+
+from .conftest import assert_same_tensors, weight, write_checkpoint
+
+
+@pytest.mark.parametrize("kind", ["safetensors", "bin"])
+@pytest.mark.parametrize("shards", [1, 3])
+def test_reads_every_kind(tmp_path, state, kind, shards):
+    path = write_checkpoint(tmp_path / "m", state, shards=shards, kind=kind)
+    with closing(open_source(path)) as source:
+        assert_same_tensors(source, state)
+        assert source.config()["model_type"] == "llama"
+        assert not source.ordered
+
+
+def test_reads_legacy_bin_and_views(tmp_path):
+    """Files that cannot be mapped; and tensors that are slices, transposed, or share memory."""
+    base = weight(8, 6)
+    state = {"a": base, "b": base.t(), "c": base[2:4], "d": base[:, 1]}
+    (tmp_path / "m").mkdir()
+    path = tmp_path / "m" / "pytorch_model.bin"
+    for new in (True, False):
+        torch.save(state, path, _use_new_zipfile_serialization=new)
+        with closing(open_source(path.parent)) as source:
+            for _ in range(2):
+                assert_same_tensors(source, state)
+
+
+def test_reads_a_lone_file(tmp_path, state):
+    save_file(state, tmp_path / "weights.safetensors")
+    with closing(open_source(tmp_path / "weights.safetensors")) as source:
+        assert_same_tensors(source, state)
+        assert source.directory is None
+        assert source.config() is None
+
+
+def test_reads_a_packed_checkpoint(tmp_path, model, state):
+    pack_checkpoint(model, tmp_path / "packed")
+    with closing(open_source(tmp_path / "packed")) as source:
+        assert_same_tensors(source, state)
+
+
+def test_prefers_safetensors(tmp_path, model, state):
+    torch.save({"other": torch.ones(2)}, model / "pytorch_model.bin")
+    with closing(open_source(model)) as source:
+        assert source.tensors.keys() == state.keys()
+
+
+def test_fingerprint_changes_with_the_files(model):
+    first = open_source(model).fingerprint()
+    assert open_source(model).fingerprint() == first
+    path = model / "model.safetensors"
+    path.write_bytes(path.read_bytes())
+    assert open_source(model).fingerprint() != first
+
+
+def header(fields, data=b""):
+    text = json.dumps(fields).encode() if not isinstance(fields, bytes) else fields
+    return struct.pack("<Q", len(text)) + text + data
+
+
+def entry(dtype="U8", shape=(4,), offsets=(0, 4)):
+    return {"dtype": dtype, "shape": shape, "data_offsets": offsets}
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"abc", "at least 8 bytes"),
+        (struct.pack("<Q", 1 << 40), "truncated or not a safetensors"),
+        (header(b"not json"), "not JSON"),
+        (header(b"\xff\xff"), "not JSON"),
+        (header(b"[]"), "JSON object"),
+        (header(b'{"a": {}, "a": {}}'), "names a twice"),
+        (header({"a": {"dtype": "U8"}}), "a: malformed"),
+        (header({"a": entry(shape=(-4,))}), "a: malformed"),
+        (header({"a": entry(dtype="F4")}, b"1234"), "a: dtype must be one of"),
+        (header({"a": entry(dtype="BF16")}, b"1234"), "takes 8 bytes, the header gives it 4"),
+        (header({"a": entry()}, b"12"), "truncated: the header needs"),
+        (header({"a": entry()}, b"12345"), "1 bytes follow"),
+        (header({"a": entry(offsets=(1, 5))}, b"12345"), "a: must start at byte"),
+        (header({"a": entry(), "b": entry()}, b"1234"), "must start at byte"),
+    ],
+)
+def test_malformed_safetensors(tmp_path, content, message):
+    path = tmp_path / "x.safetensors"
+    path.write_bytes(content)
+    with pytest.raises(CheckpointError, match=message) as caught:
+        read_header(path)
+    assert str(path) in str(caught.value)
+
+
+def test_file_that_shrinks(tmp_path):
+    (tmp_path / "x").write_bytes(b"12345678")
+    with ReadOnlyFile(tmp_path / "x") as file, pytest.raises(CheckpointError, match="ends at byte"):
+        file.read_into(4, np.empty(8, dtype=np.uint8))
+
+
+def shards_of(directory):
+    return sorted(directory.glob("model-*"))
+
+
+def remove_shard(directory):
+    shards_of(directory)[1].unlink()
+
+
+def truncate_shard(directory):
+    path = shards_of(directory)[1]
+    path.write_bytes(path.read_bytes()[:-10])
+
+
+def repeat_name(directory):
+    save_file({"lm_head.weight": torch.ones(1)}, shards_of(directory)[0])
+
+
+def edit_index(change):
+    def apply(directory):
+        path = directory / "model.safetensors.index.json"
+        document = json.loads(path.read_text())
+        change(document["weight_map"])
+        path.write_text(json.dumps(document))
+
+    return apply
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (remove_shard, "1 of 3 shards are missing: model-00002-of-00003"),
+        (truncate_shard, "truncated"),
+        (repeat_name, "the index puts .* here, the file lacks it"),
+        (edit_index(lambda m: m.update(ghost=m["counter"])), "puts ghost here"),
+        (edit_index(lambda m: m.pop("counter")), "holds counter, which the index does not"),
+        (edit_index(lambda m: m.update(counter="../x")), "must map to a file beside it"),
+        (edit_index(lambda m: m.clear()), "weight_map must map"),
+    ],
+)
+def test_contradicting_shards(tmp_path, state, damage, message):
+    path = write_checkpoint(tmp_path / "m", state, shards=3)
+    damage(path)
+    with pytest.raises(CheckpointError, match=message):
+        open_source(path)
+
+
+class Evil:
+    def __reduce__(self):
+        return print, ("pickled code ran",)
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        (Evil(), "not a loadable weights-only"),
+        ([1, 2], "must hold a state dict"),
+        ({"a": {"b": torch.ones(1)}}, "must map names to tensors; 'a'"),
+        ({"a": torch.ones(2, 2).to_sparse()}, "a: .* not supported"),
+    ],
+)
+def test_bad_bin(tmp_path, capfd, value, message):
+    torch.save(value, tmp_path / "pytorch_model.bin")
+    with pytest.raises(CheckpointError, match=message):
+        open_source(tmp_path)
+    assert "pickled code ran" not in capfd.readouterr().out
+
+
+@pytest.mark.parametrize("content", [b"", b"garbage", b"PK\x03\x04 garbage", pickle.dumps(1)])
+def test_bin_that_is_none(tmp_path, content):
+    (tmp_path / "pytorch_model.bin").write_bytes(content)
+    with pytest.raises(CheckpointError, match=r"pytorch_model\.bin"):
+        open_source(tmp_path)
+
+
+def test_nothing_to_read(tmp_path):
+    with pytest.raises(CheckpointError, match="no such checkpoint"):
+        open_source(tmp_path / "absent")
+    with pytest.raises(CheckpointError, match="no weights here"):
+        open_source(tmp_path)
+    for name in ("a", "b"):
+        save_file({name: torch.ones(1)}, tmp_path / f"{name}.safetensors")
+    with pytest.raises(CheckpointError, match="2 safetensors files but no"):
+        open_source(tmp_path)
+
+
+def test_a_packed_file_alone_is_refused(tmp_path, model):
+    pack_checkpoint(model, tmp_path / "packed")
+    with pytest.raises(CheckpointError, match="is packed by Endor"):
+        open_source(tmp_path / "packed" / "endor-00001-of-00001.safetensors")
