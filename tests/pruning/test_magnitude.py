@@ -28,7 +28,8 @@ def weight(shape, kind):
 
 
 def raw(tensor):
-    return tensor.contiguous().view(-1).view(torch.uint8).view(*tensor.shape, -1)
+    flat = tensor.contiguous().view(-1).view(torch.uint8)
+    return flat.view(*tensor.shape, tensor.element_size())
 
 
 def assert_keeps(pruned, original, keep):
