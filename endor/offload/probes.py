@@ -182,7 +182,7 @@ def _read_stripe(fd: int, begin: int, nbytes: int, worker: int) -> int:
     # The engine's own kind of memory: scattered small pages would halve the rate.
     block = HostBuffer(READ_BYTES)
     for offset in range(worker * READ_BYTES, nbytes, READ_THREADS * READ_BYTES):
-        done += os.preadv(fd, [block.array], begin + offset)
+        done += os.preadv(fd, [block.array.data], begin + offset)
     return done
 
 
