@@ -225,13 +225,13 @@ class RecordReader:
         self._active += 1
 
     def _end_block(self, ticket: Ticket, stat: BlockStat, cpu_s: float) -> None:
-        last = ticket._end_block(stat.retries)
-        with self._lock:
+        with self._lock:  # what a finished ticket read is in the totals already
             self._total.direct_bytes += stat.direct_bytes
             self._total.buffered_bytes += stat.buffered_bytes
             self._total.reads += stat.reads
             self._total.retries += stat.retries
             self._cpu_s += cpu_s
+            last = ticket._end_block(stat.retries)
             if last:
                 self._records += 1
                 self._active -= 1
