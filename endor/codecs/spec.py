@@ -200,6 +200,8 @@ class TensorSpec:
                 raise FormatError(f"base must be 0..{self.max_base}, got {self.base}")
             if self.patches > self.nnz:
                 raise FormatError(f"{self.patches} patches exceed nnz {self.nnz}")
+            if self.patches > MAX_NNZ:
+                raise FormatError(f"{self.patches} patches exceed {MAX_NNZ}; split the tensor")
         elif self.k or self.base or self.patches:
             raise FormatError(f"codec {self.codec} takes no exponent window")
 

@@ -11,6 +11,7 @@ from safetensors.torch import save_file as stock_save
 
 import endor
 from endor import PackedTensor, compress, decompress, load_file, safe_open, save_file
+from endor.codecs import CodecChoice
 from endor.errors import (
     BackendError,
     CheckpointError,
@@ -102,7 +103,7 @@ def test_every_dtype(tmp_path: Path, dtype: torch.dtype) -> None:
 def test_random_tensors(
     tmp_path_factory: pytest.TempPathFactory,
     shape: tuple[int, ...],
-    codec: str,
+    codec: CodecChoice,
     dtype: torch.dtype,
     data: st.DataObject,
 ) -> None:

@@ -108,7 +108,8 @@ def test_a_file_that_a_cleaner_took_is_made_again(
 ) -> None:
     import fcntl
 
-    flock, taken = fcntl.flock, []
+    flock = fcntl.flock
+    taken: list[Path] = []
 
     def faster(fd: int, operation: int) -> None:
         if not taken:
