@@ -22,8 +22,7 @@ def weight(shape, kind):
     if kind == torch.int8:
         return (out * 300).to(kind)
     out = out.to(kind)
-    if out.numel():
-        out.view(-1)[0] = -0.0
+    out.view(-1)[:1] = -0.0
     return out
 
 
@@ -58,7 +57,7 @@ def test_unstructured(kind, shape, sparsity):
 
 
 @pytest.mark.parametrize("kind", TYPES, ids=str)
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("shape", SHAPES[:-1], ids=str)
 @pytest.mark.parametrize("pattern", ["2:4", "4:8", "1:4", "3:7"])
 def test_patterns(kind, shape, pattern):
     original = weight(shape, kind)
