@@ -1,6 +1,7 @@
 """Make the checkpoints of docs/benchmarks/offload.md and run its comparison.
 
     python scripts/compare_offload.py WORK --results WORK/results.jsonl
+    python scripts/compare_offload.py WORK --results WORK/results.jsonl --markdown
 
 WORK needs 20 GB. Steps that are done are not done again; `--only NAME` runs one part. AirLLM needs
 an environment of its own: `--airllm-python PATH` names its interpreter, without it that peer is
@@ -13,6 +14,7 @@ import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch; the children get the same
 
@@ -98,6 +100,50 @@ def run(work: Path, name: str, airllm_python: str | None, rounds: int) -> list[G
     return records
 
 
+def markdown(results: Path) -> str:
+    """Return the tables of the page; of a part that ran several times, the last run."""
+    parts: dict[str, dict[str, dict[str, Any]]] = {}
+    for line in results.read_text(encoding="utf-8").splitlines():
+        record = json.loads(line)
+        if record["system"] == "endor":
+            parts[record["part"]] = {}
+        parts[record["part"]][record["system"]] = record
+    lines = []
+    for name in sorted(parts, key=list(PARTS).index):
+        systems = parts[name]
+        ours, last = systems["endor"], list(systems.values())[-1]
+        base = systems.get("accelerate-disk") or systems.get("dense") or last
+        place = ours["environment"]
+        lines += [
+            f"### {name}: `{ours['model']}`, {ours['ram_bytes'] / 1e9:.2f} GB of memory, "
+            f"{ours['page_cache']} page cache",
+            f"{place['device']}, {ours['threads']} threads, {ours['rounds']} processes each, "
+            f"prompt {ours['prompt_tokens']}, {ours['tokens']} tokens, commit `{place['git_rev']}`.",
+            "",
+            f"| system | s a step (p20..p80) | tokens/s | against {base['system']} | predicted "
+            "| GB from disk a step | peak private GB | bits equal |",
+            "|---|---|---|---|---|---|---|---|",
+        ]
+        for record in systems.values():
+            if record["missing"]:
+                lines.append(f"| {record['system']} | not measured: {record['missing']} |||||||")
+                continue
+            seconds, expected = record["decode_s"], record["predicted_decode_s"]
+            cells = [
+                "raw O_DIRECT reads" if record["system"] == "raw" else record["system"],
+                f"{seconds:.3f} ({record['decode_p20']:.3f}..{record['decode_p80']:.3f})",
+                f"{record['tokens_per_s']:.3f}" if record["system"] != "raw" else "",
+                f"{base['decode_s'] / seconds:.2f}x" if record["system"] != "raw" else "",
+                f"{expected:.3f} ({seconds / expected - 1:+.0%})" if expected else "",
+                f"{record['disk_bytes_per_step'] / 1e9:.2f}",
+                f"{record['anonymous_peak_bytes'] / 1e9:.2f}" if record["system"] != "raw" else "",
+                {True: "yes", False: "no", None: ""}[record["equal"]],
+            ]
+            lines.append(f"| {' | '.join(cells)} |")
+        lines.append("")
+    return "\n".join(lines)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("work", type=Path)
@@ -105,7 +151,13 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=0, help="Processes per system.")
     parser.add_argument("--results", type=Path)
     parser.add_argument("--airllm-python")
+    parser.add_argument("--markdown", action="store_true", help="Print the tables of --results.")
     args = parser.parse_args()
+    if args.markdown:
+        if args.results is None:
+            parser.error("--markdown needs --results")
+        print(markdown(args.results))
+        return
     args.work.mkdir(parents=True, exist_ok=True)
     prepare(args.work)
     for name in args.only or PARTS:
