@@ -118,7 +118,7 @@ def markdown(results: Path) -> str:
             f"### {name}: `{ours['model']}`, {ours['ram_bytes'] / 1e9:.2f} GB of memory, "
             f"{ours['page_cache']} page cache",
             f"{place['device']}, {ours['threads']} threads, {ours['rounds']} processes each, "
-            f"prompt {ours['prompt_tokens']}, {ours['tokens']} tokens, commit `{place['git_rev']}`.",
+            f"prompt {ours['prompt_tokens']}, {ours['tokens']} tokens, `{place['git_rev']}`.",
             "",
             f"| system | s a step (p20..p80) | tokens/s | against {base['system']} | predicted "
             "| GB from disk a step | peak private GB | bits equal |",
