@@ -231,6 +231,12 @@ METHODS: dict[str, Method] = {
             "endor.pruning.magnitude:Magnitude",
         ),
         Method(
+            "magnitude-row",
+            "the same in each row by itself",
+            "none",
+            "endor.pruning.magnitude:RowMagnitude",
+        ),
+        Method(
             "wanda",
             "smallest |weight| times input norm of each row; fast",
             "diagonal",

@@ -95,6 +95,13 @@ class Magnitude:
                 prune_smallest(matrix.reshape(-1), kind, zeros)
 
 
+class RowMagnitude(Magnitude):
+    """`Magnitude` with the sparsity in every row."""
+
+    def __init__(self, options: PruneOptions) -> None:
+        super().__init__(options, per_row=True)
+
+
 _TORCH_CODES = {
     "torch.bfloat16": "BF16",
     "torch.float16": "F16",

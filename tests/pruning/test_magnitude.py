@@ -98,14 +98,15 @@ def test_what_cannot_be_pruned():
         pruner.prune("x", torch.ones(4))
 
 
-def test_the_table_has_it():
-    method = METHODS["magnitude"]
+@pytest.mark.parametrize(("name", "group"), [("magnitude", "matrix"), ("magnitude-row", "row")])
+def test_the_table_has_it(name, group):
+    method = METHODS[name]
     assert not method.calibrated
-    pruner = method.create(PruneOptions(method="magnitude", sparsity=0.25))
+    pruner = method.create(PruneOptions(method=name, sparsity=0.25))
     assert isinstance(pruner, Magnitude)
     assert pruner.describe() == {
         "method": "magnitude",
         "sparsity": 0.25,
         "pattern": "unstructured",
-        "group": "matrix",
+        "group": group,
     }
