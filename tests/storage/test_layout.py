@@ -260,6 +260,7 @@ BAD: dict[str, tuple[Edit, str]] = {
     "tensor-list": (lambda _, d: d["tensors"].update(x=[]), "record must name one"),
     "tensor-record": (set_tensor("a.norm", record="z"), "record must name one of the file's"),
     "tensor-shape": (set_tensor("a.norm", shape=None), "shape must be a list of sizes"),
+    "tensor-dims": (set_tensor("b.y", shape=[1] * 32 + [200]), "b.y: shape must be a list of sizes"),
     "tensor-dtype": (set_tensor("a.norm", dtype="F3"), "unknown dtype 'F3'"),
     "tensor-codec": (set_tensor("a.norm", codec="zip"), "unknown codec 'zip'"),
     "tensor-huge": (set_tensor("a.norm", shape=[0, 1 << 40, 2]), "at most 1099511627776"),
