@@ -102,7 +102,7 @@ class EndorExperts(nn.Module):
     def forward(self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, *rest: Any) -> Any:
         stacks = self._stacks
         run = eager_forward(type(self).__mro__[2])
-        engine = stacks[0].weights[0].store.engine
+        engine = stacks[0].weights[0].engine
         if not engine.streams:
             return run(self, hidden_states, top_k_index, *rest)
         routed = torch.unique(top_k_index).tolist()

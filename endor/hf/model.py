@@ -4,7 +4,7 @@ import json
 import os
 import shutil
 import tempfile
-import types
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -31,7 +31,29 @@ def adopt(model: "PreTrainedModel", store: Store) -> None:
         ("get_memory_footprint", get_memory_footprint),
         ("_apply", _apply),
     ):
-        setattr(model, name, types.MethodType(function, model))
+        setattr(model, name, _Method(function, model))
+
+
+class _Method:
+    """A method of one model that does not keep the model alive.
+
+    A bound method in the model's own attributes would be a cycle: `del model` would then leave
+    gigabytes in memory until the garbage collector comes by.
+    """
+
+    __slots__ = ("_function", "_owner")
+
+    def __init__(self, function: Callable[..., Any], owner: "PreTrainedModel") -> None:
+        self._function = function
+        self._owner = weakref.ref(owner)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self._function(self._owner(), *args, **kwargs)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "_Method":
+        """Return the method of the model's copy, which is being made."""
+        owner = self._owner()
+        return _Method(self._function, memo.get(id(owner), owner))
 
 
 def parameter_bytes(model: "PreTrainedModel") -> int:

@@ -213,16 +213,22 @@ class EndorQuantizer(HfQuantizer):  # type: ignore[misc]
         config, plan = self.quantization_config, self._assignment
         units = collect_units(self._layouts, plan.weights)
         specs = [(spec, self._dtypes[spec.target]) for spec in plan.weights]
-        store = Store(
-            self._layouts,
-            units,
-            specs,
-            config.placement or self._place(model, units, specs),
-            open_reader(config.reader),
-            verify=config.verify,
-            threads=config.threads,
-            unpacked=plan.dense,
-        )
+        placement = config.placement or self._place(model, units, specs)
+        reader = open_reader(config.reader)
+        try:
+            store = Store(
+                self._layouts,
+                units,
+                specs,
+                placement,
+                reader,
+                verify=config.verify,
+                threads=config.threads,
+                unpacked=plan.dense,
+            )
+        except BaseException:
+            reader.close()
+            raise
         for name, spec in plan.linears.items():
             linear = model.get_submodule(name)
             assert isinstance(linear, EndorLinear)

@@ -24,6 +24,17 @@ from endor.storage import FileLayout, RecordReader
 PRODUCT_DTYPES = {"BF16", "F16", "F32"}
 
 
+class Owner:
+    """What a store and its weights share: when the last of them is gone, the engine is closed.
+
+    Weights do not refer to their store, for that would be a cycle: `del model` would then leave
+    the packed weights in memory until the garbage collector comes by.
+    """
+
+    def __init__(self, engine: Engine) -> None:
+        weakref.finalize(self, _retire, engine).atexit = False
+
+
 class Store:
     """Owns the engine of one model and hands out its weights.
 
@@ -40,6 +51,8 @@ class Store:
         threads: Reads in flight.
         unpacked: Packed tensors that no layer can use packed: expanded when the model was loaded.
     """
+
+    owner: Owner | None = None
 
     def __init__(
         self,
@@ -60,6 +73,7 @@ class Store:
         specs = list(specs)
         self.scratch = Scratch(scratch_bytes(layouts, specs))
         self.engine = Engine(units, placement, reader, verify=verify, threads=threads)
+        self.owner = Owner(self.engine)
         self.reader = reader
         home = {tensor: self.engine.states[unit.name] for unit in units for tensor in unit.tensors}
         self.weights = {
@@ -73,7 +87,6 @@ class Store:
             )
             for at, (spec, dtype) in enumerate(specs)
         }
-        weakref.finalize(self, _retire, self.engine).atexit = False
 
     @property
     def ledger(self) -> Ledger:
@@ -86,8 +99,12 @@ class Store:
 
     @property
     def held_nbytes(self) -> int:
-        """Bytes of memory that packed records take: residents and the staging area."""
-        return self.placement.bytes_in("resident", self.units) + self.engine.staging_bytes
+        """Bytes of memory that the weights take: packed, expanded for good, and staging."""
+        kept = sum(
+            unit.dense_nbytes for unit in self.units if self.placement.tiers[unit.name] == "dense"
+        )
+        packed = self.placement.bytes_in("resident", self.units)
+        return packed + kept + self.engine.staging_bytes
 
     @property
     def numel(self) -> int:
@@ -132,6 +149,7 @@ class Weight:
 
     Attributes:
         name: Its name in the model.
+        engine: Brings its units.
         shape: Dense shape.
         dtype: Element type that callers see; the stored one is converted when it differs.
         kept: The dense matrix itself, in the tier `dense`, once it was expanded.
@@ -142,16 +160,18 @@ class Weight:
         "_item",
         "_keep",
         "_key",
+        "_owner",
         "_packed_nbytes",
         "_parts",
+        "_scratch",
         "_whole",
         "dtype",
+        "engine",
         "kept",
         "name",
         "numel",
         "shape",
         "states",
-        "store",
     )
 
     def __init__(
@@ -163,10 +183,12 @@ class Weight:
         item: DType,
         dtype: torch.dtype,
     ) -> None:
-        self.store = store
+        self.engine = store.engine
         self.name = spec.name
         self.shape = torch.Size(spec.shape)
         self.numel = self.shape.numel()
+        self._owner = store.owner
+        self._scratch = store.scratch
         self.dtype = dtype
         self.kept: torch.Tensor | None = None
         self.states = tuple(dict.fromkeys(states))
@@ -190,7 +212,7 @@ class Weight:
         if self._keep:
             self.kept = self.fresh(hold=hold)
             return self.kept
-        flat, matrix, converted = self.store.scratch.view(self._key, self._views)
+        flat, matrix, converted = self._scratch.view(self._key, self._views)
         self._expand(flat, hold)
         return matrix if converted is None else converted.copy_(matrix)
 
@@ -234,7 +256,7 @@ class Weight:
                 at = part.offset // cols
                 out[:, at : at + rows] = torch.from_numpy(piece)
         stop = time.perf_counter()
-        ledger = self.store.ledger
+        ledger = self.engine.ledger
         counters = ledger.counters
         counters.products += 1
         counters.packed_bytes += self._packed_nbytes
@@ -249,7 +271,7 @@ class Weight:
         if fixed is not None:
             kernels.matvec(fixed[part.tensor], x, out)
             return
-        engine = self.store.engine
+        engine = self.engine
         try:
             kernels.matvec(engine.take(state)[part.tensor], x, out)
         finally:
@@ -264,7 +286,7 @@ class Weight:
             if fixed is not None:
                 kernels.decode(fixed[part.tensor], out, start=part.start, stop=part.stop)
                 continue
-            engine = self.store.engine
+            engine = self.engine
             try:
                 encoded = engine.take(state)[part.tensor]
                 kernels.decode(encoded, out, start=part.start, stop=part.stop)
@@ -272,7 +294,7 @@ class Weight:
                 if not hold:
                     engine.drop()
         stop = time.perf_counter()
-        ledger = self.store.ledger
+        ledger = self.engine.ledger
         counters = ledger.counters
         counters.expands += 1
         counters.packed_bytes += self._packed_nbytes

@@ -156,9 +156,9 @@ def finishes(*works: Callable[[], None]) -> None:
         raise errors[0]
 
 
-def loaders() -> list[str]:
-    """Return the names of the living threads of engines and readers."""
-    return [t.name for t in threading.enumerate() if t.name.startswith("endor-")]
+def loaders() -> set[threading.Thread]:
+    """Return the living threads of engines and readers."""
+    return {thread for thread in threading.enumerate() if thread.name.startswith("endor-")}
 
 
 def wait_until(condition: Callable[[], bool]) -> None:

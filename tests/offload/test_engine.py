@@ -214,6 +214,7 @@ def test_residents_are_read_once(packed):
 
 
 def test_closing_ends_threads_and_waits(packed):
+    others = loaders()
     packed.disk.gate = threading.Event()
     engine = packed.engine(threads=2)
     raised = []
@@ -232,7 +233,7 @@ def test_closing_ends_threads_and_waits(packed):
     engine.close()
     taker.join(60)
     assert len(raised) == 1
-    assert loaders() == []
+    assert loaders() <= others
     with pytest.raises(BackendError, match="closed"):
         engine.take(engine.states["w0"])
     engine.drop()

@@ -1,0 +1,91 @@
+"""Stored tensors reach the right rows of the right weight, or the reason why not is said."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import nn
+from transformers import conversion_mapping
+from transformers.core_model_loading import Chunk, Concatenate, Transpose, WeightConverter
+
+from endor.codecs import TensorSpec, dtype
+from endor.errors import ConfigError, ShapeError
+from endor.hf.names import assign
+
+
+class Model(nn.Module):
+    """The least that the rules of transformers look at."""
+
+    base_model_prefix = "model"
+
+    def __init__(self):
+        super().__init__()
+        with torch.device("meta"):
+            self.model = nn.ModuleDict({"qkv": nn.Linear(8, 12), "norm": nn.LayerNorm(8)})
+
+
+def layout(**shapes):
+    """Return what looks like a file of packed tensors."""
+    return SimpleNamespace(
+        tensors={
+            name.replace("__", "."): SimpleNamespace(
+                spec=TensorSpec(shape, dtype("BF16"), "raw", bitmap=True, nnz=1)
+            )
+            for name, shape in shapes.items()
+        }
+    )
+
+
+@pytest.fixture
+def convert(monkeypatch):
+    """Set the conversions of the model."""
+
+    def use(*converters):
+        monkeypatch.setattr(
+            conversion_mapping, "get_model_conversion_mapping", lambda *_: list(converters)
+        )
+
+    use()
+    return use
+
+
+def stacked(*operations):
+    return WeightConverter(
+        ["model.q.weight", "model.k.weight"], "model.qkv.weight", operations=list(operations)
+    )
+
+
+def test_plain_names(convert):
+    found = assign(Model(), [layout(model__qkv__weight=(12, 8))])
+    (part,) = found.linears["model.qkv"].parts
+    assert (part.tensor, part.start, part.stop, part.offset) == ("model.qkv.weight", 0, 96, 0)
+    assert found.claimed == {"model.qkv.weight"}
+
+
+def test_the_base_models_names(convert):
+    assert "model.qkv" in assign(Model(), [layout(qkv__weight=(12, 8))]).linears
+
+
+def test_rows_are_put_below_each_other(convert):
+    convert(stacked(Concatenate(dim=0)))
+    found = assign(Model(), [layout(model__k__weight=(4, 8), model__q__weight=(8, 8))])
+    parts = [(p.tensor, p.stop, p.offset) for p in found.linears["model.qkv"].parts]
+    assert parts == [("model.q.weight", 64, 0), ("model.k.weight", 32, 64)]
+
+
+@pytest.mark.parametrize("operations", [[Concatenate(dim=1)], [Transpose(0, 1)], [Chunk(dim=0)]])
+def test_other_operations_are_refused(convert, operations):
+    convert(stacked(*operations))
+    with pytest.raises(ConfigError, match=type(operations[0]).__name__):
+        assign(Model(), [layout(model__q__weight=(8, 8), model__k__weight=(4, 8))])
+
+
+@pytest.mark.parametrize("shape", [(8, 12), (11, 8), (96,), (12, 8, 1)])
+def test_shapes_must_agree(convert, shape):
+    with pytest.raises(ShapeError, match="does not fit"):
+        assign(Model(), [layout(model__qkv__weight=shape)])
+
+
+def test_packed_tensors_of_other_modules_are_expanded(convert):
+    found = assign(Model(), [layout(model__norm__weight=(8,))])
+    assert (found.dense, found.weights) == (["model.norm.weight"], [])
