@@ -280,9 +280,11 @@ class _Search:
             ram = self.ram_bytes - fixed
         staging = self._staging(rest, ram)
         everything = sum(cost.packed_bytes for cost in rest)
-        if dense_share == 0 and everything <= ram:
+        # Units bound for a device pass through host memory when they are loaded.
+        passage = self.largest if self.vram_bytes else 0
+        if dense_share == 0 and everything + passage <= ram:
             tiers |= dict.fromkeys((cost.name for cost in rest), "resident")
-            return tiers, self.largest if self.vram_bytes else 0
+            return tiers, passage
         room = ram - staging
         if dense_share:
             before = len(tiers)
