@@ -54,7 +54,7 @@ def _document(path: Path, number: int, line: str, tokenizer: Any, chat_template:
         messages = value.get("messages")
         if isinstance(messages, list):
             if chat_template:
-                return str(tokenizer.apply_chat_template(messages, tokenize=False))
+                return _rendered(path, number, messages, tokenizer)
             return "\n".join(str(message.get("content", "")) for message in messages)
         for key in ("text", "content"):
             if isinstance(value.get(key), str):
@@ -62,6 +62,15 @@ def _document(path: Path, number: int, line: str, tokenizer: Any, chat_template:
     raise ConfigError(
         f"{path}:{number}: must be a string, or an object with text, content or messages"
     )
+
+
+def _rendered(path: Path, number: int, messages: list[Any], tokenizer: Any) -> str:
+    try:
+        return str(tokenizer.apply_chat_template(messages, tokenize=False))
+    except (ValueError, TypeError) as error:
+        raise ConfigError(
+            f"{path}:{number}: the tokenizer's chat template cannot render it: {error}"
+        ) from None
 
 
 def calibration_windows(directory: Path | None, options: PruneOptions) -> "torch.Tensor":

@@ -69,7 +69,7 @@ def finetune(
     ]
     for parameter in parameters:
         parameter.requires_grad_(True)
-    optimizer = torch.optim.Adam(parameters, lr=schedule.rate, betas=(0.9, 0.95))
+    optimizer = torch.optim.Adam(parameters, lr=schedule.rate, betas=(0.9, 0.95), fused=True)
     try:
         with torch.enable_grad():
             for step, (start, stop) in enumerate(order):
