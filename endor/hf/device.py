@@ -13,6 +13,7 @@ from endor.offload.device_store import DeviceStore
 from endor.offload.store import scratch_bytes
 from endor.storage import FileLayout, RecordReader, open_reader
 from endor.storage.cufile import open_device_reader
+from endor.storage.source import ReaderKind
 
 RESERVE_SHARE = 10
 """Without a budget, this part of the device's memory is left for the cache and activations."""
@@ -53,6 +54,11 @@ def _place_of(name: str, device: Any) -> str:
         f"device_map: {name or 'model'}: packed weights run on the CPU or one CUDA device, got "
         f"{device!r}"
     )
+
+
+def host_reader(kind: str) -> ReaderKind:
+    """Return the reader for what goes to host memory when `kind` was asked for."""
+    return "auto" if kind in ("cufile", "kvikio") else kind  # type: ignore[return-value]
 
 
 def open_reader_for(kind: str, device: str, layouts: Sequence[FileLayout]) -> RecordReader:

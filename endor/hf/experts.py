@@ -26,7 +26,7 @@ class ExpertStack:
         first = self.weights[0]
         self.shape = torch.Size((len(self.weights), *first.shape))
         self.dtype = first.dtype
-        self.device = torch.device("cpu")
+        self.device = first.device
 
     def __len__(self) -> int:
         return len(self.weights)
@@ -124,7 +124,7 @@ class EndorExperts(nn.Module):
         return stacks
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Any:
-        refuse_conversion(fn, self._stacks[0].dtype)
+        refuse_conversion(fn, self._stacks[0].dtype, self._stacks[0].device)
         return super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
 
     def __setattr__(self, name: str, value: Any) -> None:

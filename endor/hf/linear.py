@@ -10,6 +10,8 @@ from torch import nn
 from endor.errors import BackendError, ConfigError
 from endor.offload.store import Weight
 
+_CPU = torch.device("cpu")
+
 PRODUCT_ROWS = 8
 """With at most so many input rows, a layer that need not be exact multiplies the packed form."""
 
@@ -107,7 +109,8 @@ class EndorLinear(nn.Module):
         super().__setattr__(name, value)
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Any:
-        refuse_conversion(fn, self.weight_dtype)
+        device = _CPU if self._source is None else self._source.device
+        refuse_conversion(fn, self.weight_dtype, device)
         return super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
 
 
@@ -130,22 +133,25 @@ class _Linear(torch.autograd.Function):
         return to_input, to_bias, None
 
 
-def refuse_conversion(fn: Callable[[torch.Tensor], torch.Tensor], dtype: torch.dtype) -> None:
+def refuse_conversion(
+    fn: Callable[[torch.Tensor], torch.Tensor], dtype: torch.dtype, device: torch.device
+) -> None:
     """Raise when a conversion that `nn.Module.to` would apply changes dtype or device.
 
     Raises:
         ConfigError: It changes the dtype.
         BackendError: It moves to another device.
     """
-    changed = fn(torch.empty(0, dtype=dtype))
+    changed = fn(torch.empty(0, dtype=dtype, device=device))
     if changed.dtype != dtype:
         raise ConfigError(
             f"packed weights keep their dtype {dtype}, cannot become {changed.dtype}: load the "
             "model with from_pretrained(..., dtype=...) instead"
         )
-    if changed.device.type != "cpu":
+    if changed.device != device:
+        loaded = "the CPU" if device.type == "cpu" else device
         raise BackendError(
-            f"packed weights were loaded for the CPU, cannot move to {changed.device}: load the "
+            f"packed weights were loaded for {loaded}, cannot move to {changed.device}: load the "
             "model for that device instead"
         )
 

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from endor.errors import BackendError, CheckpointError, ConfigError
+from endor.errors import CheckpointError, ConfigError
 from endor.hf.model import is_packed
 
 if TYPE_CHECKING:
@@ -33,10 +33,11 @@ def load_model(
 
     Args:
         packed_dir: Directory that `endor pack` wrote.
-        device: Where it runs: `"cpu"`.
+        device: Where it runs: `"cpu"`, `"cuda"` or `"cuda:N"`.
         ram: Memory for weights, such as `"8GiB"`; what does not fit is read from disk for every
             token. None takes what the machine has.
-        vram: Device memory for weights; only with a device.
+        vram: Device memory for weights, with a CUDA device: what does not fit stays packed in
+            page-locked RAM as far as `ram` goes. None takes nine tenths of what is free.
         exact: Give the bits of the unpacked model; see `EndorConfig`.
         dtype: Element type to run in; packed weights are converted as they are expanded. `"auto"`
             is the checkpoint's own.
@@ -58,17 +59,18 @@ def load_model(
     import transformers
 
     from endor.hf.quantizer import EndorConfig
+    from endor.kernels import gpu
 
     path = Path(packed_dir)
     if device != "cpu":
-        raise BackendError(f"device {device!r}: packed models run on 'cpu' in this version")
-    if vram is not None:
-        raise ConfigError("vram needs a device other than the CPU")
+        gpu.require(device)
+    elif vram is not None:
+        raise ConfigError("vram needs a device other than the CPU: pass device='cuda'")
     if not is_packed(path):
         raise ConfigError(
             f"{path}: config.json names no packed checkpoint; make one with `endor pack`"
         )
-    options = EndorConfig(ram, exact, verify, reader, threads, placement)
+    options = EndorConfig(ram, exact, verify, reader, threads, placement, vram=vram)
     config = transformers.AutoConfig.from_pretrained(path)
     config.quantization_config = {
         **config.quantization_config,
@@ -78,6 +80,7 @@ def load_model(
         path,
         config=config,
         dtype=dtype,
+        **({"device_map": {"": device}} if device != "cpu" else {}),
         **({"attn_implementation": attn_implementation} if attn_implementation else {}),
     )
 

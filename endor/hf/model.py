@@ -150,7 +150,7 @@ def _apply(
 ) -> Any:
     """Refuse a conversion before it has changed half of the model."""
     for weight in self.endor.weights.values():
-        refuse_conversion(fn, weight.dtype)
+        refuse_conversion(fn, weight.dtype, weight.device)
         break
     return type(self)._apply(self, fn, recurse)
 

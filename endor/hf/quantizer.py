@@ -10,6 +10,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from endor.errors import BackendError, BudgetError, ConfigError, FormatError
 from endor.hf import model as behaviour
 from endor.hf import register
+from endor.hf.device import host_reader, open_device_store, open_reader_for, read_device_map
 from endor.hf.experts import (
     EndorExperts,
     ExpertStack,
@@ -20,6 +21,7 @@ from endor.hf.experts import (
 from endor.hf.linear import EndorLinear
 from endor.hf.loading import PlainFile, open_layouts, plain_file
 from endor.hf.names import Assignment, assign
+from endor.kernels import gpu
 from endor.offload import (
     Placement,
     Store,
@@ -31,16 +33,20 @@ from endor.offload import (
     parse_bytes,
     spread,
 )
+from endor.offload.device import CudaDevice
+from endor.offload.device_placement import DevicePlacement, HomeTier
 from endor.offload.store import scratch_bytes
-from endor.storage import FileLayout, open_reader
+from endor.storage import FileLayout, RecordReader, open_reader
 from endor.storage.layout import FORMAT_VERSION
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+    from endor.offload.device_store import DeviceStore
+
 _AUTOMATIC = ("auto", "balanced", "balanced_low_0", "sequential")
 WeightType = tuple[WeightSpec, torch.dtype]
-_LOADING = ("ram", "exact", "verify", "reader", "threads", "placement")
+_LOADING = ("ram", "exact", "verify", "reader", "threads", "placement", "vram")
 
 
 class EndorConfig(QuantizationConfigMixin):  # type: ignore[misc]
@@ -57,6 +63,8 @@ class EndorConfig(QuantizationConfigMixin):  # type: ignore[misc]
         threads: Reads in flight.
         placement: A tier per unit, instead of the built-in choice.
         packed: What the checkpoint's own config says; kept when the model is saved.
+        vram: Device memory for the model's weights, where `device_map` names a CUDA device:
+            unpacked parameters, packed weights, slots and scratch. None takes what is free.
     """
 
     def __init__(
@@ -66,12 +74,14 @@ class EndorConfig(QuantizationConfigMixin):  # type: ignore[misc]
         verify: bool = True,
         reader: str = "auto",
         threads: int = 2,
-        placement: Placement | None = None,
+        placement: Placement | DevicePlacement | None = None,
         packed: Mapping[str, Any] | None = None,
+        vram: int | str | None = None,
     ) -> None:
         self.quant_method = "endor"
         self.packed = dict(packed or {"quant_method": "endor", "format_version": FORMAT_VERSION})
         self.ram = None if ram is None else parse_bytes(ram, "ram")
+        self.vram = None if vram is None else parse_bytes(vram, "vram")
         self.exact = exact
         self.verify = verify
         self.reader = reader
@@ -120,7 +130,8 @@ class EndorQuantizer(HfQuantizer):  # type: ignore[misc]
 
     def __init__(self, quantization_config: EndorConfig, **kwargs: Any) -> None:
         super().__init__(quantization_config, **kwargs)
-        self.wishes: dict[str, Tier] = {}
+        self.wishes: dict[str, HomeTier] = {}
+        self.device = "cpu"
         self.ram_limit: int | None = None
         self._dtype = torch.float32
         self._layouts: list[FileLayout] = []
@@ -133,25 +144,20 @@ class EndorQuantizer(HfQuantizer):  # type: ignore[misc]
         return False
 
     def update_device_map(self, device_map: Any) -> Any:
-        """Note a map's `cpu` and `disk` entries as wishes; load everything else on the CPU.
+        """Note a map's entries as wishes; load everything else on its one device.
 
         One device in the map that transformers gets means that accelerate attaches no hooks.
 
         Raises:
-            BackendError: A device other than the CPU is asked for.
-            ConfigError: The map names a module neither on the CPU nor on disk.
+            BackendError: Several devices, or one that packed weights do not run on.
         """
         if device_map is None or device_map in _AUTOMATIC:
             return device_map
-        for name, device in device_map.items():
-            if str(device) not in ("cpu", "disk"):
-                raise BackendError(
-                    f"device_map: {name or 'model'}: packed weights run on the CPU here, got "
-                    f"{device!r}; use device_map='cpu'"
-                )
-            if name or str(device) == "disk":
-                self.wishes[name] = "disk" if str(device) == "disk" else "resident"
-        return {"": "cpu"}
+        self.device, self.wishes = read_device_map(device_map)
+        refusal = None if self.device == "cpu" else gpu.refusal(self.device)
+        if refusal:
+            raise BackendError(f"device_map: {self.device}: {refusal}")
+        return {"": self.device}
 
     def adjust_max_memory(self, max_memory: dict[Any, Any]) -> dict[Any, Any]:
         """Take the CPU's share as the limit for all weights; everything goes there."""
@@ -197,7 +203,7 @@ class EndorQuantizer(HfQuantizer):  # type: ignore[misc]
             r"^__pad__\.",
         }
         packed = {part.tensor for spec in plan.weights for part in spec.parts}
-        with open_reader(self.quantization_config.reader) as reader:
+        with open_reader(host_reader(self.quantization_config.reader)) as reader:
             self._plain = plain_file(
                 self._layouts, packed, reader, verify=self.quantization_config.verify
             )
@@ -213,19 +219,9 @@ class EndorQuantizer(HfQuantizer):  # type: ignore[misc]
         config, plan = self.quantization_config, self._assignment
         units = collect_units(self._layouts, plan.weights)
         specs = [(spec, self._dtypes[spec.target]) for spec in plan.weights]
-        placement = config.placement or self._place(model, units, specs)
-        reader = open_reader(config.reader)
+        reader = open_reader_for(config.reader, self.device, self._layouts)
         try:
-            store = Store(
-                self._layouts,
-                units,
-                specs,
-                placement,
-                reader,
-                verify=config.verify,
-                threads=config.threads,
-                unpacked=plan.dense,
-            )
+            store = self._open_store(model, units, specs, reader)
         except BaseException:
             reader.close()
             raise
@@ -248,11 +244,50 @@ class EndorQuantizer(HfQuantizer):  # type: ignore[misc]
         behaviour.adopt(model, store)
         return model
 
+    def _open_store(
+        self,
+        model: "PreTrainedModel",
+        units: tuple[Unit, ...],
+        specs: list[WeightType],
+        reader: RecordReader,
+    ) -> "Store | DeviceStore":
+        """Return the store of the device that the model runs on."""
+        config = self.quantization_config
+        if self.device == "cpu":
+            return Store(
+                self._layouts,
+                units,
+                specs,
+                config.placement or self._place(model, units, specs),
+                reader,
+                verify=config.verify,
+                threads=config.threads,
+                unpacked=self._assignment.dense,
+            )
+        return open_device_store(
+            self._layouts,
+            units,
+            specs,
+            reader,
+            CudaDevice(self.device),
+            vram=config.vram,
+            ram=self.ram_limit if config.ram is None else config.ram,
+            parameter_bytes=behaviour.parameter_bytes(model),
+            wishes=self._wished(units, [spec for spec, _ in specs]),
+            placement=config.placement,
+            verify=config.verify,
+            threads=config.threads,
+            unpacked=self._assignment.dense,
+        )
+
     def _place(
         self, model: "PreTrainedModel", units: tuple[Unit, ...], specs: list[WeightType]
     ) -> Placement:
         """Return the built-in placement in what the budget leaves after everything else."""
-        wishes = self._wished(units, [spec for spec, _ in specs])
+        wishes: dict[str, Tier] = {
+            name: "disk" if tier == "disk" else "resident"
+            for name, tier in self._wished(units, [spec for spec, _ in specs]).items()
+        }
         ram = self.quantization_config.ram
         if ram is None:
             ram = self.ram_limit
@@ -267,10 +302,10 @@ class EndorQuantizer(HfQuantizer):  # type: ignore[misc]
                 f"ram {ram}: unpacked parameters and scratch take {taken} bytes; {error}"
             ) from None
 
-    def _wished(self, units: tuple[Unit, ...], specs: list[WeightSpec]) -> dict[str, Tier]:
+    def _wished(self, units: tuple[Unit, ...], specs: list[WeightSpec]) -> dict[str, HomeTier]:
         """Return the tier of each unit whose module, or a parent of it, is in the device map."""
         home = {tensor: unit.name for unit in units for tensor in unit.tensors}
-        out: dict[str, Tier] = {}
+        out: dict[str, HomeTier] = {}
         for spec in specs if self.wishes else ():
             matches = [
                 name for name in self.wishes if not name or f"{spec.name}.".startswith(f"{name}.")

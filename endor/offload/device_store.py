@@ -220,6 +220,11 @@ class DeviceWeight(Weight):
         return matrix.to(self.dtype)
 
     @property
+    def device(self) -> torch.device:
+        """Where the dense matrix is."""
+        return self._device_store.device.device
+
+    @property
     def multiplies_packed(self) -> bool:
         """Whether `product` applies: rows of whole stored matrices that the kernel takes."""
         return super().multiplies_packed and all(

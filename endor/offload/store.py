@@ -225,6 +225,11 @@ class Weight:
         return matrix.to(self.dtype)
 
     @property
+    def device(self) -> torch.device:
+        """Where the dense matrix is."""
+        return torch.device("cpu")
+
+    @property
     def multiplies_packed(self) -> bool:
         """Whether `product` applies: rows of whole stored matrices, in a type the kernels take."""
         return self._whole and not self._convert and self.kept is None and not self._keep
