@@ -56,6 +56,8 @@ def cli(debug: bool) -> None:
 def main() -> None:
     """Run the command line; exit 0 on success, 1 on bad data, 2 on wrong usage, 130 on Ctrl-C."""
     debug = "--debug" in sys.argv[1:]
+    # Torch's idle threads spin by default and take the cores from the packed kernels' own threads.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
         code = cli.main(prog_name="endor", standalone_mode=False)
     except click.exceptions.Exit as exit_:
@@ -64,7 +66,7 @@ def main() -> None:
         error.show()
         code = error.exit_code
     except (click.Abort, KeyboardInterrupt):
-        _say("interrupted")
+        _say("interrupted; a conversion goes on with --resume")
         code = 128 + signal.SIGINT
     except BrokenPipeError:
         # The reader of our output went away (`endor inspect ... | head`): not an error of ours.

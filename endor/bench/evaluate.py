@@ -14,7 +14,7 @@ from endor.bench.perplexity import (
     perplexity,
     tokenize,
 )
-from endor.errors import CheckpointError, ConfigError, FormatError
+from endor.errors import CheckpointError, FormatError
 
 Precision = Literal["auto", "float32", "bfloat16", "float16"]
 
@@ -82,21 +82,10 @@ def load(path: Path, *, ram: int | str | None = None, dtype: Precision = "auto")
         ConfigError: `ram` was given for a dense checkpoint.
     """
     import torch
-    import transformers
 
-    from endor.hf.load import load_model
-    from endor.hf.model import is_packed
+    from endor.hf.load import open_model
 
-    if not (path / "config.json").is_file():
-        raise CheckpointError(f"{path}: no such checkpoint; give a directory with config.json")
-    element = dtype if dtype == "auto" else getattr(torch, dtype)
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
-    if is_packed(path):
-        return load_model(path, ram=ram, dtype=element)
-    if ram:
-        raise ConfigError(f"{path} is an ordinary checkpoint: ram needs a packed one")
-    return transformers.AutoModelForCausalLM.from_pretrained(path, dtype=element).eval()
+    return open_model(path, ram=ram, dtype=dtype if dtype == "auto" else getattr(torch, dtype))
 
 
 def evaluate(

@@ -156,9 +156,6 @@ def _endor(job: Job) -> tuple[Any, Callable[[], dict[str, Any]]]:
         verify=job["verify"],
     )
     model.endor.preload()
-    for weight in model.endor.weights.values():
-        if all(job["tiers"][state.unit.name] == "dense" for state in weight.states):
-            weight.dense()  # kept from now on: belongs to loading, as a dense model's weights do
     model.endor.ledger.clear()
     begun = time.perf_counter()
 

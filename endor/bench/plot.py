@@ -69,7 +69,7 @@ def rates(records: Sequence[BenchRecord], path: Path) -> None:
         density = f", density {group[0].density:g}" if bench != "io" else ""
         axes.set_title(f"{bench}: {what}{density}, {threads}", fontsize=10, loc="left")
         axes.set_xlabel(f"GB/s (dashed: {group[0].ceiling})" if ceiling else "GB/s", fontsize=9)
-    figure.text(0.99, 0.005, records[0].environment.device, ha="right", fontsize=7, color="#6c757d")
+    _foot(figure, records[0].environment.device)
     _save(figure, path)
 
 
@@ -82,7 +82,7 @@ def bars(entries: Sequence[Bar], path: Path, *, title: str, axis: str, footnote:
     axes.set_title(title, fontsize=11, loc="left")
     axes.set_xlabel(axis, fontsize=9)
     if footnote:
-        figure.text(0.01, 0.005, footnote, fontsize=7, color="#6c757d")
+        _foot(figure, footnote)
     _save(figure, path)
 
 
@@ -148,6 +148,11 @@ def _bars(axes: Any, entries: Sequence[Bar]) -> None:
     axes.set_xlim(0, 1.18 * max(widths))
     axes.spines[["top", "right"]].set_visible(False)
     axes.tick_params(axis="x", labelsize=8)
+
+
+def _foot(figure: Any, text: str) -> None:
+    """Put a small remark below everything; the layout keeps room for it."""
+    figure.supxlabel(text, x=0.01, ha="left", fontsize=7, color="#6c757d")
 
 
 def _save(figure: Any, path: Path) -> None:

@@ -92,11 +92,13 @@ def open_model(
     ram: int | str | None = None,
     vram: int | str | None = None,
     exact: bool = True,
+    dtype: "torch.dtype | str" = "auto",
     placement: "Placement | None" = None,
 ) -> Any:
     """Return the model of a packed or of an ordinary checkpoint, its weights in place.
 
-    Arguments and errors as for `load_model`; an ordinary checkpoint takes only `device`.
+    Arguments and errors as for `load_model`; an ordinary checkpoint takes only `device` and
+    `dtype`.
 
     Raises:
         ConfigError: An option needs a packed checkpoint.
@@ -104,13 +106,19 @@ def open_model(
     """
     import transformers
 
-    if not Path(path).is_dir():
+    if not (Path(path) / "config.json").is_file():
         raise CheckpointError(f"{path}: no such checkpoint; give a directory with config.json")
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     if is_packed(Path(path)):
         model = load_model(
-            path, device=device, vram=vram, ram=ram, exact=exact, placement=placement
+            path,
+            device=device,
+            vram=vram,
+            ram=ram,
+            exact=exact,
+            dtype=dtype,
+            placement=placement,
         )
         model.endor.preload()
         return model
@@ -118,7 +126,7 @@ def open_model(
         raise ConfigError(
             f"{path} is an ordinary checkpoint: vram, ram and fast products need a packed one"
         )
-    return transformers.AutoModelForCausalLM.from_pretrained(path, dtype="auto").to(device)
+    return transformers.AutoModelForCausalLM.from_pretrained(path, dtype=dtype).to(device)
 
 
 def _model_class(transformers: Any, config: Any) -> Any:

@@ -112,8 +112,14 @@ class Store:
         return sum(weight.numel for weight in self.weights.values())
 
     def preload(self) -> None:
-        """Wait until every resident unit is in memory; errors as for `Engine.take`."""
+        """Wait until every resident unit is in memory, and expand what is kept expanded.
+
+        Errors as for `Engine.take`.
+        """
         self.engine.preload()
+        for weight in self.weights.values():
+            if weight.keeps_dense:
+                weight.dense()
 
     def close(self) -> None:
         """Stop reading and release the memory; using a weight afterwards is a BackendError."""
@@ -228,6 +234,11 @@ class Weight:
     def device(self) -> torch.device:
         """Where the dense matrix is."""
         return torch.device("cpu")
+
+    @property
+    def keeps_dense(self) -> bool:
+        """Whether the matrix stays expanded once it was."""
+        return self._keep
 
     @property
     def multiplies_packed(self) -> bool:

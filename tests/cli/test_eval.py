@@ -132,7 +132,7 @@ def test_a_missing_tokenizer_is_named(models, tmp_path):
 
 
 def test_ram_needs_a_packed_checkpoint(models):
-    with pytest.raises(ConfigError, match="ram needs a packed one"):
+    with pytest.raises(ConfigError, match="need a packed one"):
         load(models / "dense", ram="1GiB")
 
 
