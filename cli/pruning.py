@@ -65,6 +65,13 @@ def calibration_options(command: Command) -> Command:
             help="uniform, linear[:SPREAD], owl[:SPREAD], or a JSON file {layer: sparsity}.",
         ),
         click.option(
+            "--sequential/--no-sequential",
+            default=defaults.sequential,
+            show_default=True,
+            help="Show each matrix of a layer what the pruned ones before it yield; without, a "
+            "layer takes fewer passes.",
+        ),
+        click.option(
             "--dampening",
             default=defaults.dampening,
             show_default=True,

@@ -1,0 +1,94 @@
+"""Prune a model in several ways and measure what is left of it: the table of docs/benchmarks.
+
+    python scripts/prune_bench.py MODEL WORK OUT.jsonl --methods magnitude wanda --cells 0.5 2:4
+
+Each cell runs `endor pack --prune` in a child process (time and peak memory are the child's), then
+`endor eval` on each text, against the dense model. One JSON line a cell is appended to OUT.jsonl;
+cells that are there already are skipped, so that an interrupted run goes on.
+"""
+
+import argparse
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+CHILD = """
+import sys
+from endor.cli.main import main
+try:
+    main()
+finally:
+    peak = [line for line in open("/proc/self/status") if line.startswith("VmHWM")][0]
+    print("VmHWM_kB", peak.split()[1], file=sys.stderr)
+"""
+
+
+def endor(words: list[str | Path]) -> tuple[dict[str, Any], float, float]:
+    """Run an `endor` command with --json; return its object, seconds and peak memory in bytes."""
+    began = time.perf_counter()
+    command = [sys.executable, "-c", CHILD, *map(str, words), "--json"]
+    done = subprocess.run(command, check=False, capture_output=True, text=True)
+    seconds = time.perf_counter() - began
+    if done.returncode:
+        sys.exit(f"endor {' '.join(map(str, words))}\n{done.stderr[-3000:]}")
+    peak = int(done.stderr.rpartition("VmHWM_kB")[2].split()[0]) * 1024
+    return json.loads(done.stdout.strip().splitlines()[-1]), seconds, peak
+
+
+def measure(chosen: argparse.Namespace, method: str, cell: str) -> dict[str, Any]:
+    """Return the record of one method at one sparsity or pattern."""
+    packed = chosen.work / f"{method}-{cell.replace(':', 'of')}"
+    shutil.rmtree(packed, ignore_errors=True)
+    amount = ["--pattern", cell] if ":" in cell else ["--sparsity", cell]
+    words = ["pack", chosen.model, packed, "--prune", method, "--overwrite", *amount]
+    report, seconds, peak = endor([*words, *chosen.options])
+    record = {
+        "method": method,
+        "cell": cell,
+        "options": chosen.options,
+        "seconds": round(seconds, 1),
+        "peak_bytes": peak,
+        "bits_per_weight": report["bits_per_weight"],
+        "density": report["density"],
+        "cpus": os.cpu_count(),
+    }
+    for text in chosen.texts:
+        path, _, windows = text.rpartition(":")
+        words = ["eval", packed, "--text", path, "--max-windows", windows]
+        found, _, _ = endor([*words, "--dtype", "float32", "--against", chosen.model])
+        record[Path(path).stem] = found
+    shutil.rmtree(packed)
+    return record
+
+
+def main() -> None:
+    """Measure what OUT.jsonl does not have yet."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("model", type=Path)
+    parser.add_argument("work", type=Path)
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--methods", nargs="+", required=True)
+    parser.add_argument("--cells", nargs="+", default=["0.5", "0.6", "0.7", "2:4"])
+    parser.add_argument("--texts", nargs="+", required=True, help="FILE:WINDOWS")
+    parser.add_argument("--options", default="", help="further words for endor pack")
+    chosen = parser.parse_args()
+    chosen.options = chosen.options.split()
+    have = []
+    if chosen.out.exists():
+        have = [json.loads(line) for line in chosen.out.read_text().splitlines()]
+    done = {(entry["method"], entry["cell"], tuple(entry["options"])) for entry in have}
+    for cell in chosen.cells:
+        for method in chosen.methods:
+            if (method, cell, tuple(chosen.options)) not in done:
+                record = measure(chosen, method, cell)
+                with chosen.out.open("a") as file:
+                    file.write(json.dumps(record) + "\n")
+
+
+if __name__ == "__main__":
+    main()
