@@ -18,15 +18,23 @@ from endor.pruning.activations import Activations, batches
 from endor.pruning.layer import Matrix
 from endor.pruning.skeleton import Call
 
-BATCH = 4
+BATCH_TOKENS = 1024
+"""Tokens of a step: small, because steps count for more than their precision."""
 
 
 @dataclass(frozen=True, slots=True)
 class Schedule:
-    """How long and how fast the survivors are trained."""
+    """How long and how fast the survivors are trained.
+
+    Attributes:
+        epochs: Passes over the calibration windows.
+        rate: Adam's step at its largest, relative to the root mean square of a parameter's
+            survivors: weights of different models and matrices differ in scale.
+        warmup: Steps over which the rate rises; then it falls as a cosine.
+    """
 
     epochs: int = 2
-    rate: float = 2e-4
+    rate: float = 0.03
     warmup: int = 4
 
 
@@ -56,7 +64,7 @@ def finetune(
         schedule: See `Schedule`.
     """
     schedule = schedule or Schedule()
-    spans = list(batches(windows, BATCH))
+    spans = list(batches(windows, max(1, BATCH_TOKENS // inputs.shape[1])))
     steps = schedule.epochs * len(spans)
     parameters = list({id(matrix.parameter): matrix.parameter for matrix in matrices}.values())
     masks = _masks(parameters, matrices)
@@ -69,13 +77,18 @@ def finetune(
     ]
     for parameter in parameters:
         parameter.requires_grad_(True)
-    optimizer = torch.optim.Adam(parameters, lr=schedule.rate, betas=(0.9, 0.95), fused=True)
+    groups = [
+        {"params": [parameter], "scale": _scale(parameter, mask)}
+        for parameter, mask in zip(parameters, masks, strict=True)
+    ]
+    optimizer = torch.optim.Adam(groups, lr=schedule.rate, betas=(0.9, 0.95), fused=True)
     try:
         with torch.enable_grad():
             for step, (start, stop) in enumerate(order):
                 warm = min(1.0, (step + 1) / schedule.warmup)
                 for group in optimizer.param_groups:
-                    group["lr"] = schedule.rate * warm * (1 + math.cos(math.pi * step / steps)) / 2
+                    cosine = (1 + math.cos(math.pi * step / steps)) / 2
+                    group["lr"] = schedule.rate * group["scale"] * warm * cosine
                 wanted = targets.read(start, stop).to(device)
                 with torch.autocast(device.type, torch.bfloat16):
                     found = call.run(layer, inputs.read(start, stop).to(device))
@@ -91,6 +104,12 @@ def finetune(
         for parameter in parameters:
             parameter.requires_grad_(False)
             parameter.grad = None
+
+
+def _scale(parameter: torch.Tensor, mask: torch.Tensor) -> float:
+    """Return the root mean square of the elements in `mask`."""
+    square = float(parameter.detach().square().mul_(mask).sum())
+    return math.sqrt(square / max(1, int(mask.sum())))
 
 
 def _masks(parameters: Sequence[nn.Parameter], matrices: Sequence[Matrix]) -> list[torch.Tensor]:

@@ -1,5 +1,6 @@
 """A transformers model without weights, whose decoder layers are filled one at a time."""
 
+import ctypes
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -73,6 +74,7 @@ class Skeleton:
     def drop_layer(self, layer: int) -> None:
         """Give up the weights of a layer."""
         _drop(self.layers[layer], "")
+        _return_memory()
 
     def trace(
         self, ids: torch.Tensor, batch: int, sink: Callable[[int, torch.Tensor], None]
@@ -107,6 +109,7 @@ class Skeleton:
                     sink(start, self._record(body, ids[start:stop], [0], False)[0][0])
         finally:
             _drop(body, layers_at)
+            _return_memory()
         return [call for _, call in found]
 
     def _record(
@@ -196,6 +199,16 @@ def _drop(module: nn.Module, skip: str) -> None:
             owner = module.get_submodule(name.rpartition(".")[0])
             empty = torch.empty(value.shape, dtype=value.dtype, device="meta")
             setattr(owner, name.rpartition(".")[2], nn.Parameter(empty, requires_grad=False))
+
+
+def _return_memory() -> None:
+    """Give freed memory back to the system.
+
+    glibc keeps freed blocks of up to 32 MiB; a layer is made of many, so that they add up.
+    """
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
 
 
 def _empty_model(source: CheckpointSource) -> Any:
