@@ -55,12 +55,12 @@ def main() -> None:
     directory = parser.parse_args().dir
     before, _, rest = DOCUMENT.read_text(encoding="utf-8").partition(BEGIN)
     _, _, after = rest.partition(END)
-    RECORDS.parent.mkdir(exist_ok=True)
-    records = RECORDS.with_suffix(".partial")
-    records.unlink(missing_ok=True)
     cores = len(os.sched_getaffinity(0))
-    sections = "".join(run(arguments, records) for arguments in commands(directory, cores))
-    records.replace(RECORDS)
+    with tempfile.TemporaryDirectory() as scratch:
+        records = Path(scratch) / RECORDS.name
+        sections = "".join(run(arguments, records) for arguments in commands(directory, cores))
+        RECORDS.parent.mkdir(exist_ok=True)
+        RECORDS.write_bytes(records.read_bytes())
     DOCUMENT.write_text(f"{before}{BEGIN}\n{sections}{END}{after}", encoding="utf-8")
 
 
