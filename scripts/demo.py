@@ -53,7 +53,7 @@ VARIANTS = (
     Variant(
         f"endor, {CALIBRATED} 50 %",
         WORK / f"{CALIBRATED}-50",
-        ("--prune", CALIBRATED, "--sparsity", str(SPARSITY), "--samples", "32"),
+        ("--prune", CALIBRATED, "--sparsity", str(SPARSITY), "--samples", "16"),
         fast=True,
     ),
 )
