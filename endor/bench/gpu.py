@@ -293,7 +293,7 @@ class _Resident:
         return False
 
     def read_into(self, unit: int, buffer: torch.Tensor) -> int:
-        raise NotImplementedError
+        raise AssertionError("locked memory is copied from, never read into")
 
 
 def _weight(case: GpuCase) -> torch.Tensor:
