@@ -56,7 +56,8 @@ def make(folder: Path, nbytes: int) -> int:
         "model.norm.weight": torch.ones(HIDDEN, dtype=torch.bfloat16),
         "lm_head.weight": (torch.randn(VOCAB, HIDDEN) * 0.02).bfloat16(),
     }
-    weight_map, total, layer = {}, 0, 0
+    weight_map: dict[str, str] = {}
+    total = layer = 0
     tensors = ends
     while True:
         file = f"model-{layer:05d}.safetensors"
