@@ -1,6 +1,5 @@
 """What several commands share: options, progress bars, sizes in words."""
 
-import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -10,8 +9,6 @@ import click
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
-_UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
-
 
 class Size(click.ParamType[int]):
     """A number of bytes: `4GiB`, `500MB`, `1048576`."""
@@ -19,16 +16,13 @@ class Size(click.ParamType[int]):
     name = "size"
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
-        if isinstance(value, int):
-            return value
-        found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?)(i?)B?\s*", str(value), re.IGNORECASE)
-        if found is None:
-            self.fail(f"{value!r} is not a size such as 4GiB or 500MB", param, ctx)
-        number, prefix, binary = found.groups()
-        factor = _UNITS[prefix.upper()]
-        if binary:
-            factor = 1 << (10 * "KMGT".index(prefix.upper()) + 10) if prefix else 1
-        return int(float(number) * factor)
+        from endor.errors import ConfigError
+        from endor.offload.placement import parse_bytes
+
+        try:
+            return parse_bytes(value)
+        except ConfigError as error:
+            self.fail(str(error), param, ctx)
 
 
 def json_option(command: Command) -> Command:
