@@ -29,6 +29,25 @@ class PatternType(click.ParamType[str]):
             self.fail(str(error), param, ctx)
 
 
+class CalibrationText(click.ParamType[tuple[Path, ...]]):
+    """A file, or the name of a shipped text."""
+
+    name = "text"
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> tuple[Path, ...]:
+        from endor.errors import ConfigError
+        from endor.pruning.calibration import shipped_texts
+
+        try:
+            return shipped_texts(str(value))
+        except ConfigError as error:
+            if Path(value).is_file():
+                return (Path(value),)
+            self.fail(str(error), param, ctx)
+
+
 def method_help() -> str:
     """Return one line on each method."""
     return "; ".join(f"{method.name}: {method.help}" for method in METHODS.values())
@@ -99,10 +118,13 @@ def calibration_options(command: Command) -> Command:
         ),
         click.option(
             "--calibration",
-            type=click.Path(path_type=Path),
+            type=CalibrationText(),
+            multiple=True,
             metavar="FILE",
-            help="Text or JSONL like what the model will see; a text is shipped for those who "
-            "have none. It matters more than the method.",
+            callback=lambda _ctx, _param, texts: tuple(path for text in texts for path in text),
+            help="Text or JSONL like what the model will see, or a shipped text: wiki, austen, or "
+            "mix (the default) for both. May be repeated: texts take turns, window by window. It "
+            "matters more than the method.",
         ),
         click.option(
             "--pattern",

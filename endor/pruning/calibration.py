@@ -11,12 +11,27 @@ from endor.pruning.contract import PruneOptions
 if TYPE_CHECKING:
     import torch
 
-SHIPPED = "data/wiki_calib.txt"
+SHIPPED = {"wiki": "data/wiki_calib.txt", "austen": "data/austen_mansfield.txt"}
+"""Texts that come with the package; see `data/ORIGIN.md`."""
+
+MIX = "mix"
+"""Names all of them together: the default."""
 
 
-def shipped_text() -> Path:
-    """Return the text that comes with the package: Wikipedia articles, see `data/ORIGIN.md`."""
-    return Path(str(files("endor.pruning").joinpath(SHIPPED)))
+def shipped_texts(name: str = MIX) -> tuple[Path, ...]:
+    """Return the paths of the shipped text `name`, or of all of them for "mix".
+
+    Raises:
+        ConfigError: No text has that name.
+    """
+    if name != MIX and name not in SHIPPED:
+        names = ", ".join([*SHIPPED, MIX])
+        raise ConfigError(f"calibration: must be a file or one of {names}, got {name!r}")
+    return tuple(
+        Path(str(files("endor.pruning").joinpath(file)))
+        for text, file in SHIPPED.items()
+        if name in (text, MIX)
+    )
 
 
 def read_documents(path: Path, tokenizer: Any, *, chat_template: bool) -> list[str]:
@@ -76,39 +91,53 @@ def _rendered(path: Path, number: int, messages: list[Any], tokenizer: Any) -> s
 def calibration_windows(directory: Path | None, options: PruneOptions) -> "torch.Tensor":
     """Return token ids, int64 `(windows, seq_len)`.
 
-    Documents are joined and cut into consecutive windows. With seed 0 the first `samples` of them
-    are taken, with another seed as many at random, in text order; a shorter text gives fewer. Each
+    The documents of a text are joined and cut into consecutive windows; several texts take turns,
+    window by window, so that any number of samples holds equal shares of them (a text that ends
+    early leaves its turns to the others). With seed 0 the first `samples` windows are taken, with
+    another seed as many at random out of each text, in text order; shorter texts give fewer. Each
     window starts with the beginning-of-sequence token iff the tokenizer adds it by itself.
 
     Raises:
-        ConfigError: The text is shorter than one window.
+        ConfigError: A text is shorter than one window.
     """
     import torch
 
     tokenizer = _tokenizer(directory)
-    path = options.calibration or shipped_text()
+    start = _start(tokenizer)
+    texts = [
+        _text_windows(path, tokenizer, options, options.seq_len - len(start))
+        for path in options.calibration or shipped_texts()
+    ]
+    turns = [(turn, text) for text, windows in enumerate(texts) for turn in range(len(windows))]
+    turns = sorted(turns)[: options.samples]
+    generator = torch.Generator().manual_seed(options.seed)
+    for text, windows in enumerate(texts):
+        count = sum(owner == text for _, owner in turns)
+        if options.seed and count < len(windows):
+            chosen = torch.randperm(len(windows), generator=generator)[:count].sort().values
+            texts[text] = windows[chosen]
+    windows = torch.stack([texts[text][turn] for turn, text in turns])
+    lead = torch.tensor(start, dtype=torch.int64).expand(len(windows), -1)
+    return torch.cat([lead, windows], dim=1)
+
+
+def _text_windows(path: Path, tokenizer: Any, options: PruneOptions, length: int) -> "torch.Tensor":
+    """Return all windows of one text, int64 `(windows, length)`."""
+    import torch
+
     documents = read_documents(path, tokenizer, chat_template=options.chat_template)
     separator = [] if len(documents) == 1 else _separator(tokenizer)
     ids: list[int] = []
     for document in documents:
         ids += tokenizer(document, add_special_tokens=False, verbose=False).input_ids
         ids += separator
-    start = _start(tokenizer)
-    body = options.seq_len - len(start)
-    count = len(ids) // body if body > 0 else 0
+    count = len(ids) // length if length > 0 else 0
     if not count:
         raise ConfigError(
             f"{path}: {len(ids)} tokens do not fill one window of {options.seq_len}; give more "
             "text, or a smaller seq_len"
         )
-    windows = torch.tensor(ids[: count * body], dtype=torch.int64).view(count, body)
-    if options.seed and count > options.samples:
-        generator = torch.Generator().manual_seed(options.seed)
-        chosen = torch.randperm(count, generator=generator)[: options.samples].sort().values
-        windows = windows[chosen]
-    windows = windows[: options.samples]
-    lead = torch.tensor(start, dtype=torch.int64).expand(len(windows), -1)
-    return torch.cat([lead, windows], dim=1)
+    return torch.tensor(ids[: count * length], dtype=torch.int64).view(count, length)
 
 
 def _tokenizer(directory: Path | None) -> Any:

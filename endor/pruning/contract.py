@@ -76,7 +76,8 @@ class PruneOptions:
         seed: Chooses and orders the windows.
         dampening: Ridge added to the Gram matrix, as a share of its mean diagonal.
         block_size: Columns that SparseGPT decides at a time.
-        calibration: Text or JSONL file; None means the text shipped with the package.
+        calibration: Text or JSONL files, which take turns window by window; empty means the texts
+            shipped with the package. `endor.pruning.calibration.shipped_texts` names one of them.
         chat_template: Render JSONL conversations with the tokenizer's chat template.
         device: "auto", "cpu" or a torch device such as "cuda:0".
         layer_sparsity: "uniform", "linear[:SPREAD]", "owl[:SPREAD]" or a JSON file
@@ -98,7 +99,7 @@ class PruneOptions:
     seed: int = 0
     dampening: float = 0.01
     block_size: int = 128
-    calibration: Path | None = None
+    calibration: tuple[Path, ...] = ()
     chat_template: bool = False
     device: str = "auto"
     layer_sparsity: str = "uniform"
@@ -121,6 +122,10 @@ class PruneOptions:
                 raise ConfigError(f"{field}: must be at least 1, got {getattr(self, field)}")
         if not self.dampening >= 0.0:
             raise ConfigError(f"dampening: must not be negative, got {self.dampening}")
+        if not isinstance(self.calibration, tuple):
+            raise ConfigError(
+                f"calibration: must be a tuple of paths, got {self.calibration!r}; give (path,)"
+            )
         for field in ("skip", "only"):
             value = getattr(self, field)
             try:

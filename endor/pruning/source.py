@@ -11,6 +11,7 @@ import torch
 
 from endor.checkpoint.tensors import CheckpointSource, SourceTensor
 from endor.packed import bits_of
+from endor.pruning.calibration import shipped_texts
 from endor.pruning.contract import METHODS, PruneOptions
 from endor.pruning.stream import LayerStream, Progress
 
@@ -100,6 +101,7 @@ class PrunedSource:
             "windows": self._stream.windows,
             "seq_len": options.seq_len,
             "seed": options.seed,
+            "calibration": [path.name for path in options.calibration or shipped_texts()],
             "paper": METHODS[options.method].paper,
         }
 

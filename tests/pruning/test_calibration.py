@@ -1,12 +1,14 @@
 """From texts to windows: exact ids, the first or some, rows of each kind."""
 
+import re
+
 import pytest
 import torch
 from transformers import AutoTokenizer
 
 from endor.errors import CheckpointError, ConfigError
 from endor.pruning import PruneOptions
-from endor.pruning.calibration import calibration_windows, read_documents, shipped_text
+from endor.pruning.calibration import calibration_windows, read_documents, shipped_texts
 
 
 @pytest.fixture(scope="module")
@@ -16,8 +18,16 @@ def model(tmp_path_factory, save):
     return directory
 
 
-def windows(model, path, **fields):
-    return calibration_windows(model, PruneOptions(calibration=path, **fields))
+def windows(model, *paths, **fields):
+    return calibration_windows(model, PruneOptions(calibration=paths, **fields))
+
+
+@pytest.fixture
+def second(tmp_path):
+    """A text of some 23 windows of 16 tokens, shorter than `text`, without its letters."""
+    path = tmp_path / "second.txt"
+    path.write_text("0123456789" * 37)
+    return path
 
 
 def test_windows_are_consecutive_and_hold_nothing_but_the_text(model, text):
@@ -93,8 +103,73 @@ def test_a_model_without_tokenizer_is_refused(tmp_path, text):
         windows(None, text)
 
 
-def test_the_shipped_text_and_its_origin_come_with_the_package():
-    assert len(shipped_text().read_text()) > 200_000
-    folder = shipped_text().parent
-    assert "CC BY-SA" in (folder / "ORIGIN.md").read_text()
+@pytest.mark.parametrize("seed", [0, 5])
+@pytest.mark.parametrize("samples", [1, 8, 9])
+def test_texts_take_turns(model, text, second, samples, seed):
+    alone = [windows(model, path, samples=1000, seq_len=16).tolist() for path in (text, second)]
+    found = windows(model, text, second, samples=samples, seq_len=16, seed=seed).tolist()
+    assert len(found) == samples
+    for k, whole in enumerate(alone):
+        mine = found[k::2]
+        assert all(one in whole for one in mine)
+        if seed == 0:
+            assert mine == whole[: len(mine)]
+    again = windows(model, text, second, samples=samples, seq_len=16, seed=seed).tolist()
+    assert found == again
+
+
+@pytest.mark.parametrize("seed", [0, 5])
+def test_a_text_that_ends_leaves_its_turns_to_the_others(model, text, second, seed):
+    alone = windows(model, second, samples=1000, seq_len=16).tolist()
+    found = windows(model, text, second, samples=100, seq_len=16, seed=seed).tolist()
+    assert len(found) == 100
+    assert len(alone) == 23
+    assert [one for one in found if one in alone] == alone
+    assert found[1] == alone[0]
+
+
+def test_a_text_too_short_among_others_is_named(model, text, tmp_path):
+    (tmp_path / "short.txt").write_text("short")
+    with pytest.raises(ConfigError, match=r"short\.txt: 5 tokens do not fill"):
+        windows(model, text, tmp_path / "short.txt", seq_len=16)
+
+
+def test_the_shipped_texts_are_the_default_half_and_half(model):
+    wiki, austen = (calibration_windows(model, shipped(name, 3)) for name in ("wiki", "austen"))
+    mixed = calibration_windows(model, shipped("mix", 6))
+    assert torch.equal(mixed[::2], wiki)
+    assert torch.equal(mixed[1::2], austen)
+    assert torch.equal(mixed, calibration_windows(model, PruneOptions(samples=6, seq_len=64)))
+
+
+def shipped(name, samples):
+    return PruneOptions(calibration=shipped_texts(name), samples=samples, seq_len=64)
+
+
+def test_a_name_that_is_no_shipped_text_is_refused():
+    with pytest.raises(ConfigError, match="one of wiki, austen, mix, got 'latin'"):
+        shipped_texts("latin")
+    with pytest.raises(ConfigError, match="tuple of paths"):
+        PruneOptions(calibration=shipped_texts("wiki")[0])
+
+
+def test_the_shipped_texts_and_their_origin_come_with_the_package():
+    texts = shipped_texts()
+    assert all(len(path.read_text()) > 280_000 for path in texts)
+    folder = texts[0].parent
+    origin = (folder / "ORIGIN.md").read_text()
+    assert "CC BY-SA" in origin
+    assert all(path.name in origin for path in texts)
     assert (folder / "wiki_calib.sources.tsv").read_text().count("wikipedia.org") >= 60
+
+
+def test_calibration_and_evaluation_share_no_ten_words():
+    from endor.bench.evaluate import shipped_text
+
+    def runs(path):
+        words = re.findall(r"[a-z0-9']+", path.read_text().lower())
+        return {tuple(words[i : i + 10]) for i in range(len(words) - 9)}
+
+    held_out = runs(shipped_text())
+    assert len(held_out) > 40_000
+    assert all(held_out.isdisjoint(runs(path)) for path in shipped_texts())

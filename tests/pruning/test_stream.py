@@ -40,7 +40,7 @@ def run(directory, options, selected=None, **named):
 
 
 def small(text, **fields):
-    return PruneOptions(calibration=text, samples=20, seq_len=32, **fields)
+    return PruneOptions(calibration=(text,), samples=20, seq_len=32, **fields)
 
 
 @pytest.mark.parametrize("architecture", DENSE + MIXTURES)
@@ -181,3 +181,4 @@ def test_config_names_the_method(tmp_path, save, text):
             description = json.loads(json.dumps(pruned.describe()))
     assert description["method"] == "wanda"
     assert description["windows"] == 20
+    assert description["calibration"] == [text.name]
