@@ -2,6 +2,7 @@
 
 import inspect
 from collections.abc import Callable, Mapping, Sequence
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -10,6 +11,8 @@ from torch import nn
 
 from endor.errors import ConfigError
 from endor.hf.linear import PRODUCT_ROWS, refuse_conversion
+from endor.hf.routing import Router, routers
+from endor.offload.state import State
 from endor.offload.store import Weight
 
 
@@ -97,6 +100,10 @@ class EndorExperts(nn.Module):
     The architecture keeps its activation, gating and biases; what changes is that indexing a
     weight by an expert fetches and expands that expert alone. Other experts implementations sum in
     another order, so results are bit-equal to `experts_implementation="eager"`.
+
+    While this layer computes, experts that the next layer is likely to use are read: its router is
+    asked with this layer's input, as in DAOP (arXiv 2501.10375). The guess only starts reads; what
+    is computed is what that router chooses in its turn.
     """
 
     def forward(self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, *rest: Any) -> Any:
@@ -105,18 +112,30 @@ class EndorExperts(nn.Module):
         engine = stacks[0].weights[0].engine
         if not engine.streams:
             return run(self, hidden_states, top_k_index, *rest)
-        routed = torch.unique(top_k_index).tolist()
-        engine.hint(
-            state
-            for expert in routed
-            if expert < len(stacks[0])
-            for stack in stacks
-            for state in stack.weights[expert].states
-        )
+        engine.hint(self._states(top_k_index), group=stacks[0].weights[0].states[0].unit.index)
+        following = self.__dict__.get("_endor_next")
+        if following is not None and not torch.is_grad_enabled():
+            guess = following.choose(hidden_states)
+            engine.warm(following.experts._states(guess, by_count=True))
         try:
             return run(self, hidden_states, top_k_index, *rest)
         finally:
             engine.drop()
+
+    def _states(self, top_k_index: torch.Tensor, *, by_count: bool = False) -> list[State]:
+        """Return the units of the chosen experts in the order of use, or the most chosen first."""
+        stacks = self._stacks
+        chosen, counts = torch.unique(top_k_index, return_counts=True)
+        if by_count:
+            chosen = chosen[torch.argsort(counts, descending=True, stable=True)]
+        order = chosen.tolist()
+        return [
+            state
+            for expert in order
+            if 0 <= expert < len(stacks[0])
+            for stack in stacks
+            for state in stack.weights[expert].states
+        ]
 
     @property
     def _stacks(self) -> list[ExpertStack]:
@@ -150,6 +169,15 @@ def bind_experts(module: EndorExperts, stacks: Mapping[str, ExpertStack]) -> Non
         module.__dict__[name] = stack
     module.__dict__["_endor_stacks"] = list(stacks.values())
     module.__dict__["_endor_names"] = frozenset(stacks)
+
+
+def link_experts(model: nn.Module) -> None:
+    """Tell each layer of packed experts which router comes next."""
+    found: list[Router] = [
+        router for router in routers(model) if isinstance(router.experts, EndorExperts)
+    ]
+    for router, following in pairwise(found):
+        router.experts.__dict__["_endor_next"] = following
 
 
 def _experts_class(base: type[nn.Module]) -> type[nn.Module]:

@@ -16,6 +16,7 @@ from endor.hf.experts import (
     ExpertStack,
     bind_experts,
     eager_forward,
+    link_experts,
     pack_experts,
 )
 from endor.hf.linear import EndorLinear
@@ -239,6 +240,7 @@ class EndorQuantizer(HfQuantizer):  # type: ignore[misc]
                     for leaf, stack in stacks.items()
                 },
             )
+        link_experts(model)
         self._layouts, self._assignment, self._dtypes = [], Assignment(), {}
         config.placement = None
         behaviour.adopt(model, store)

@@ -164,12 +164,22 @@ class DeviceEngine:
             self._local.kept = None
             self.release(kept)
 
-    def hint(self, states: Iterable[State]) -> None:
+    def hint(self, states: Iterable[State], *, group: int = 0) -> None:
         """Ask for units that will be taken at once, in this order, as far as there are slots."""
         if self._copier is not None:
+            states = list(states)
+            self.host.hint(self._on_host(states), group=group)
             self._copier.hint(
                 state.unit.index for state in states if state.unit.index not in self._home
             )
+
+    def warm(self, states: Iterable[State]) -> None:
+        """Read units from disk that the next `hint` may ask for; see `Engine.warm`."""
+        self.host.warm(self._on_host(states))
+
+    def _on_host(self, states: Iterable[State]) -> list[State]:
+        found = (self.host.states.get(state.unit.name) for state in states)
+        return [state for state in found if state is not None]
 
     def preload(self) -> None:
         """Wait until every host resident is in memory; errors as for `take`."""

@@ -9,6 +9,9 @@ A unit that is not resident goes through these phases:
 Three rules make every order of takes end: a thread holds at most one unit, and gives it back before
 it waits for another; a demand may take the memory of anything that is neither held nor awaited nor
 just being read; and what is being read becomes READY or FAILED, since a read ends.
+
+Where only a part of the experts fits in memory, that part is not fixed: the memory of the experts
+placed there becomes a cache of all, which starts with them.
 """
 
 import heapq
@@ -22,7 +25,7 @@ from endor.offload.ledger import Ledger
 from endor.offload.memory import Range
 from endor.offload.placement import Placement
 from endor.offload.room import Room
-from endor.offload.state import AHEAD, DEMAND, FILL, HINT, Bound, Phase, State
+from endor.offload.state import AHEAD, DEMAND, FILL, HINT, WARM, Bound, Phase, State
 from endor.offload.units import Unit
 from endor.storage import HostBuffer, RecordReader, check_record
 
@@ -55,11 +58,21 @@ class Engine:
     ) -> None:
         placement.check(units)
         self.ledger = ledger or Ledger()
+        cached = _cached(units, placement)
         self.states = {
-            unit.name: State(unit, placement.tiers[unit.name] == "resident") for unit in units
+            unit.name: State(
+                unit, placement.tiers[unit.name] == "resident" and unit.name not in cached
+            )
+            for unit in units
         }
         self._by_index = list(self.states.values())
-        self._room = Room(self._by_index, placement.staging_bytes, self.ledger.counters)
+        self.cache_bytes = sum(self.states[name].unit.nbytes for name in cached)
+        self._room = Room(
+            self._by_index,
+            placement.staging_bytes,
+            self.ledger.counters,
+            cache_bytes=self.cache_bytes,
+        )
         self._reader = reader
         self._verify = verify
         self._lock = threading.Lock()
@@ -71,6 +84,10 @@ class Engine:
         self._pid = os.getpid()
         with self._lock:
             self._home = self._place_residents()
+            for name in cached:
+                state = self.states[name]
+                if self._room.make(state, force=False):
+                    self._queue(state, FILL)
             self._read_ahead()
         self._threads = [
             threading.Thread(target=self._run, name=f"endor-loader-{at}", daemon=True)
@@ -86,8 +103,8 @@ class Engine:
 
     @property
     def staging_bytes(self) -> int:
-        """Bytes of the staging area."""
-        return self._room.nbytes
+        """Bytes of the staging area, beside the cache of experts."""
+        return max(0, self._room.nbytes - self.cache_bytes)
 
     @property
     def buffers(self) -> list[HostBuffer]:
@@ -133,14 +150,21 @@ class Engine:
                 if not self._closed:
                     self._read_ahead()
 
-    def hint(self, states: Iterable[State]) -> None:
-        """Ask for units that will be taken at once, in this order, as far as there is room."""
+    def hint(self, states: Iterable[State], *, group: int = 0) -> None:
+        """Ask for units that will be taken at once, in this order, as far as there is room.
+
+        Args:
+            states: The experts that a router chose.
+            group: Names the router's layer.
+        """
         with self._lock:
-            chosen = [state for state in states if not state.resident]
-            self._room.hinted = {state.unit.index for state in chosen}
+            chosen = list(dict.fromkeys(states))
+            self._room.route(group, chosen)
             for state in chosen:
                 if self._closed:
                     return
+                if state.resident:
+                    continue
                 if state.phase is Phase.ABSENT:
                     if not self._room.make(state, force=False):
                         return
@@ -148,11 +172,40 @@ class Engine:
                 elif state.phase is Phase.QUEUED and state.priority > HINT:
                     self._queue(state, HINT)
 
+    def warm(self, states: Iterable[State]) -> None:
+        """Read units that the next `hint` may ask for, in this order, as far as there is room.
+
+        A guess is read when nothing surer is to be read, takes the memory of experts that are
+        worth less, and gives way to whatever is demanded.
+        """
+        with self._lock:
+            chosen = list(dict.fromkeys(states))
+            self._room.guessed = {state.unit.index for state in chosen}
+            for state in chosen:
+                if self._closed:
+                    return
+                if state.resident or state.phase is not Phase.ABSENT:
+                    continue
+                if not self._room.make(state, force=False):
+                    return
+                state.warm = True
+                self._queue(state, WARM)
+
     def preload(self) -> None:
-        """Wait until every resident unit is in memory; errors as for `take`."""
+        """Wait until every resident unit is in memory, and the cache of experts is filled.
+
+        Errors as for `take`.
+        """
         for state in self._by_index:
             if state.resident:
                 self.take(state)
+        with self._lock:
+            while any(
+                state.priority == FILL and state.phase in (Phase.QUEUED, Phase.READING)
+                for state in self._by_index
+            ):
+                self._check_open()
+                self._done.wait()
 
     def close(self) -> None:
         """Stop reading and let go of all memory; taking afterwards is an error."""
@@ -303,7 +356,16 @@ class Engine:
             counters.reads += 1
             counters.read_bytes += stat.nbytes
             counters.read_s += stop - start
+            counters.warm_reads += state.warm
             counters.retries += stat.retries
             counters.checks += check_s > 0
             counters.check_s += check_s
         return {name: unit.layout.bind(name, place.array) for name in unit.tensors}
+
+
+def _cached(units: Sequence[Unit], placement: Placement) -> list[str]:
+    """Return the experts whose memory is shared by all experts: none when all stay in memory."""
+    routed = [unit for unit in units if not unit.scheduled]
+    if all(placement.tiers[unit.name] != "disk" for unit in routed):
+        return []
+    return [unit.name for unit in routed if placement.tiers[unit.name] == "resident"]

@@ -58,6 +58,16 @@ class Counters:
         stalls: Times that a forward waited.
         stall_s: How long.
         failures: Reads or checks that failed.
+        expert_uses: Experts that routers chose, layer by layer.
+        expert_hits: Of these, in memory when the choice was known.
+        expert_late: On their way then.
+        guesses: Experts that were guessed before their router ran.
+        guessed_uses: Experts chosen where there was a guess.
+        right_guesses: Of these, guessed.
+        warm_reads: Experts read because of a guess.
+        warm_used: Of these, used before they were given up.
+        warm_wasted: Given up unused.
+        warm_revoked: Guesses given up before their read began.
     """
 
     reads: int = 0
@@ -80,6 +90,16 @@ class Counters:
     stalls: int = 0
     stall_s: float = 0.0
     failures: int = 0
+    expert_uses: int = 0
+    expert_hits: int = 0
+    expert_late: int = 0
+    guesses: int = 0
+    guessed_uses: int = 0
+    right_guesses: int = 0
+    warm_reads: int = 0
+    warm_used: int = 0
+    warm_wasted: int = 0
+    warm_revoked: int = 0
 
 
 class Ledger:

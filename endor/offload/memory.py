@@ -8,7 +8,7 @@ from typing import TypeVar
 import numpy as np
 import torch
 
-from endor.storage import HostBuffer
+from endor.storage import ALIGN, HostBuffer
 
 T = TypeVar("T")
 
@@ -20,7 +20,7 @@ class Range:
     Attributes:
         start: First byte in the buffer.
         stop: First byte after it.
-        array: u8 view of the stretch.
+        array: u8 view of the record, which begins the stretch and may be shorter.
     """
 
     start: int
@@ -40,7 +40,9 @@ class Staging:
     def __init__(self, nbytes: int) -> None:
         self.nbytes = nbytes
         self._buffer = HostBuffer(nbytes) if nbytes else None
-        self._free: list[tuple[int, int]] = [(0, nbytes)] if nbytes else []
+        # Records have whole pages; a part of one at the end would spoil what is cut from there.
+        usable = nbytes // ALIGN * ALIGN
+        self._free: list[tuple[int, int]] = [(0, usable)] if usable else []
 
     @property
     def buffer(self) -> HostBuffer | None:
@@ -51,17 +53,34 @@ class Staging:
     def free_bytes(self) -> int:
         return sum(stop - start for start, stop in self._free)
 
-    def take(self, nbytes: int) -> Range | None:
-        """Return `nbytes` of the buffer, or None when no stretch is long enough."""
-        for at, (start, stop) in enumerate(self._free):
-            if stop - start >= nbytes:
-                if stop - start == nbytes:
-                    del self._free[at]
-                else:
-                    self._free[at] = (start + nbytes, stop)
-                assert self._buffer is not None
-                return Range(start, start + nbytes, self._buffer.array[start : start + nbytes])
+    def take(self, nbytes: int, *, span_bytes: int = 0, top: bool = False) -> Range | None:
+        """Return room for `nbytes` of the buffer, or None when no stretch is long enough.
+
+        Args:
+            nbytes: What is to be held.
+            span_bytes: Take at least so much, so that a later occupant of that size fits.
+            top: Look from the end of the buffer.
+        """
+        length = max(nbytes, span_bytes)
+        for at in range(len(self._free))[:: -1 if top else 1]:
+            start, stop = self._free[at]
+            if stop - start < length:
+                continue
+            if stop - start == length:
+                del self._free[at]
+            elif top:
+                self._free[at] = (start, stop - length)
+                start = stop - length
+            else:
+                self._free[at] = (start + length, stop)
+            assert self._buffer is not None
+            return Range(start, start + length, self._buffer.array[start : start + nbytes])
         return None
+
+    @property
+    def free(self) -> tuple[tuple[int, int], ...]:
+        """Stretches that are free, as (first byte, first byte after it), in order."""
+        return tuple(self._free)
 
     def give(self, item: Range) -> None:
         """Take a range back."""

@@ -1,36 +1,65 @@
 """Which streamed units have memory in the staging area, and which one gives way."""
 
-from collections import OrderedDict
-from collections.abc import Sequence
+import heapq
+from collections.abc import Iterable, Sequence
 
+from endor.offload.expert_cache import Popularity
 from endor.offload.ledger import Counters
 from endor.offload.memory import Staging
 from endor.offload.schedule import Schedule
 from endor.offload.state import Phase, State
 from endor.storage import HostBuffer
 
+Rank = tuple[float, ...]
+"""How early an occupant gives way: the smallest first."""
+
+SLOT_SHARE = 0.875
+"""Experts at least so large, compared with the largest, get its room: any then replaces any."""
+
 
 class Room:
     """The staging area and its occupants; guarded by the engine's lock.
 
+    Reads ahead are placed from its beginning, experts from its end. Experts stay after their use
+    until the memory is needed; then the one of least value gives way (see `Popularity`).
+
+    Args:
+        states: All units, by index.
+        staging_bytes: Memory that reads pass through.
+        cache_bytes: Memory beside it in which experts are kept.
+        counters: Where to count.
+
     Attributes:
         schedule: Predicts the streamed units that come next.
+        popularity: Values experts.
         hinted: Units that were announced for the present layer.
+        guessed: Experts that the next layer may use.
         held: The unit that each thread uses now.
     """
 
-    def __init__(self, states: Sequence[State], nbytes: int, counters: Counters) -> None:
+    def __init__(
+        self,
+        states: Sequence[State],
+        staging_bytes: int,
+        counters: Counters,
+        *,
+        cache_bytes: int = 0,
+    ) -> None:
         streamed = [state for state in states if not state.resident]
+        routed = [state.unit.nbytes for state in streamed if not state.unit.scheduled]
         self._states = states
         self._counters = counters
-        self._staging = Staging(nbytes if streamed else 0)
-        # Kept units (experts) and reads ahead share the area, half each.
-        mixed = any(state.unit.shared for state in streamed)
-        self._ahead_bytes = self._staging.nbytes // (2 if mixed else 1)
+        self._staging = Staging(staging_bytes + cache_bytes if streamed else 0)
+        self._slot_bytes = max(routed, default=0)
+        # Experts and reads ahead share the staging area, half each.
+        self._ahead_bytes = staging_bytes // 2 if routed else staging_bytes
         self._placed: dict[int, State] = {}
-        self._kept: OrderedDict[int, None] = OrderedDict()
+        self._used: dict[int, int] = {}
+        self._clock = 0
         self.schedule = Schedule([state.unit.index for state in streamed if state.unit.scheduled])
+        self.popularity = Popularity()
         self.hinted: set[int] = set()
+        self.guessed: set[int] = set()
         self.held: dict[int, State] = {}
 
     @property
@@ -55,81 +84,153 @@ class Room:
 
     def hold(self, thread: int, state: State) -> None:
         """Note that a thread uses a unit now."""
+        index = state.unit.index
         self.held[thread] = state
-        self._kept.pop(state.unit.index, None)
-        self.hinted.discard(state.unit.index)
+        self.hinted.discard(index)
+        self._clock += 1
+        self._used[index] = self._clock
+        if state.warm:
+            state.warm = False
+            self._counters.warm_used += 1
         if state.unit.scheduled:
-            self.schedule.observe(state.unit.index)
+            self.schedule.observe(index)
 
     def release(self, thread: int) -> bool:
         """Take back what a thread uses; True when that left memory for others."""
         state = self.held.pop(thread, None)
         if state is None or not self._idle(state):
             return False
-        if state.unit.shared:
-            self._kept[state.unit.index] = None
-        else:
+        if not state.unit.shared:
             self.forget(state)
         return True
 
     def forget(self, state: State) -> None:
         """Make a unit ABSENT; its memory is free for others, unless it is a resident's own."""
+        if state.warm:
+            state.warm = False
+            if state.phase is Phase.QUEUED:
+                self._counters.warm_revoked += 1
+            else:
+                self._counters.warm_wasted += 1
         state.phase, state.bound, state.error = Phase.ABSENT, None, None
-        self._kept.pop(state.unit.index, None)
         if not state.resident and state.place is not None:
             self._staging.give(state.place)
             state.place = None
             del self._placed[state.unit.index]
 
+    def route(self, group: int, states: Sequence[State]) -> None:
+        """Note that a layer's router chose these units; guesses that were wrong are taken back."""
+        chosen = {state.unit.index for state in states}
+        counters = self._counters
+        if self.guessed:
+            counters.guesses += len(self.guessed)
+            counters.guessed_uses += len(chosen)
+            counters.right_guesses += len(chosen & self.guessed)
+        for index in self.guessed - chosen:
+            state = self._states[index]
+            if state.warm and state.phase is Phase.QUEUED and self._idle(state):
+                self.forget(state)
+        self.guessed = set()
+        self.hinted = {state.unit.index for state in states if not state.resident}
+        self.popularity.observe(group, chosen)
+        for index in self.hinted:
+            phase = self._states[index].phase
+            counters.expert_uses += 1
+            counters.expert_hits += phase is Phase.READY
+            counters.expert_late += phase in (Phase.QUEUED, Phase.READING)
+
     def make(self, wanted: State, *, force: bool) -> bool:
         """Find memory for `wanted`, others giving way; False when that is not enough.
 
         Args:
+            wanted: A unit that is ABSENT.
             force: Someone waits for it: predictions give way too.
         """
-        while True:
-            place = self._staging.take(wanted.unit.nbytes)
-            if place is not None:
-                wanted.place = place
-                self._placed[wanted.unit.index] = wanted
-                return True
-            victim = self._victim(force=force)
-            if victim is None:
+        routed = not wanted.unit.scheduled
+        nbytes = wanted.unit.nbytes
+        span = self._slot_bytes if routed and nbytes >= SLOT_SHARE * self._slot_bytes else nbytes
+        place = self._staging.take(nbytes, span_bytes=span, top=routed)
+        if place is None:
+            victims = self._victims(span, force=force)
+            if victims is None:
                 return False
-            if victim.unit.index in self._kept:
-                self._counters.evicted += 1
-            else:
-                self._counters.revoked += 1
-            self.forget(victim)
+            for victim in victims:
+                if victim.phase is Phase.READY and victim.unit.shared:
+                    self._counters.evicted += 1
+                else:
+                    self._counters.revoked += 1
+                self.forget(victim)
+            place = self._staging.take(nbytes, span_bytes=span, top=routed)
+            assert place is not None
+        wanted.place = place
+        self._placed[wanted.unit.index] = wanted
+        return True
 
     def _idle(self, state: State) -> bool:
         return not state.waiters and state not in self.held.values()
 
-    def _victim(self, *, force: bool) -> State | None:
-        """Return the least useful unit whose memory may be taken.
+    def _victims(self, nbytes: int, *, force: bool) -> list[State] | None:
+        """Return neighbours whose memory, with the free memory between, makes up `nbytes`.
 
-        First what nothing predicts any more, then kept units, longest unused first. For a forced
-        request also what is predicted: reads that have not begun, then those done, farthest first.
+        Occupants are given up in the order of their rank until there is a stretch that is long
+        enough; those outside it stay.
         """
         distance = {state.unit.index: at for at, state in enumerate(self.window())}
-        movable = {
-            index: state
-            for index, state in self._placed.items()
-            if state.phase is not Phase.READING and self._idle(state)
-        }
-        for index, state in movable.items():
-            if index not in distance and index not in self.hinted and index not in self._kept:
-                return state
-        for index in self._kept:
-            if index in movable and index not in self.hinted:
-                return movable[index]
+        queue = []
+        for index, state in self._placed.items():
+            if state.phase is Phase.READING or not self._idle(state):
+                continue
+            rank = self._rank(state, distance, force=force)
+            if rank is not None:
+                queue.append((rank, index))
+        heapq.heapify(queue)
+        free = dict(self._staging.free)
+        begins = {stop: start for start, stop in free.items()}
+        gone: list[State] = []
+        while queue:
+            state = self._states[heapq.heappop(queue)[1]]
+            gone.append(state)
+            assert state.place is not None
+            start, stop = state.place.start, state.place.stop
+            if stop in free:
+                stop = free.pop(stop)
+            if start in begins:
+                start = begins.pop(start)
+            free[start], begins[stop] = stop, start
+            if stop - start >= nbytes:
+                return _needed(gone, start, stop, nbytes)
+        return None
+
+    def _rank(self, state: State, distance: dict[int, int], *, force: bool) -> Rank | None:
+        """Return how early a unit gives way, None when it does not.
+
+        First what nothing predicts any more, then weights used before, longest unused first, then
+        experts by their value. For a forced request also guesses, and what is predicted: reads that
+        have not begun, then those done, farthest first.
+        """
+        index, unit, queued = state.unit.index, state.unit, state.phase is Phase.QUEUED
+        if index not in self.hinted and index not in distance and index not in self.guessed:
+            used = self._used.get(index, 0)
+            if not unit.shared or (queued and unit.scheduled):
+                return (0,)
+            if not unit.scheduled:
+                return (2, self.popularity.value(index), used)
+            if index != self.schedule.last:
+                return (1, used)
         if not force:
             return None
-        return max(
-            movable.values(),
-            key=lambda state: (
-                state.phase is Phase.QUEUED,
-                distance.get(state.unit.index, -1),
-            ),
-            default=None,
-        )
+        if index in self.guessed and index not in self.hinted:
+            return (3, not queued)
+        return (4, not queued, -distance.get(index, -1))
+
+
+def _needed(gone: Iterable[State], start: int, stop: int, nbytes: int) -> list[State]:
+    """Return those of `gone` that must go for `nbytes` between `start` and `stop`."""
+    places = [(state.place, state) for state in gone if state.place is not None]
+    inside = [(place, state) for place, state in places if start <= place.start < stop]
+    inside.sort(key=lambda item: item[0].start)
+    while len(inside) > 1 and stop - inside[0][0].stop >= nbytes:
+        start = inside.pop(0)[0].stop
+    while len(inside) > 1 and inside[-1][0].start - start >= nbytes:
+        stop = inside.pop()[0].start
+    return [state for _, state in inside]

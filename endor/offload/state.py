@@ -11,8 +11,9 @@ from endor.offload.units import Unit
 Bound = Mapping[str, Encoded]
 """Stored tensors of a unit, by name, as views of its bytes."""
 
-DEMAND, HINT, AHEAD, FILL = range(4)
-"""Priority of a read: someone waits; will be needed at once; predicted; resident, for later."""
+DEMAND, HINT, AHEAD, WARM, FILL = range(5)
+"""Priority of a read: someone waits; will be needed at once; comes next by the schedule; a guess at
+the next router's choice; for later."""
 
 
 class Phase(Enum):
@@ -39,6 +40,7 @@ class State:
         priority: Of the queued read.
         waiters: Threads that wait for it.
         checked: Whether its checksum and structure were found right once.
+        warm: Whether a guess at a router's choice brought it, and it was not used since.
     """
 
     __slots__ = (
@@ -52,6 +54,7 @@ class State:
         "resident",
         "unit",
         "waiters",
+        "warm",
     )
 
     def __init__(self, unit: Unit, resident: bool) -> None:
@@ -65,3 +68,4 @@ class State:
         self.priority = FILL
         self.waiters = 0
         self.checked = False
+        self.warm = False

@@ -1,5 +1,8 @@
 """Fused experts: only routed ones move, from whatever layout the checkpoint has."""
 
+import gc
+import weakref
+
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -11,6 +14,7 @@ from endor.errors import CheckpointError, ConfigError
 from endor.hf import EndorExperts
 from endor.hf.experts import eager_forward
 from endor.hf.model import parameter_bytes
+from endor.offload import Placement
 
 from .conftest import Pair, prompt
 
@@ -55,6 +59,52 @@ def test_streamed_experts_are_read_once_for_both_products(make_pair):
     events = model.endor.ledger.events
     read = [event.name for event in events if event.kind == "read" and "experts" in event.name]
     assert len(read) <= 6, read
+
+
+@pytest.mark.parametrize("kind", ["mixtral", "qwen3_moe"])
+def test_a_cache_of_experts_changes_no_bit(make_pair, kind):
+    """Half of the experts fit: some are read, some guessed, and the logits stay what they were."""
+    pair = make_pair(kind)
+    whole = endor.load_model(pair.packed).endor
+    routed = [unit for unit in whole.units if not unit.scheduled]
+    tiers = dict.fromkeys((unit.name for unit in whole.units), "resident")
+    tiers |= dict.fromkeys((unit.name for unit in routed[::2]), "disk")
+    largest = max(unit.nbytes for unit in routed)
+    model = endor.load_model(pair.packed, placement=Placement(tiers, 2 * largest))
+    pair.check(model)
+    ids = prompt(2, 5)
+    text = model.generate(ids, max_new_tokens=12, do_sample=False)
+    assert torch.equal(text, pair.dense.generate(ids, max_new_tokens=12, do_sample=False))
+    counters = model.endor.ledger.counters
+    assert 0 < counters.expert_hits < counters.expert_uses
+    assert 0 < counters.right_guesses <= counters.guessed_uses < counters.expert_uses
+    assert counters.warm_used + counters.warm_wasted <= counters.warm_reads
+
+
+def test_guesses_do_not_show_in_recorded_router_logits(make_pair):
+    pair = make_pair("mixtral")
+    whole = endor.load_model(pair.packed).endor
+    tiers = dict.fromkeys((unit.name for unit in whole.units), "disk")
+    largest = max(unit.nbytes for unit in whole.units)
+    model = endor.load_model(pair.packed, placement=Placement(tiers, 8 * largest))
+    ids = prompt(1, 5)
+    with torch.no_grad():
+        expected = pair.dense(ids, output_router_logits=True).router_logits
+        found = model(ids, output_router_logits=True).router_logits
+    assert len(found) == len(expected) == 3
+    assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
+    assert model.endor.ledger.counters.guesses > 0
+
+
+def test_a_model_with_guesses_is_freed_at_once(make_pair):
+    model = endor.load_model(make_pair("mixtral").packed)
+    gone = weakref.ref(model.model.layers[1].mlp.gate)
+    gc.disable()
+    try:
+        del model
+        assert gone() is None
+    finally:
+        gc.enable()
 
 
 @pytest.mark.parametrize("kind", ["mixtral", "qwen3_moe"])

@@ -66,7 +66,9 @@ def test_any_order_gives_right_bytes(
             # Mostly the order of a model, with departures: another graph, a router, a repetition.
             unit = cycle[step % len(cycle)] if order.random() < 0.7 else order.choice(cycle)
             if hints and order.random() < 0.3:
-                engine.hint(engine.states[u.name] for u in order.sample(cycle, 3))
+                engine.hint((engine.states[u.name] for u in order.sample(cycle, 3)), group=step % 2)
+            if hints and order.random() < 0.3:
+                engine.warm(engine.states[u.name] for u in order.sample(cycle, 3))
             try:
                 packed.check(unit.name, engine.take(engine.states[unit.name]))
             except ReadError as error:
