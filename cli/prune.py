@@ -1,4 +1,4 @@
-"""`endor prune`: a dense checkpoint to a dense one with zeros in it."""
+"""`endor prune`: a dense checkpoint to a dense one with zeros in it, or to masks."""
 
 import json
 from pathlib import Path
@@ -30,6 +30,11 @@ from endor.pruning.contract import METHODS
     help=f"{method_help()}.",
 )
 @calibration_options
+@click.option(
+    "--mask-only",
+    is_flag=True,
+    help="Write which weights stay, one bit each, to the safetensors file OUT, and no weights.",
+)
 @selection_options
 @output_options
 @json_option
@@ -37,6 +42,7 @@ def prune_command(
     model: Path,
     out: Path,
     method: str,
+    mask_only: bool,
     include: tuple[str, ...],
     exclude: tuple[str, ...],
     resume: bool,
@@ -49,25 +55,40 @@ def prune_command(
 
     The zeros take as much room as before: `endor pack` is the step that makes the files smaller.
     """
-    from endor.checkpoint import prune_checkpoint
+    from endor.checkpoint import DenseReport, prune_checkpoint
+    from endor.pruning.mask_writer import MaskReport, write_masks
 
     with (
         calibration_progress() as watch,
         pruned(model, method, options, include, exclude, watch) as (source, pruner, description),
         progress_bar("prune") as progress,
     ):
-        report = prune_checkpoint(
-            source,
-            out,
-            prune=pruner,
-            description=description,
-            include=include,
-            exclude=exclude,
-            resume=resume,
-            overwrite=overwrite,
-            threads=threads,
-            progress=progress,
-        )
+        report: DenseReport | MaskReport
+        if mask_only:
+            report = write_masks(
+                source,
+                out,
+                prune=pruner,
+                description=description,
+                include=include,
+                exclude=exclude,
+                overwrite=overwrite,
+                threads=threads,
+                progress=progress,
+            )
+        else:
+            report = prune_checkpoint(
+                source,
+                out,
+                prune=pruner,
+                description=description,
+                include=include,
+                exclude=exclude,
+                resume=resume,
+                overwrite=overwrite,
+                threads=threads,
+                progress=progress,
+            )
     if as_json:
         click.echo(json.dumps(report.to_dict()))
         return
@@ -75,6 +96,10 @@ def prune_command(
         f"{out}: {report.zeros:,} of {report.weights:,} weights of {report.pruned_tensors} tensors "
         f"are zero ({report.sparsity:.4f}), {report.seconds:.1f} s"
     )
-    click.echo(
-        f"{human(report.dense_bytes)} before and after; to make it smaller: endor pack {out} PACKED"
-    )
+    if isinstance(report, MaskReport):
+        click.echo(f"{human(report.nbytes)} of masks, and no weights")
+    else:
+        click.echo(
+            f"{human(report.dense_bytes)} before and after; to make it smaller: "
+            f"endor pack {out} PACKED"
+        )

@@ -9,9 +9,20 @@ Modules (who needs what):
 - magnitude, wanda, sparsegpt, admm, alps    one method each
 - allocation   a sparsity for each layer
 - calibration  text to token windows
+- masks        masks in a file, and held while survivors are trained; `mask_writer` writes them
 - stream       layer by layer through a checkpoint that does not fit; `source` hands its tensors out
 """
 
 from endor.pruning.contract import METHODS, Method, Pattern, PruneOptions
+from endor.pruning.masks import HeldMasks, describe_masks, hold_masks, load_masks
 
-__all__ = ["METHODS", "Method", "Pattern", "PruneOptions"]
+__all__ = [
+    "METHODS",
+    "HeldMasks",
+    "Method",
+    "Pattern",
+    "PruneOptions",
+    "describe_masks",
+    "hold_masks",
+    "load_masks",
+]
