@@ -1,0 +1,114 @@
+"""Compare policies for a cache of experts on a routing trace, and check the engine against them.
+
+    python scripts/make_moe.py DENSE MOE
+    endor pack MOE PACKED
+    python scripts/expert_cache.py PACKED [--text FILE] [--tokens 1024] [--json FILE]
+
+Records how PACKED routes a text, runs each policy over the trace at several cache sizes, and prints
+a Markdown table: hit rate, and in brackets experts read per token. Then PACKED itself generates
+with a cache of a quarter of its experts, and its counters are printed beside.
+"""
+
+import argparse
+import json
+from dataclasses import asdict
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from transformers import AutoTokenizer
+
+import endor
+from endor.bench.experts import POLICIES, compare, record_routing, simulate, table
+from endor.offload import Placement
+
+SHARES = (0.125, 0.25, 0.5, 0.75)
+HALF_LIVES = (4.0, 16.0, 64.0, 256.0)
+SKIP = 2000
+"""Tokens of the text that are left out: a book's front matter."""
+
+
+def with_cache(packed: Path, share: float) -> tuple[Any, int]:
+    """Return the model with memory for everything but experts, and for a share of those."""
+    store = endor.load_model(packed).endor
+    routed = [unit for unit in store.units if not unit.scheduled]
+    capacity = round(share * len(routed))
+    slot = max(unit.nbytes for unit in routed)
+    tiers = dict.fromkeys((unit.name for unit in store.units), "resident")
+    tiers |= dict.fromkeys((unit.name for unit in routed), "disk")
+    store.close()
+    return endor.load_model(packed, placement=Placement(tiers, capacity * slot)), capacity
+
+
+def run_engine(packed: Path, ids: torch.Tensor, share: float) -> dict[str, float]:
+    """Return the engine's figures over the second half of a text, one token at a time."""
+    model, capacity = with_cache(packed, share)
+    ledger, cache = model.endor.ledger, None
+    half = len(ids) // 2
+    with torch.no_grad():
+        for at, token in enumerate(ids):
+            if at == half:
+                before = ledger.snapshot()
+            cache = model(token.view(1, 1), past_key_values=cache).past_key_values
+    moved = ledger.since(before)
+    model.endor.close()
+    uses = moved["expert_uses"]
+    return {
+        "capacity": capacity,
+        "tokens": len(ids) - half,
+        "ready": moved["expert_hits"] / uses,
+        "on_their_way": moved["expert_late"] / uses,
+        "accuracy": moved["right_guesses"] / max(1, moved["guessed_uses"]),
+        "reads_per_token": moved["reads"] / (len(ids) - half),
+        "guessed_reads_per_token": moved["warm_reads"] / (len(ids) - half),
+        "wasted_per_token": moved["warm_wasted"] / (len(ids) - half),
+        "revoked_per_token": moved["warm_revoked"] / (len(ids) - half),
+    }
+
+
+def main() -> None:
+    """Record, simulate, run, print."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("packed", type=Path)
+    parser.add_argument("--text", type=Path, help="Default: the shipped evaluation text.")
+    parser.add_argument("--tokens", type=int, default=1024)
+    parser.add_argument("--engine-tokens", type=int, default=128)
+    parser.add_argument("--json", type=Path, help="Write one line per outcome.")
+    options = parser.parse_args()
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    text = options.text or Path(str(files("endor").joinpath("data/austen_persuasion.txt")))
+    tokenizer = AutoTokenizer.from_pretrained(options.packed)
+    ids = tokenizer(text.read_text(encoding="utf-8"), return_tensors="pt").input_ids[0]
+    ids = ids[SKIP : SKIP + options.tokens]
+    model = endor.load_model(options.packed)
+    trace = record_routing(model, ids)
+    model.endor.close()
+    tokens, layers, top_k = trace.chosen.shape
+    print(
+        f"{tokens} tokens, {layers} layers of {trace.experts} experts, {top_k} chosen; the most "
+        f"used quarter of each layer gets {trace.skew():.0%} of the uses; {trace.accuracy:.1%} of "
+        "the chosen experts were guessed from the layer before\n"
+    )
+    outcomes = list(compare(trace, SHARES))
+    print(table(trace, outcomes), "\n")
+    for name, meaning in POLICIES.items():
+        print(f"- `{name}`: {meaning}")
+    print("\nhalf-life of `endor`, hit rate without prefetch at a quarter of the experts:")
+    for half_life in HALF_LIVES:
+        found = simulate(trace, "endor", trace.total // 4, half_life=half_life)
+        print(f"{half_life:6g} {found.hit_rate:.2%}")
+    engine = run_engine(options.packed, ids[: options.engine_tokens], 0.25)
+    print("\nthe engine:")
+    for key, value in engine.items():
+        print(f"{key:24} {value:.3f}")
+    if options.json:
+        lines = [json.dumps(asdict(outcome)) for outcome in outcomes]
+        lines.append(json.dumps({"engine": engine}))
+        options.json.write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
