@@ -12,7 +12,6 @@ from endor.cli.common import MODEL
 
 if TYPE_CHECKING:
     from endor.hf.generation import Generation
-    from endor.offload.planner import Plan
 
 
 @click.command("generate")
@@ -35,13 +34,6 @@ if TYPE_CHECKING:
     show_default=True,
     help="The dense model's bits, or products straight from the packed form.",
 )
-@click.option(
-    "--plan/--no-plan",
-    "use_plan",
-    default=True,
-    help="Place weights by this machine's measured speeds, or simply fill the memory.  "
-    "[default: plan]",
-)
 @click.option("--temperature", default=0.0, show_default=True, help="0 takes the likeliest token.")
 @click.option("--top-p", default=1.0, show_default=True, help="Probability that sampling keeps.")
 @click.option("--seed", type=int, help="Makes sampling repeatable.")
@@ -61,7 +53,6 @@ def generate_command(
     vram: str | None,
     ram: str | None,
     exact: bool,
-    use_plan: bool,
     temperature: float,
     top_p: float,
     seed: int | None,
@@ -80,9 +71,7 @@ def generate_command(
     sampling.check()
     tokenizer = load_tokenizer(packed)
     inputs = encode_prompt(tokenizer, prompt, chat=chat)
-    plan = None
-    if use_plan and device == "cpu" and vram is None:
-        plan = planned(packed, ram, exact, inputs["input_ids"].shape[-1], max_new_tokens)
+    prompt_tokens = inputs["input_ids"].shape[-1]
     start = time.perf_counter()
     model = open_model(
         packed,
@@ -90,8 +79,11 @@ def generate_command(
         vram=vram,
         ram=ram,
         exact=exact,
-        placement=plan.placement if plan else None,
+        context=prompt_tokens + max_new_tokens,
+        prompt=prompt_tokens,
+        measure=True,
     )
+    plan = getattr(model, "endor_plan", None)
     store = getattr(model, "endor", None)
     if report is not None and store is None:
         raise click.UsageError("--report needs a packed checkpoint")
@@ -123,28 +115,6 @@ def generate_command(
         return
     click.echo()
     click.echo(summary(facts), err=True)
-
-
-def planned(
-    packed: Path, ram: str | None, exact: bool, prompt_tokens: int, new_tokens: int
-) -> "Plan | None":
-    """Return the plan for a packed checkpoint, None for an ordinary one."""
-    from endor.hf.model import is_packed
-    from endor.hf.outline import plan_checkpoint
-    from endor.offload import available_bytes, parse_bytes
-    from endor.offload.planner import Workload
-
-    if not is_packed(packed):
-        return None
-    return plan_checkpoint(
-        packed,
-        ram_bytes=parse_bytes(ram, "--ram") if ram else available_bytes(),
-        workload=Workload(
-            prompt=prompt_tokens,
-            context=prompt_tokens + new_tokens,
-            product="exact" if exact else "direct",
-        ),
-    ).plan
 
 
 def figures(result: "Generation", load_s: float) -> dict[str, Any]:

@@ -1,46 +1,144 @@
-"""Opening a packed checkpoint for a CUDA device: what fits where."""
+"""What a caller's device map and memory limits mean, in Accelerate's words.
 
-from collections.abc import Mapping, Sequence
+A device map names a place per module prefix (`0` or `"cuda:0"`, `"cpu"`, `"disk"`), or is one of
+`"auto"`, `"balanced"`, `"balanced_low_0"` and `"sequential"`; `max_memory` limits what each place
+may hold. Packed weights follow them without Accelerate's hooks.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
-from endor.errors import BackendError, BudgetError
-from endor.offload import Unit, WeightSpec, available_bytes
-from endor.offload.device import Device
-from endor.offload.device_placement import DevicePlacement, HomeTier, spread_on_device
-from endor.offload.device_store import DeviceStore
-from endor.offload.store import scratch_bytes
+from endor.errors import BackendError, ConfigError
+from endor.kernels import gpu
+from endor.offload.costs import DeviceTier
+from endor.offload.device import CudaDevice, Device
 from endor.storage import FileLayout, RecordReader, open_reader
 from endor.storage.cufile import open_device_reader
 from endor.storage.source import ReaderKind
 
+AUTOMATIC = ("auto", "balanced", "balanced_low_0", "sequential")
+
 RESERVE_SHARE = 10
-"""Without a budget, this part of the device's memory is left for the cache and activations."""
+"""Without a budget, this part of the device's memory is left for other users of it."""
 
 
-WISHES: dict[str, HomeTier] = {"cuda": "vram", "cpu": "resident", "disk": "disk"}
-"""The tier that an entry of a device map asks for."""
+@dataclass(slots=True)
+class Wanted:
+    """A device map and memory limits, as they were given.
+
+    Attributes:
+        mode: One of `AUTOMATIC`, or None.
+        places: `cpu`, `disk` or `cuda:N` per module prefix; without a mode.
+        limits: Bytes per place, from `max_memory`; a place that it leaves out is not used.
+    """
+
+    mode: str | None = None
+    places: dict[str, str] = field(default_factory=dict)
+    limits: dict[str, int] = field(default_factory=dict)
+
+    def limit(self, max_memory: Mapping[Any, Any]) -> None:
+        """Take the limits that transformers hands on: the caller's, or what is free.
+
+        Raises:
+            ConfigError: A limit makes no sense.
+        """
+        for key, nbytes in max_memory.items():
+            place = f"cuda:{key}" if isinstance(key, int) else str(key)
+            if isinstance(nbytes, bool) or not isinstance(nbytes, int | float) or nbytes < 0:
+                raise ConfigError(
+                    f"max_memory: {key!r} must have bytes or text such as '6GiB', got {nbytes!r}"
+                )
+            self.limits[place] = int(nbytes)
+
+    def devices(self) -> list[str]:
+        """Return the CUDA devices to compute on, in order of layers; none for the processor.
+
+        Raises:
+            BackendError: One of them cannot be used.
+        """
+        if self.mode is None:
+            found = [place for place in self.places.values() if place.startswith("cuda")]
+        else:
+            found = [
+                place
+                for place, nbytes in self.limits.items()
+                if place.startswith("cuda") and nbytes > 0
+            ]
+        devices = list(dict.fromkeys(found))
+        for device in devices:
+            refusal = refuse(device)
+            if refusal:
+                what = "max_memory" if self.mode else "device_map"
+                raise BackendError(
+                    f"{what}: {device}: {refusal}; leave it out, or pass device_map='cpu'"
+                )
+        return devices
+
+    @property
+    def main(self) -> str:
+        """The place of what no prefix names: the first device, as in Accelerate."""
+        return next((p for p in self.places.values() if p.startswith("cuda")), "cpu")
+
+    def place_of(self, name: str) -> str | None:
+        """Return the place of a module or parameter: that of its longest prefix."""
+        while name not in self.places:
+            if not name:
+                return None
+            name = name.rpartition(".")[0]
+        return self.places[name]
+
+    def check(self, names: Iterable[str]) -> None:
+        """Raise `ConfigError` unless each prefix names something and every parameter has a place.
+
+        Args:
+            names: All parameters of the model.
+        """
+        known = {""}
+        for name in names:
+            if self.places and self.place_of(name) is None:
+                raise ConfigError(
+                    f"device_map: gives no device for {name}; add its module, or '' for the rest"
+                )
+            while name:
+                known.add(name)
+                name = name.rpartition(".")[0]
+        for prefix in self.places:
+            if prefix not in known:
+                raise ConfigError(
+                    f"device_map: {prefix!r} is no module of the model that has weights"
+                )
+
+    def tier_of(self, name: str) -> DeviceTier | None:
+        """Return the tier that a map asks for a weight; None leaves it to the planner.
+
+        A map of one place alone says where to compute, not what must be kept there.
+        """
+        if set(self.places.values()) == {"disk"}:
+            return "disk"
+        if len(set(self.places.values())) < 2:
+            return None
+        place = self.place_of(name) or self.main
+        return "vram" if place.startswith("cuda") else "resident" if place == "cpu" else "disk"
 
 
-def read_device_map(device_map: Mapping[str, Any]) -> tuple[str, dict[str, HomeTier]]:
-    """Return the one device of a map, and the tiers that its entries ask for by module name.
+def read_device_map(device_map: Any) -> Wanted:
+    """Return what `device_map` asks for; transformers has turned single devices into maps.
 
     Raises:
-        BackendError: Several devices, or one that packed weights do not run on.
+        BackendError: A place that packed weights do not run on.
+        ConfigError: It is no device map.
     """
-    places = {name: _place_of(name, device) for name, device in device_map.items()}
-    devices = sorted({place for place in places.values() if place.startswith("cuda")})
-    if len(devices) > 1:
-        raise BackendError(
-            f"device_map: packed weights run on one CUDA device, got {', '.join(devices)}"
+    if device_map is None or device_map in AUTOMATIC:
+        return Wanted(device_map)
+    if not isinstance(device_map, Mapping) or not device_map:
+        raise ConfigError(
+            f"device_map must be a map of module prefixes, or one of {', '.join(AUTOMATIC)}, got "
+            f"{device_map!r}"
         )
-    wishes = {
-        name: WISHES[place.partition(":")[0]]
-        for name, place in places.items()
-        if name or place == "disk"
-    }
-    return devices[0] if devices else "cpu", wishes
+    return Wanted(places={name: _place_of(name, place) for name, place in device_map.items()})
 
 
 def _place_of(name: str, device: Any) -> str:
@@ -48,12 +146,44 @@ def _place_of(name: str, device: Any) -> str:
     text = f"cuda:{device}" if isinstance(device, int) else str(device)
     if text in ("cpu", "disk"):
         return text
-    if text.partition(":")[0] == "cuda":
-        return text if ":" in text else f"cuda:{torch.cuda.current_device()}"
+    kind, _, index = text.partition(":")
+    if kind == "cuda" and (not index or index.isdigit()):
+        if not index:
+            index = str(torch.cuda.current_device() if torch.cuda.is_available() else 0)
+        return f"cuda:{index}"
     raise BackendError(
-        f"device_map: {name or 'model'}: packed weights run on the CPU or one CUDA device, got "
+        f"device_map: {name or 'model'}: packed weights run on the CPU or CUDA devices, got "
         f"{device!r}"
     )
+
+
+def refuse(device: str) -> str | None:
+    """Return why packed weights cannot run on a device, None when they can."""
+    return gpu.refusal(device)
+
+
+def open_device(name: str) -> Device:
+    """Return a CUDA device with a copy stream of its own.
+
+    Raises:
+        BackendError: It cannot be used.
+    """
+    return CudaDevice(name)
+
+
+def device_budget(device: Device, vram: int | None, limit: int | None) -> int:
+    """Return the memory of a device that a model may take.
+
+    Args:
+        device: The device, before anything of the model is there.
+        vram: What the caller gives; it is taken at the word.
+        limit: At most so much; without `vram`, a tenth of the device is left free all the same.
+    """
+    if vram is not None:
+        return vram
+    free, total = device.memory()
+    room = free - total // RESERVE_SHARE
+    return max(1, room if limit is None else min(room, limit))
 
 
 def host_reader(kind: str) -> ReaderKind:
@@ -76,72 +206,3 @@ def open_reader_for(kind: str, device: str, layouts: Sequence[FileLayout]) -> Re
             "reader='direct'"
         )
     return open_device_reader(kind, layouts[0].path)  # type: ignore[arg-type, return-value]
-
-
-def open_device_store(
-    layouts: Sequence[FileLayout],
-    units: Sequence[Unit],
-    specs: Sequence[tuple[WeightSpec, torch.dtype]],
-    reader: RecordReader,
-    device: Device,
-    *,
-    vram: int | None,
-    ram: int | None,
-    parameter_bytes: int,
-    wishes: Mapping[str, HomeTier] | None = None,
-    placement: DevicePlacement | None = None,
-    verify: bool = True,
-    threads: int = 2,
-    unpacked: Sequence[str] = (),
-) -> DeviceStore:
-    """Return the packed weights of a model on `device`, filling VRAM first, then RAM.
-
-    Args:
-        layouts: The checkpoint's files.
-        units: What moves.
-        specs: What is multiplied by.
-        reader: Reads records; the store closes it.
-        device: Where the model computes.
-        vram: Device memory for all weights: unpacked parameters, packed weights, slots and scratch.
-            None takes nine tenths of what is free.
-        ram: Host memory for packed weights and staging; None takes what the machine has.
-        parameter_bytes: Unpacked parameters, which are on the device already.
-        wishes: Tiers that are fixed beforehand, by unit name.
-        placement: A tier per unit, instead of all that.
-        verify: Check each record when it is first read.
-        threads: Disk reads in flight.
-        unpacked: Packed tensors that were expanded when the model was loaded.
-
-    Raises:
-        BudgetError: A budget is too small.
-    """
-    scratch = 2 * scratch_bytes(layouts, specs)
-    if placement is None:
-        if vram is not None:
-            room = vram - parameter_bytes - scratch
-        else:
-            free, total = torch.cuda.mem_get_info(device.device)
-            room = free - total // RESERVE_SHARE - scratch
-        try:
-            placement = spread_on_device(
-                units,
-                vram_bytes=room,
-                ram_bytes=available_bytes() if ram is None else ram,
-                wishes=wishes,
-            )
-        except BudgetError as error:
-            raise BudgetError(
-                f"vram: unpacked parameters take {parameter_bytes} bytes and scratch {scratch}; "
-                f"{error}"
-            ) from None
-    return DeviceStore(
-        layouts,
-        units,
-        specs,
-        placement,
-        reader,
-        device=device,
-        verify=verify,
-        threads=threads,
-        unpacked=unpacked,
-    )

@@ -25,6 +25,10 @@ def load_model(
     threads: int = 2,
     placement: "Placement | None" = None,
     attn_implementation: str | None = None,
+    context: int = 1024,
+    prompt: int = 128,
+    batch: int = 1,
+    measure: bool = False,
 ) -> Any:
     """Return the transformers model of a packed checkpoint, ready to generate.
 
@@ -34,9 +38,10 @@ def load_model(
     Args:
         packed_dir: Directory that `endor pack` wrote.
         device: Where it runs: `"cpu"`, `"cuda"` or `"cuda:N"`.
-        ram: Memory for weights, such as `"8GiB"`; what does not fit is read from disk for every
-            token. None takes what the machine has.
-        vram: Device memory for weights, with a CUDA device: what does not fit stays packed in
+        ram: Host memory for the model, such as `"8GiB"`: on the CPU for weights, the cache of
+            `context` tokens and scratch. What does not fit is read from disk for every token. None
+            takes what the machine has.
+        vram: Device memory for the same, with a CUDA device: what does not fit stays packed in
             page-locked RAM as far as `ram` goes. None takes nine tenths of what is free.
         exact: Give the bits of the unpacked model; see `EndorConfig`.
         dtype: Element type to run in; packed weights are converted as they are expanded. `"auto"`
@@ -44,33 +49,47 @@ def load_model(
         verify: Check every record when it is first read.
         reader: `"auto"`, `"direct"` or `"buffered"`.
         threads: Reads in flight.
-        placement: A tier per unit, instead of the built-in choice.
+        placement: A tier per unit, instead of the planner's choice.
         attn_implementation: As in transformers.
+        context: Tokens that the cache is planned for, prompt included.
+        prompt: Tokens of each prompt that is planned for.
+        batch: Sequences at once that are planned for.
+        measure: Measure machine and disk first, unless that was done before.
 
     Returns:
-        A `PreTrainedModel` in evaluation mode; `model.endor` is its store of packed weights.
+        A `PreTrainedModel` in evaluation mode; `model.endor` is its store of packed weights,
+        `model.endor_plan` what the planner decided and expects.
 
     Raises:
         ConfigError: The directory holds no packed checkpoint.
         BackendError: The device cannot be used.
-        BudgetError: `ram` is too small.
+        BudgetError: `ram` or `vram` is too small; the message has the least that works.
         FormatError: The files are damaged.
     """
     import transformers
 
     from endor.hf.quantizer import EndorConfig
-    from endor.kernels import gpu
 
     path = Path(packed_dir)
-    if device != "cpu":
-        gpu.require(device)
-    elif vram is not None:
+    if device == "cpu" and vram is not None:
         raise ConfigError("vram needs a device other than the CPU: pass device='cuda'")
     if not is_packed(path):
         raise ConfigError(
             f"{path}: config.json names no packed checkpoint; make one with `endor pack`"
         )
-    options = EndorConfig(ram, exact, verify, reader, threads, placement, vram=vram)
+    options = EndorConfig(
+        ram,
+        exact,
+        verify,
+        reader,
+        threads,
+        placement,
+        vram=vram,
+        context=context,
+        prompt=prompt,
+        batch=batch,
+        measure=measure,
+    )
     config = transformers.AutoConfig.from_pretrained(path)
     config.quantization_config = {
         **config.quantization_config,
@@ -80,7 +99,7 @@ def load_model(
         path,
         config=config,
         dtype=dtype,
-        **({"device_map": {"": device}} if device != "cpu" else {}),
+        device_map={"": device},
         **({"attn_implementation": attn_implementation} if attn_implementation else {}),
     )
 
@@ -93,7 +112,9 @@ def open_model(
     vram: int | str | None = None,
     exact: bool = True,
     dtype: "torch.dtype | str" = "auto",
-    placement: "Placement | None" = None,
+    context: int = 1024,
+    prompt: int = 128,
+    measure: bool = False,
 ) -> Any:
     """Return the model of a packed or of an ordinary checkpoint, its weights in place.
 
@@ -118,7 +139,9 @@ def open_model(
             ram=ram,
             exact=exact,
             dtype=dtype,
-            placement=placement,
+            context=context,
+            prompt=prompt,
+            measure=measure,
         )
         model.endor.preload()
         return model

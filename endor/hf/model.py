@@ -18,12 +18,15 @@ from endor.offload.store import Store
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+    from endor.offload.planner import Plan
+
 INDEX_NAME = "endor.safetensors.index.json"
 
 
-def adopt(model: "PreTrainedModel", store: Store) -> None:
-    """Give `model` its store, as `model.endor`, and the methods that need to know about it."""
+def adopt(model: "PreTrainedModel", store: Store, plan: "Plan | None" = None) -> None:
+    """Give `model` its store, as `model.endor`, its plan, and the methods that need to know."""
     model.endor = store
+    model.endor_plan = plan
     model._endor_loaded = _versions(model)
     for name, function in (
         ("save_pretrained", save_pretrained),

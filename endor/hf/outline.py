@@ -1,17 +1,26 @@
 """What a packed checkpoint would be as a model, found without loading a weight."""
 
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
+from endor.codecs import DTYPES
 from endor.errors import ConfigError
 from endor.hf.loading import open_layouts
-from endor.hf.model import is_packed
-from endor.hf.names import assign
+from endor.hf.model import is_packed, parameter_bytes
+from endor.hf.names import Assignment, assign
 from endor.offload import hardware
 from endor.offload.costs import ModelShape
 from endor.offload.hardware import Disk, Machine
 from endor.offload.planner import Plan, Workload, plan
-from endor.offload.units import Unit, collect_units
+from endor.offload.store import scratch_bytes
+from endor.offload.units import Unit, WeightSpec, collect_units
+from endor.packed import torch_dtype
+from endor.storage import FileLayout
+
+if TYPE_CHECKING:
+    import torch
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,7 +95,7 @@ def outline(packed_dir: Path | str) -> Outline:
     """Return the outline of a packed checkpoint, from its headers and an empty model.
 
     Raises:
-        ConfigError: The directory holds no packed checkpoint, or no model that generates text.
+        ConfigError: The directory holds no packed checkpoint.
         FormatError: A header is damaged.
         CheckpointError: Files and model do not belong together.
     """
@@ -101,7 +110,6 @@ def outline(packed_dir: Path | str) -> Outline:
             f"{path}: config.json names no packed checkpoint; make one with `endor pack`"
         )
     config = transformers.AutoConfig.from_pretrained(path)
-    description = config.to_dict()
     if hasattr(config, "quantization_config"):
         del config.quantization_config
     with torch.device("meta"):
@@ -109,29 +117,57 @@ def outline(packed_dir: Path | str) -> Outline:
     layouts = open_layouts(sorted(path.glob("endor-*.safetensors")))
     assignment = assign(model, layouts, None)
     units = collect_units(layouts, assignment.weights)
-    items = {unit.layout.tensors[name].spec.dtype: 0 for unit in units for name in unit.tensors}
-    for unit in units:
-        for name in unit.tensors:
-            spec = unit.layout.tensors[name].spec
-            items[spec.dtype] += spec.numel
-    most = max(items, key=lambda item: items[item]) if items else None
-    itemsize = most.itemsize if most else 2
-    other = sum(
-        parameter.numel() * itemsize
+    item = most_common(units)
+    dtype = torch_dtype(DTYPES[item])
+    unpacked = sum(
+        parameter.numel() * dtype.itemsize
         for name, parameter in model.named_parameters()
         if name not in assignment.claimed
     )
+    specs = [(spec, dtype) for spec in assignment.weights]
+    shape = model_shape(model, assignment, layouts, specs, unpacked, dtype)
+    return Outline(path, type(model).__name__, units, shape, item)
+
+
+def most_common(units: Iterable[Unit]) -> str:
+    """Return the safetensors code of the element type that most packed weights have."""
+    counts: dict[str, int] = {}
+    for unit in units:
+        for name in unit.tensors:
+            spec = unit.layout.tensors[name].spec
+            counts[spec.dtype.name] = counts.get(spec.dtype.name, 0) + spec.numel
+    return max(counts, key=lambda name: counts[name], default="BF16")
+
+
+def model_shape(
+    model: Any,
+    assignment: Assignment,
+    layouts: Sequence[FileLayout],
+    specs: Sequence[tuple[WeightSpec, "torch.dtype"]],
+    unpacked_bytes: int | None,
+    dtype: "torch.dtype",
+) -> ModelShape:
+    """Return what planning needs to know of a model besides its units.
+
+    Args:
+        model: The model, its packed modules replaced or not.
+        assignment: Which of them are.
+        layouts: The files.
+        specs: The packed weights and the types they are expanded to.
+        unpacked_bytes: What the other parameters take; counted when None.
+        dtype: What the model computes in.
+    """
     head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
     packed = {id(model.get_submodule(name)) for name in assignment.linears}
-    return Outline(
-        path=path,
-        name=type(model).__name__,
-        units=units,
-        shape=ModelShape.from_config(
-            description,
+    other = parameter_bytes(model) if unpacked_bytes is None else unpacked_bytes
+    scratch = scratch_bytes(layouts, specs)
+    try:
+        return ModelShape.from_config(
+            model.config.to_dict(),
             other_bytes=other,
             head_packed=head is None or id(head) in packed,
-            itemsize=itemsize,
-        ),
-        dtype=most.name if most else "BF16",
-    )
+            itemsize=dtype.itemsize,
+            scratch_bytes=scratch,
+        )
+    except ConfigError:  # not a language model: without a cache of keys and values to plan for
+        return ModelShape(1, 1, 1, 0, 0, other, 0, 0, 1.0, scratch, dtype.itemsize)

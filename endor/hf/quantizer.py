@@ -5,12 +5,13 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers.quantizers.base import HfQuantizer
+from transformers.utils import is_accelerate_available
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from endor.errors import BackendError, BudgetError, ConfigError, FormatError
+from endor.errors import ConfigError, FormatError
 from endor.hf import model as behaviour
 from endor.hf import register
-from endor.hf.device import host_reader, open_device_store, open_reader_for, read_device_map
+from endor.hf.device import Wanted, host_reader, read_device_map
 from endor.hf.experts import (
     EndorExperts,
     ExpertStack,
@@ -22,50 +23,54 @@ from endor.hf.experts import (
 from endor.hf.linear import EndorLinear
 from endor.hf.loading import PlainFile, open_layouts, plain_file
 from endor.hf.names import Assignment, assign
-from endor.kernels import gpu
-from endor.offload import (
-    Placement,
-    Store,
-    Tier,
-    Unit,
-    WeightSpec,
-    available_bytes,
-    collect_units,
-    parse_bytes,
-    spread,
-)
-from endor.offload.device import CudaDevice
-from endor.offload.device_placement import DevicePlacement, HomeTier
-from endor.offload.store import scratch_bytes
-from endor.storage import FileLayout, RecordReader, open_reader
+from endor.hf.opening import Opener
+from endor.hf.ranges import stay_on_device
+from endor.offload import Placement, parse_bytes
+from endor.offload.device_placement import DevicePlacement
+from endor.storage import FileLayout, open_reader
 from endor.storage.layout import FORMAT_VERSION
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from endor.offload.device_store import DeviceStore
-
-_AUTOMATIC = ("auto", "balanced", "balanced_low_0", "sequential")
-WeightType = tuple[WeightSpec, torch.dtype]
-_LOADING = ("ram", "exact", "verify", "reader", "threads", "placement", "vram")
+UNLIMITED = 1 << 60
+_LOADING = (
+    "ram",
+    "exact",
+    "verify",
+    "reader",
+    "threads",
+    "placement",
+    "vram",
+    "context",
+    "prompt",
+    "batch",
+    "measure",
+)
 
 
 class EndorConfig(QuantizationConfigMixin):  # type: ignore[misc]
     """How a packed checkpoint is loaded: pass it as `quantization_config`.
 
     Args:
-        ram: Memory for the model's weights, such as `"8GiB"`: unpacked parameters, packed weights,
-            staging and scratch; not the interpreter, activations or the KV cache. None takes
-            what the machine has. What does not fit is read from disk for every token.
+        ram: Host memory for weights, such as `"8GiB"`; on the CPU also for scratch, activations and
+            the cache of the planned context. None takes what the machine has. What does not fit
+            is read from disk for every token. Wins over the `"cpu"` of `max_memory`.
         exact: Give the bits that the unpacked model gives. False multiplies up to eight rows
             straight from the packed form, faster and with float32 sums in another order.
         verify: Check every record's checksum and structure when it is first read.
         reader: `"auto"`, `"direct"` (past the page cache) or `"buffered"`.
         threads: Reads in flight.
-        placement: A tier per unit, instead of the built-in choice.
+        placement: A tier per unit, instead of the planner's choice.
         packed: What the checkpoint's own config says; kept when the model is saved.
-        vram: Device memory for the model's weights, where `device_map` names a CUDA device:
-            unpacked parameters, packed weights, slots and scratch. None takes what is free.
+        vram: Memory of each CUDA device for the model, where `device_map` names one: unpacked
+            parameters, packed weights, slots, scratch, activations and the cache of the planned
+            context. None takes nine tenths of what is free. Wins over `max_memory`.
+        context: Tokens that the cache is planned for, prompt included.
+        prompt: Tokens of each prompt that is planned for.
+        batch: Sequences at once that are planned for.
+        measure: Measure this machine and its disk, once, to place weights by; without, what is
+            remembered of it, or typical constants.
     """
 
     def __init__(
@@ -78,6 +83,10 @@ class EndorConfig(QuantizationConfigMixin):  # type: ignore[misc]
         placement: Placement | DevicePlacement | None = None,
         packed: Mapping[str, Any] | None = None,
         vram: int | str | None = None,
+        context: int = 1024,
+        prompt: int = 128,
+        batch: int = 1,
+        measure: bool = False,
     ) -> None:
         self.quant_method = "endor"
         self.packed = dict(packed or {"quant_method": "endor", "format_version": FORMAT_VERSION})
@@ -88,6 +97,10 @@ class EndorConfig(QuantizationConfigMixin):  # type: ignore[misc]
         self.reader = reader
         self.threads = threads
         self.placement = placement
+        self.context = context
+        self.prompt = prompt
+        self.batch = batch
+        self.measure = measure
 
     @classmethod
     def from_dict(
@@ -131,9 +144,7 @@ class EndorQuantizer(HfQuantizer):  # type: ignore[misc]
 
     def __init__(self, quantization_config: EndorConfig, **kwargs: Any) -> None:
         super().__init__(quantization_config, **kwargs)
-        self.wishes: dict[str, HomeTier] = {}
-        self.device = "cpu"
-        self.ram_limit: int | None = None
+        self.wanted = Wanted()
         self._dtype = torch.float32
         self._layouts: list[FileLayout] = []
         self._assignment = Assignment()
@@ -145,25 +156,30 @@ class EndorQuantizer(HfQuantizer):  # type: ignore[misc]
         return False
 
     def update_device_map(self, device_map: Any) -> Any:
-        """Note a map's entries as wishes; load everything else on its one device.
+        """Note what a map asks for; let transformers load everything else on the processor.
 
-        One device in the map that transformers gets means that accelerate attaches no hooks.
+        An automatic map is all that makes transformers hand `max_memory` on, untouched when it is
+        `"sequential"`. It turns into one device, so that accelerate attaches no hooks.
 
         Raises:
-            BackendError: Several devices, or one that packed weights do not run on.
+            BackendError: A device that packed weights do not run on.
+            ConfigError: It is no device map.
         """
-        if device_map is None or device_map in _AUTOMATIC:
-            return device_map
-        self.device, self.wishes = read_device_map(device_map)
-        refusal = None if self.device == "cpu" else gpu.refusal(self.device)
-        if refusal:
-            raise BackendError(f"device_map: {self.device}: {refusal}")
-        return {"": self.device}
+        self.wanted = read_device_map(device_map)
+        if self.wanted.mode is None:
+            self.wanted.devices()
+        return "sequential" if device_map is not None or is_accelerate_available() else None
 
     def adjust_max_memory(self, max_memory: dict[Any, Any]) -> dict[Any, Any]:
-        """Take the CPU's share as the limit for all weights; everything goes there."""
-        self.ram_limit = max_memory.get("cpu")
-        return {"cpu": 1 << 60}
+        """Note the limits; give transformers one place where everything fits.
+
+        Raises:
+            BackendError: A device that packed weights do not run on.
+            ConfigError: A limit makes no sense.
+        """
+        self.wanted.limit(max_memory)
+        self.wanted.devices()
+        return {"cpu": UNLIMITED}
 
     def update_attn_implementation(self, config: Any) -> Any:
         """Point transformers to our index: the last step before it looks for files."""
@@ -218,14 +234,9 @@ class EndorQuantizer(HfQuantizer):  # type: ignore[misc]
             self._plain.close()
             self._plain = None
         config, plan = self.quantization_config, self._assignment
-        units = collect_units(self._layouts, plan.weights)
         specs = [(spec, self._dtypes[spec.target]) for spec in plan.weights]
-        reader = open_reader_for(config.reader, self.device, self._layouts)
-        try:
-            store = self._open_store(model, units, specs, reader)
-        except BaseException:
-            reader.close()
-            raise
+        opened = Opener(model, self._layouts, plan, specs, config, self.wanted, self._dtype).open()
+        store = opened.store
         for name, spec in plan.linears.items():
             linear = model.get_submodule(name)
             assert isinstance(linear, EndorLinear)
@@ -241,81 +252,13 @@ class EndorQuantizer(HfQuantizer):  # type: ignore[misc]
                 },
             )
         link_experts(model)
+        stay_on_device(model)
         self._layouts, self._assignment, self._dtypes = [], Assignment(), {}
         config.placement = None
-        behaviour.adopt(model, store)
+        behaviour.adopt(model, store, opened.plan)
+        # Says to pipelines, among others, that the model is where it belongs.
+        model.hf_device_map = opened.devices or {"": torch.device("cpu")}
         return model
-
-    def _open_store(
-        self,
-        model: "PreTrainedModel",
-        units: tuple[Unit, ...],
-        specs: list[WeightType],
-        reader: RecordReader,
-    ) -> "Store | DeviceStore":
-        """Return the store of the device that the model runs on."""
-        config = self.quantization_config
-        if self.device == "cpu":
-            return Store(
-                self._layouts,
-                units,
-                specs,
-                config.placement or self._place(model, units, specs),
-                reader,
-                verify=config.verify,
-                threads=config.threads,
-                unpacked=self._assignment.dense,
-            )
-        return open_device_store(
-            self._layouts,
-            units,
-            specs,
-            reader,
-            CudaDevice(self.device),
-            vram=config.vram,
-            ram=self.ram_limit if config.ram is None else config.ram,
-            parameter_bytes=behaviour.parameter_bytes(model),
-            wishes=self._wished(units, [spec for spec, _ in specs]),
-            placement=config.placement,
-            verify=config.verify,
-            threads=config.threads,
-            unpacked=self._assignment.dense,
-        )
-
-    def _place(
-        self, model: "PreTrainedModel", units: tuple[Unit, ...], specs: list[WeightType]
-    ) -> Placement:
-        """Return the built-in placement in what the budget leaves after everything else."""
-        wishes: dict[str, Tier] = {
-            name: "disk" if tier == "disk" else "resident"
-            for name, tier in self._wished(units, [spec for spec, _ in specs]).items()
-        }
-        ram = self.quantization_config.ram
-        if ram is None:
-            ram = self.ram_limit
-        if ram is None:
-            # What is loaded already is no longer counted as available.
-            return spread(units, available_bytes(), wishes)
-        taken = behaviour.parameter_bytes(model) + scratch_bytes(self._layouts, specs)
-        try:
-            return spread(units, ram - taken, wishes)
-        except BudgetError as error:
-            raise BudgetError(
-                f"ram {ram}: unpacked parameters and scratch take {taken} bytes; {error}"
-            ) from None
-
-    def _wished(self, units: tuple[Unit, ...], specs: list[WeightSpec]) -> dict[str, HomeTier]:
-        """Return the tier of each unit whose module, or a parent of it, is in the device map."""
-        home = {tensor: unit.name for unit in units for tensor in unit.tensors}
-        out: dict[str, HomeTier] = {}
-        for spec in specs if self.wishes else ():
-            matches = [
-                name for name in self.wishes if not name or f"{spec.name}.".startswith(f"{name}.")
-            ]
-            if matches:
-                tier = self.wishes[max(matches, key=len)]
-                out |= {home[part.tensor]: tier for part in spec.parts}
-        return out
 
 
 def _weight_dtypes(

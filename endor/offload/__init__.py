@@ -3,7 +3,7 @@
 from endor.offload.engine import Engine
 from endor.offload.ledger import Event, Ledger
 from endor.offload.memory import Range, Scratch, Staging
-from endor.offload.placement import Placement, Tier, available_bytes, parse_bytes, spread
+from endor.offload.placement import Placement, Tier, available_bytes, parse_bytes
 from endor.offload.room import Room
 from endor.offload.schedule import Schedule
 from endor.offload.state import Phase, State
@@ -31,5 +31,4 @@ __all__ = [
     "available_bytes",
     "collect_units",
     "parse_bytes",
-    "spread",
 ]

@@ -66,6 +66,8 @@ class ModelShape:
         activation_bytes_per_token: Peak of intermediate results per token in flight.
         vocab: Output width.
         expert_use: Share of the experts that one token needs; 1 for a dense model.
+        scratch_bytes: The largest expanded weight; 0 stands for the largest expanded unit.
+        itemsize: Bytes of an element of an expanded weight; 0 stands for the stored ones.
     """
 
     layers: int
@@ -77,10 +79,18 @@ class ModelShape:
     activation_bytes_per_token: int
     vocab: int
     expert_use: float = 1.0
+    scratch_bytes: int = 0
+    itemsize: int = 0
 
     @classmethod
     def from_config(
-        cls, config: Mapping[str, Any], *, other_bytes: int, head_packed: bool, itemsize: int = 2
+        cls,
+        config: Mapping[str, Any],
+        *,
+        other_bytes: int,
+        head_packed: bool,
+        itemsize: int = 2,
+        scratch_bytes: int = 0,
     ) -> "ModelShape":
         """Return the shape that a Hugging Face `config.json` describes.
 
@@ -88,7 +98,8 @@ class ModelShape:
             config: The parsed file; a nested `text_config` is followed.
             other_bytes: Dense bytes of the tensors outside the units.
             head_packed: Whether the output projection is a unit.
-            itemsize: Bytes of an activation.
+            itemsize: Bytes of an activation, and of an element of an expanded weight.
+            scratch_bytes: The largest expanded weight.
 
         Raises:
             ConfigError: The file lacks a size that planning needs.
@@ -114,6 +125,8 @@ class ModelShape:
             activation_bytes_per_token=(8 * hidden + 3 * int(wide)) * itemsize,
             vocab=vocab,
             expert_use=min(1.0, int(chosen) / int(experts)) if experts else 1.0,
+            scratch_bytes=scratch_bytes,
+            itemsize=itemsize,
         )
 
 
@@ -209,14 +222,17 @@ def unit_costs(units: Sequence[Unit], machine: Machine, shape: ModelShape) -> tu
                 continue
             expand += spec.dense_nbytes / machine.expand_gbps[kind] / 1e9
             product += spec.nbytes / machine.product_gbps[kind] / 1e9
+        dense_bytes = weights * shape.itemsize or unit.dense_nbytes
         out.append(
             UnitCost(
                 name=unit.name,
                 packed_bytes=unit.nbytes,
-                dense_bytes=unit.dense_nbytes,
+                dense_bytes=dense_bytes,
                 weights=weights,
                 expand_s=expand,
-                linear_s=unit.dense_nbytes / machine.linear_gbps / 1e9,
+                linear_s=(weights * shape.itemsize or unit.dense_nbytes)
+                / machine.linear_gbps
+                / 1e9,
                 product_s=product,
                 use=1.0 if unit.scheduled else shape.expert_use,
                 scheduled=unit.scheduled,

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from endor.errors import BackendError
 from endor.kernels import gpu_plan
 from endor.offload.arena import PinnedArena
 from endor.offload.copier import Copier, Slot
@@ -99,7 +100,11 @@ class DeviceEngine:
                 device,
                 _HostSource(self),
                 [device.allocate(slot_bytes) for _ in range(slots)],
-                [unit.index for unit in placement.outside(units) if unit.scheduled],
+                [
+                    unit.index
+                    for unit in placement.outside(units)
+                    if unit.scheduled and placement.tiers[unit.name] != "vram-dense"
+                ],
                 workers=2 if self._direct else 1,
             )
         self._closed = False
@@ -138,7 +143,8 @@ class DeviceEngine:
                 self._local.kept = None
                 return kept
             self.drop()
-        assert self._copier is not None
+        if self._copier is None:
+            raise BackendError("the weights of this model were closed; load it again")
         slot = self._copier.take(state.unit.index)
         return Held(state.unit, slot.buffer, slot)
 
@@ -153,9 +159,8 @@ class DeviceEngine:
             return
         if hold:
             self._local.kept = held
-            return
-        assert self._copier is not None
-        self._copier.release(held.slot)
+        elif self._copier is not None:  # else the engine was closed meanwhile
+            self._copier.release(held.slot)
 
     def drop(self) -> None:
         """Give back what this thread kept, if anything."""
@@ -210,6 +215,8 @@ class DeviceEngine:
         self._arena.close()
         self.host.close()
         self._home.clear()
+        self._local = threading.local()
+        self._copier = None  # it refers to the slots, and through its source to this engine
 
     def _load_home(self, units: Sequence[Unit]) -> None:
         """Read the units that live on the device through two buffers, one being copied from."""

@@ -1,35 +1,25 @@
 """The weights of one model on a CUDA device: expanded on demand, or used packed."""
 
 import threading
-import weakref
-from collections.abc import Callable, Iterable, Sequence
-from typing import Any, Protocol
+from collections.abc import Iterable, Sequence
+from typing import Any
 
 import torch
 
 from endor.codecs import DType, TensorSpec
 from endor.kernels import gpu, gpu_plan
 from endor.kernels.gpu import DeviceEncoded
-from endor.offload.device import Device
+from endor.offload.device import Device, Runnable
 from endor.offload.device_engine import DeviceEngine, Held
 from endor.offload.device_placement import DevicePlacement
 from endor.offload.engine import Engine
 from endor.offload.ledger import Ledger
 from endor.offload.placement import Placement, Tier
 from endor.offload.state import State
-from endor.offload.store import Store, Weight, _retire, scratch_bytes
+from endor.offload.store import Owner, Store, Weight, scratch_bytes
 from endor.offload.units import Part, Unit, WeightSpec, stored_dtype
 from endor.packed import torch_dtype
 from endor.storage import FileLayout, RecordReader
-
-
-class Runnable(Protocol):
-    """Prepared work; see `endor.kernels.gpu.Expansion`."""
-
-    def run(self) -> None: ...
-
-
-Prepare = Callable[[Sequence[tuple[DeviceEncoded, torch.Tensor]]], Runnable]
 
 
 class DeviceScratch:
@@ -79,7 +69,7 @@ class DeviceStore(Store):
         verify: Check each record when it is first read.
         threads: Disk reads in flight.
         unpacked: Packed tensors that no layer can use packed: expanded when the model was loaded.
-        prepare: Makes expansions; `endor.kernels.gpu.prepare`, unless the device is simulated.
+        ledger: Where to count; one of its own when omitted.
     """
 
     def __init__(
@@ -94,13 +84,12 @@ class DeviceStore(Store):
         verify: bool = True,
         threads: int = 2,
         unpacked: Sequence[str] = (),
-        prepare: Prepare = gpu.prepare,
+        ledger: Ledger | None = None,
     ) -> None:
         self.unpacked = tuple(unpacked)
         self.layouts = tuple(layouts)
         self.units = tuple(units)
         self.device = device
-        self.prepare = prepare
         specs = list(specs)
         self.device_placement = placement
         host: dict[str, Tier] = {
@@ -111,9 +100,10 @@ class DeviceStore(Store):
         self.device_scratch = DeviceScratch(device, scratch_bytes(layouts, specs))
         self.scratch = self.device_scratch  # type: ignore[assignment]
         self.device_engine = DeviceEngine(
-            device, units, placement, reader, verify=verify, threads=threads
+            device, units, placement, reader, verify=verify, threads=threads, ledger=ledger
         )
         self.engine: Engine = self.device_engine  # type: ignore[assignment]
+        self.owner = Owner(self.engine)
         states = self.device_engine.states
         home = {tensor: states[unit.name] for unit in units for tensor in unit.tensors}
         self.weights = {
@@ -127,7 +117,6 @@ class DeviceStore(Store):
             )
             for at, (spec, dtype) in enumerate(specs)
         }
-        weakref.finalize(self, _retire, self.engine).atexit = False
 
     @property
     def ledger(self) -> Ledger:
@@ -136,8 +125,17 @@ class DeviceStore(Store):
     @property
     def held_nbytes(self) -> int:
         """Bytes that packed records take: on the device, in RAM, slots and staging."""
-        host = self.placement.bytes_in("resident", self.device_placement.outside(self.units))
-        return self.device_engine.vram_bytes + host + self.device_engine.staging_bytes
+        tiers = self.device_placement.tiers
+        host = sum(unit.nbytes for unit in self.units if tiers[unit.name] == "resident")
+        kept = sum(unit.dense_nbytes for unit in self.units if tiers[unit.name] == "vram-dense")
+        return self.device_engine.vram_bytes + kept + host + self.device_engine.staging_bytes
+
+    def close(self) -> None:
+        """Stop reading and release the memory; using a weight afterwards is a BackendError."""
+        super().close()
+        for weight in self.weights.values():
+            assert isinstance(weight, DeviceWeight)
+            weight.forget()
 
     def report(self) -> dict[str, Any]:
         """Return where the units live, what the reader is, and the counters; all plain data."""
@@ -163,7 +161,7 @@ class DeviceStore(Store):
 class DeviceWeight(Weight):
     """A dense matrix that exists in packed form and is used on a device."""
 
-    __slots__ = ("_device_store", "_expansions", "_groups")
+    __slots__ = ("_device_engine", "_device_scratch", "_expansions", "_groups")
 
     def __init__(
         self,
@@ -174,7 +172,8 @@ class DeviceWeight(Weight):
         item: DType,
         dtype: torch.dtype,
     ) -> None:
-        self._device_store = store
+        self._device_engine = store.device_engine
+        self._device_scratch = store.device_scratch
         self._expansions: dict[tuple[int, int, int], Runnable] = {}
         groups: dict[State, list[Part]] = {}
         for part, state in zip(spec.parts, states, strict=True):
@@ -197,7 +196,7 @@ class DeviceWeight(Weight):
         if self._keep:
             self.kept = self.fresh(hold=hold)
             return self.kept
-        scratch = self._device_store.device_scratch
+        scratch = self._device_scratch
         buffer = scratch.next()
         nbytes = self.numel * self._item.itemsize
         matrix = buffer[:nbytes].view(torch_dtype(self._item)).view(self.shape)
@@ -213,16 +212,18 @@ class DeviceWeight(Weight):
         """Return the matrix in memory of its own; `hold` as for `dense`."""
         if self.kept is not None:
             return self.kept.clone()
-        matrix = torch.empty(
-            self.shape, dtype=torch_dtype(self._item), device=self._device_store.device.device
-        )
+        matrix = torch.empty(self.shape, dtype=torch_dtype(self._item), device=self.device)
         self._expand_into(matrix, cache=False, hold=hold)
         return matrix.to(self.dtype)
 
     @property
     def device(self) -> torch.device:
         """Where the dense matrix is."""
-        return self._device_store.device.device
+        return self._device_engine.device.device
+
+    def forget(self) -> None:
+        """Let go of prepared expansions, which refer to the device's memory."""
+        self._expansions.clear()
 
     @property
     def multiplies_packed(self) -> bool:
@@ -236,7 +237,7 @@ class DeviceWeight(Weight):
         out = torch.empty(
             (inputs.shape[0], self.shape[0]), dtype=torch.float32, device=inputs.device
         )
-        engine, cols = self._device_store.device_engine, self.shape[1]
+        engine, cols = self._device_engine, self.shape[1]
         for part, state in self._parts:
             held = engine.take(state)
             try:
@@ -252,14 +253,14 @@ class DeviceWeight(Weight):
                     out[:, at : at + rows] = gpu.product(packed, inputs, piece)
             finally:
                 engine.release(held, hold=hold)
-        counters = self._device_store.ledger.counters
+        counters = self._device_engine.ledger.counters
         counters.products += 1
         counters.packed_bytes += self._packed_nbytes
         return out
 
     def _expand_into(self, matrix: torch.Tensor, *, cache: bool, hold: bool) -> None:
         """Enqueue the expansion of all parts; one launch per unit that holds any."""
-        engine = self._device_store.device_engine
+        engine = self._device_engine
         for at, (state, parts) in enumerate(self._groups):
             held = engine.take(state)
             try:
@@ -272,7 +273,7 @@ class DeviceWeight(Weight):
                 expansion.run()
             finally:
                 engine.release(held, hold=hold)
-        counters = self._device_store.ledger.counters
+        counters = self._device_engine.ledger.counters
         counters.expands += 1
         counters.packed_bytes += self._packed_nbytes
         counters.dense_bytes += matrix.numel() * matrix.element_size()
@@ -296,7 +297,7 @@ class DeviceWeight(Weight):
             beside = torch.empty(packed.spec.shape, dtype=flat.dtype, device=flat.device)
             items.append((packed, beside))
             copies.append((out, beside.view(-1)[part.start : part.stop]))
-        prepared = self._device_store.prepare(items)
+        prepared = self._device_engine.device.prepare(items)
         return (_Copying(prepared, copies), False) if copies else (prepared, True)
 
 

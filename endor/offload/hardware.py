@@ -108,6 +108,38 @@ class Machine:
         return cls(**rest, link=None if link is None else Link(**link))
 
 
+TYPICAL_LINK = Link(
+    name="typical",
+    vram_bytes=0,
+    h2d_gbps=20.0,
+    copy_us=10.0,
+    hbm_gbps=800.0,
+    launch_us=5.0,
+    gemm_gflops=1e5,
+)
+TYPICAL_DISK = Disk(
+    read_gbps=2.5, slowest_gbps=2.0, fastest_gbps=3.0, cpu_s_per_gb=0.1, direct=True
+)
+"""Stand in for a machine that was never measured: placing needs ratios, predicting needs truth."""
+
+
+def typical(dtype: str) -> Machine:
+    """Return the constants of an ordinary desktop with a CUDA device."""
+    kinds = ("raw+bitmap", "exp+bitmap", "exp")
+    return Machine(
+        dtype=dtype,
+        threads=torch.get_num_threads(),
+        copy_gbps=10.0,
+        read_gbps=20.0,
+        expand_gbps=dict.fromkeys(kinds, 10.0),
+        product_gbps=dict.fromkeys(kinds, 15.0),
+        linear_gbps=10.0,
+        gemm_gflops=200.0,
+        op_us=2.0,
+        link=TYPICAL_LINK,
+    )
+
+
 def measure(dtype: str = "BF16") -> Machine:
     """Measure this machine now, with torch's thread count. Takes about ten seconds."""
     threads = torch.get_num_threads()
@@ -137,16 +169,28 @@ def machine(dtype: str = "BF16", *, refresh: bool = False) -> Machine:
             f"hardware: dtype must be one of {', '.join(probes.TORCH_TYPES)}, got {dtype!r}"
         )
     facts = fingerprint_facts()
-    key = f"{_digest(facts)}/{dtype}"
-    cached = _load()["machines"].get(key)
-    if cached is not None and not refresh:
-        try:
-            return Machine.from_dict(cached["constants"])
-        except (KeyError, TypeError):
-            pass  # written by another version: measure again
+    key = _machine_key(facts, dtype)
+    cached = None if refresh else _remembered_machine(key)
+    if cached is not None:
+        return cached
     found = measure(dtype)
     _store("machines", key, {"facts": facts, "constants": found.to_dict()})
     return found
+
+
+def remembered(dtype: str, path: Path | str) -> tuple[Machine, Disk]:
+    """Return what was measured of this machine and of the disk that holds `path`, at no cost.
+
+    What was not measured yet is replaced by typical constants; `machine` and `disk` measure.
+
+    Args:
+        dtype: A safetensors code; others than those of `machine` count as `"BF16"`.
+        path: A packed checkpoint.
+    """
+    if dtype not in probes.TORCH_TYPES:
+        dtype = "BF16"
+    found = _remembered_machine(_machine_key(fingerprint_facts(), dtype))
+    return found or typical(dtype), _remembered_disk(_disk_key(Path(path))) or TYPICAL_DISK
 
 
 def disk(path: Path | str, *, refresh: bool = False) -> Disk:
@@ -166,12 +210,9 @@ def disk(path: Path | str, *, refresh: bool = False) -> Disk:
             raise ConfigError(f"{target}: needs a file to measure the disk by, found none")
         target = max(inside, key=lambda item: item.stat().st_size)
     key = _disk_key(target)
-    cached = _load()["disks"].get(key)
-    if cached is not None and not refresh:
-        try:
-            return Disk(**cached)
-        except TypeError:
-            pass  # written by another version: measure again
+    cached = None if refresh else _remembered_disk(key)
+    if cached is not None:
+        return cached
     found = Disk(**probes.disk(target))
     if target.stat().st_size >= 64 << 20:  # a small file tells little about the next one
         _store("disks", key, asdict(found))
@@ -201,6 +242,28 @@ def cache_path() -> Path:
     """Return where the measurements are remembered."""
     home = os.environ.get("XDG_CACHE_HOME")
     return (Path(home) if home else Path.home() / ".cache") / "endor" / "hw.json"
+
+
+def _machine_key(facts: Facts, dtype: str) -> str:
+    return f"{_digest(facts)}/{dtype}"
+
+
+def _remembered_machine(key: str) -> Machine | None:
+    """Return a cached machine; None when there is none, or another version wrote it."""
+    cached = _load()["machines"].get(key)
+    try:
+        return None if cached is None else Machine.from_dict(cached["constants"])
+    except (KeyError, TypeError):
+        return None
+
+
+def _remembered_disk(key: str) -> Disk | None:
+    """Return a cached disk; None when there is none, or another version wrote it."""
+    cached = _load()["disks"].get(key)
+    try:
+        return None if cached is None else Disk(**cached)
+    except TypeError:
+        return None
 
 
 def _digest(facts: Facts) -> str:

@@ -56,65 +56,6 @@ class Placement:
                 )
 
 
-def spread(
-    units: Sequence[Unit], budget_bytes: int, wishes: Mapping[str, Tier] | None = None
-) -> Placement:
-    """Return a placement that fills `budget_bytes` with packed units, interleaved through depth.
-
-    Streamed units are spread evenly between resident ones: reads of the next streamed unit then
-    overlap the work on residents, where a contiguous split would leave the disk idle for half of
-    every token.
-
-    Args:
-        units: All units, in execution order.
-        budget_bytes: Memory for resident units and staging together.
-        wishes: Tiers that are fixed beforehand, by unit name.
-
-    Raises:
-        BudgetError: Not even a staging area for the largest unit fits; the message has the least
-            budget that works.
-    """
-    wishes = wishes or {}
-    tiers: dict[str, Tier] = {unit.name: wishes.get(unit.name, "resident") for unit in units}
-    free = [unit for unit in units if unit.name not in wishes]
-    pinned = sum(unit.nbytes for unit in units if wishes.get(unit.name) == "resident")
-    streamed = [unit for unit in units if tiers[unit.name] != "resident"]
-    staging = _staging_bytes(streamed, max(0, budget_bytes - pinned))
-    if pinned + staging + sum(unit.nbytes for unit in free) <= budget_bytes:
-        return Placement(tiers, staging)
-    staging = _staging_bytes([*streamed, *free], max(0, budget_bytes - pinned))
-    if pinned + staging > budget_bytes:
-        raise BudgetError(
-            f"packed weights need at least {pinned + staging} bytes of memory, "
-            f"{max(0, budget_bytes)} are left for them: raise the budget"
-        )
-    room = budget_bytes - pinned - staging
-    total = sum(unit.nbytes for unit in free)
-    seen = placed = 0
-    skipped = []
-    for unit in free:
-        seen += unit.nbytes
-        if placed + unit.nbytes <= room * seen / total:
-            placed += unit.nbytes
-        else:
-            tiers[unit.name] = "disk"
-            skipped.append(unit)
-    for unit in skipped:
-        if placed + unit.nbytes <= room:
-            placed += unit.nbytes
-            tiers[unit.name] = "resident"
-    return Placement(tiers, staging)
-
-
-def _staging_bytes(units: Sequence[Unit], budget_bytes: int) -> int:
-    """Room for the largest unit and a read-ahead, together at most half the budget if they can."""
-    if not units:
-        return 0
-    largest = max(unit.nbytes for unit in units)
-    ahead = min(STAGING_AHEAD_BYTES, sum(unit.nbytes for unit in units) - largest)
-    return max(largest, min(largest + ahead, budget_bytes // 2))
-
-
 def parse_bytes(size: int | str, what: str = "size") -> int:
     """Return a size in bytes from `8589934592`, `"8GiB"`, `"500MB"` or `"1.5 G"`.
 

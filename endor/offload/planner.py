@@ -21,18 +21,23 @@ from endor.offload.costs import (
     predict,
     unit_costs,
 )
+from endor.offload.device_placement import DevicePlacement, HomeTier
+from endor.offload.filling import (
+    Filled,
+    fill_device,
+    fill_host,
+    least_device_bytes,
+    least_host_bytes,
+)
 from endor.offload.hardware import Disk, Machine
-from endor.offload.placement import STAGING_AHEAD_BYTES, Placement, Tier
+from endor.offload.placement import Placement, Tier
 from endor.offload.units import Unit
 
 SHARES = 20
 """Shares of expanded units that are tried, evenly spaced."""
 
-STAGING_UNITS = 4
-"""Largest units that the staging area holds: one in use, one being read, two for uneven reads."""
-
-DEVICE_SLOTS = 3
-"""Packed units in flight on a device: two leave the link idle a fifth of the time."""
+WORKSPACE_BYTES = 64 << 20
+"""Device memory for what libraries take, and for the rounding of allocations."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,6 +87,7 @@ class Plan:
     Attributes:
         tiers: Tier per unit.
         staging_bytes: Memory that streamed units pass through.
+        slots: Device slots that units outside VRAM pass through.
         reservations: Memory given away first.
         ram_bytes: The budget.
         vram_bytes: The device's budget; 0 on the processor.
@@ -96,6 +102,7 @@ class Plan:
 
     tiers: Mapping[str, DeviceTier]
     staging_bytes: int
+    slots: int
     reservations: tuple[Reservation, ...]
     ram_bytes: int
     vram_bytes: int
@@ -129,6 +136,12 @@ class Plan:
         }
         return Placement(host, self.staging_bytes)
 
+    @property
+    def device_placement(self) -> DevicePlacement:
+        """The plan as a device's engine takes it."""
+        tiers: dict[str, HomeTier] = dict(self.tiers)  # type: ignore[arg-type]
+        return DevicePlacement(tiers, self.staging_bytes, self.slots)
+
     def count(self, tier: DeviceTier) -> int:
         """Return how many units live in `tier`."""
         return sum(found == tier for found in self.tiers.values())
@@ -143,6 +156,7 @@ def plan(
     ram_bytes: int,
     vram_bytes: int = 0,
     workload: Workload | None = None,
+    wishes: Mapping[str, DeviceTier] | None = None,
 ) -> Plan:
     """Return the fastest placement found for `units` within the budgets.
 
@@ -154,6 +168,7 @@ def plan(
         ram_bytes: Host memory for weights, cache and scratch.
         vram_bytes: Device memory for the same; 0 plans for the processor.
         workload: What it is for.
+        wishes: Tiers that are fixed beforehand, by unit name: `vram`, `resident` or `disk`.
 
     Raises:
         BudgetError: A budget cannot hold what must be in memory; the message has the least.
@@ -165,19 +180,68 @@ def plan(
         raise ConfigError("plan: a VRAM budget needs a CUDA device, and none was measured")
     machine = machine if vram_bytes else replace(machine, link=None)
     costs = unit_costs(units, machine, shape)
-    search = _Search(costs, shape, machine, disk, ram_bytes, vram_bytes, workload)
+    search = _Search(costs, shape, machine, disk, ram_bytes, vram_bytes, workload, wishes or {})
     return search.best()
 
 
-def fixed_bytes(shape: ModelShape, costs: Sequence[UnitCost], workload: Workload) -> dict[str, int]:
+def combine(plans: Sequence[Plan]) -> Plan:
+    """Return one plan for the ranges of a model on several devices.
+
+    A step passes from device to device, so what they compute adds up; their links work at the
+    same time, each ahead of its range; they share a disk.
+    """
+    if len(plans) == 1:
+        return plans[0]
+
+    def step(steps: Sequence[Prediction]) -> Prediction:
+        resources = {
+            "gpu": sum(each.resources["gpu"] for each in steps),
+            "link": max(each.resources["link"] for each in steps),
+            "disk": sum(each.resources["disk"] for each in steps),
+        }
+        bound = max(resources, key=lambda name: resources[name])
+        unhidden = sum(each.unhidden for each in steps)
+        return Prediction(
+            resources[bound] + unhidden,
+            bound,
+            resources,
+            {name: sum(each.parts[name] for each in steps) for name in steps[0].parts},
+            unhidden,
+            sum(each.disk_bytes for each in steps),
+            sum(each.link_bytes for each in steps),
+        )
+
+    dense = [each.dense_decode for each in plans]
+    return Plan(
+        tiers={name: tier for each in plans for name, tier in each.tiers.items()},
+        staging_bytes=sum(each.staging_bytes for each in plans),
+        slots=sum(each.slots for each in plans),
+        reservations=tuple(item for each in plans for item in each.reservations),
+        ram_bytes=sum(each.ram_bytes for each in plans),
+        vram_bytes=sum(each.vram_bytes for each in plans),
+        decode=step([each.decode for each in plans]),
+        prefill=step([each.prefill for each in plans]),
+        load_s=sum(each.load_s for each in plans),
+        dense_decode=None if None in dense else step([item for item in dense if item]),
+        packed_bytes=sum(each.packed_bytes for each in plans),
+        dense_bytes=sum(each.dense_bytes for each in plans),
+        workload=plans[0].workload,
+    )
+
+
+def fixed_bytes(
+    shape: ModelShape, costs: Sequence[UnitCost], workload: Workload, *, on_device: bool = False
+) -> dict[str, int]:
     """Return the memory that computing needs whatever the placement, by purpose."""
     rows = workload.batch * workload.prompt
-    return {
+    scratch = shape.scratch_bytes or max((cost.dense_bytes for cost in costs), default=0)
+    out = {
         "cache of keys and values": shape.kv_bytes_per_token * workload.context * workload.batch,
         "weights outside the units": shape.other_bytes,
-        "scratch for one expanded unit": max((cost.dense_bytes for cost in costs), default=0),
+        "scratch for expanded units": (2 if on_device else 1) * scratch,
         "activations": rows * shape.activation_bytes_per_token + workload.batch * shape.vocab * 8,
     }
+    return out | ({"libraries": WORKSPACE_BYTES} if on_device else {})
 
 
 class _Search:
@@ -192,6 +256,7 @@ class _Search:
         ram_bytes: int,
         vram_bytes: int,
         workload: Workload,
+        wishes: Mapping[str, DeviceTier],
     ) -> None:
         self.costs = costs
         self.shape = shape
@@ -200,7 +265,8 @@ class _Search:
         self.ram_bytes = ram_bytes
         self.vram_bytes = vram_bytes
         self.workload = workload
-        self.largest = max((cost.packed_bytes for cost in costs), default=0)
+        self.wishes = wishes
+        self.fixed = fixed_bytes(shape, costs, workload, on_device=vram_bytes > 0)
         self.packed_bytes = sum(cost.packed_bytes for cost in costs)
         self.dense_bytes = sum(cost.dense_bytes for cost in costs)
         self.decode_step = Step(workload.batch, 1, workload.context, workload.product)
@@ -208,37 +274,37 @@ class _Search:
 
     def best(self) -> Plan:
         """Return the placement with the fastest decode step; ties keep more units packed."""
-        fixed = fixed_bytes(self.shape, self.costs, self.workload)
-        self._require(fixed)
-        at = "vram" if self.vram_bytes else "ram"
-        found: tuple[Prediction, dict[str, DeviceTier], int] | None = None
+        self._require()
+        at = _computes_in(self.vram_bytes)
+        found: tuple[Prediction, Filled] | None = None
         for number in range(SHARES + 1):
-            placed = self._place(number / SHARES, sum(fixed.values()))
-            if placed is None:
+            filled = self._place(number / SHARES)
+            if filled is None:
                 break
-            tiers, staging = placed
-            prediction = self._predict(tiers, self.decode_step)
+            prediction = self._predict(filled.tiers, self.decode_step)
             # A hundredth is noise: do not spend memory on it.
             if found is None or prediction.seconds < 0.99 * found[0].seconds:
-                found = prediction, tiers, staging
+                found = prediction, filled
         assert found is not None, "share 0 places everything"
-        decode, tiers, staging = found
-        reservations = [Reservation(what, at, nbytes) for what, nbytes in fixed.items()]
-        if self.vram_bytes:
-            reservations.append(Reservation("device slots", "vram", self._slot_bytes()))
-        if staging:
-            reservations.append(Reservation("staging and read-ahead", "ram", staging))
-        stays = sum(cost.packed_bytes for cost in self.costs if tiers[cost.name] != "disk")
+        decode, filled = found
+        reservations = [Reservation(what, at, nbytes) for what, nbytes in self.fixed.items()]
+        if filled.slots:
+            nbytes = filled.slots * filled.slot_bytes
+            reservations.append(Reservation("device slots", "vram", nbytes))
+        if filled.staging_bytes:
+            reservations.append(Reservation("staging and read-ahead", "ram", filled.staging_bytes))
+        stays = sum(cost.packed_bytes for cost in self.costs if filled.tiers[cost.name] != "disk")
         return Plan(
-            tiers=tiers,
-            staging_bytes=staging,
+            tiers=filled.tiers,
+            staging_bytes=filled.staging_bytes,
+            slots=filled.slots,
             reservations=tuple(reservations),
             ram_bytes=self.ram_bytes,
             vram_bytes=self.vram_bytes,
             decode=decode,
-            prefill=self._predict(tiers, self.prefill_step),
+            prefill=self._predict(filled.tiers, self.prefill_step),
             load_s=stays / self.disk.read_gbps / 1e9,
-            dense_decode=self._dense(sum(fixed.values())),
+            dense_decode=self._dense(sum(self.fixed.values())),
             packed_bytes=self.packed_bytes,
             dense_bytes=self.dense_bytes,
             workload=self.workload,
@@ -247,114 +313,46 @@ class _Search:
     def _predict(self, tiers: Mapping[str, DeviceTier], step: Step) -> Prediction:
         return predict(self.costs, tiers, self.machine, self.disk, self.shape, step)
 
-    def _require(self, fixed: Mapping[str, int]) -> None:
+    def _require(self) -> None:
         """Raise `BudgetError` unless what must be in memory fits."""
-        needs = {"vram": sum(fixed.values()) + self._slot_bytes(), "ram": self.largest}
-        if not self.vram_bytes:
-            needs = {"ram": sum(fixed.values()) + min(2 * self.largest, self.packed_bytes)}
+        fixed, host = sum(self.fixed.values()), least_host_bytes(self.costs, self.wishes)
+        needs = {"ram": fixed + host}
+        if self.vram_bytes:
+            device = least_device_bytes(self.costs, self.wishes)
+            needs = {"vram": fixed + device, "ram": host}
         for where, least in needs.items():
             budget = self.vram_bytes if where == "vram" else self.ram_bytes
             if budget < least:
-                detail = ", ".join(f"{what} {size(nbytes)}" for what, nbytes in fixed.items())
+                parts = self.fixed if where == _computes_in(self.vram_bytes) else {}
+                detail = "".join(f"{what} {size(nbytes)}, " for what, nbytes in parts.items())
+                wished = "" if self.wishes else " with every unit on disk"
                 raise BudgetError(
-                    f"plan: the {where} budget must be at least {size(least)} ({least} bytes) with "
-                    f"every unit on disk, got {size(budget)}: {detail}, the rest for units on "
-                    f"their way; raise --{where} or lower --context, --prompt or --batch"
+                    f"plan: the {where} budget must be at least {size(least)} ({least} bytes)"
+                    f"{wished}, got {size(budget)}: {detail}the rest for units on their way; "
+                    f"raise {where}, or plan for a shorter context, prompt or batch"
                 )
 
-    def _slot_bytes(self) -> int:
-        return min(DEVICE_SLOTS * self.largest, self.packed_bytes)
-
-    def _place(self, dense_share: float, fixed: int) -> tuple[dict[str, DeviceTier], int] | None:
-        """Return (tiers, staging bytes), or None when so many expanded units do not fit."""
-        tiers: dict[str, DeviceTier] = {}
-        rest = list(self.costs)
+    def _place(self, dense_share: float) -> Filled | None:
+        """Return the placement with so many expanded units, or None when they do not fit."""
+        fixed = sum(self.fixed.values())
         if self.vram_bytes:
-            room = self.vram_bytes - fixed - self._slot_bytes()
-            rest, room = self._fill(rest, tiers, "vram-dense", room, dense_share)
-            if dense_share and not any(tier == "vram-dense" for tier in tiers.values()):
-                return None
-            rest, _ = self._fill(rest, tiers, "vram", room, 1.0)
-            ram, dense_share = self.ram_bytes, 0.0
-        else:
-            ram = self.ram_bytes - fixed
-        staging = self._staging(rest, ram)
-        everything = sum(cost.packed_bytes for cost in rest)
-        # Units bound for a device pass through host memory when they are loaded.
-        passage = self.largest if self.vram_bytes else 0
-        if dense_share == 0 and everything + passage <= ram:
-            tiers |= dict.fromkeys((cost.name for cost in rest), "resident")
-            return tiers, passage
-        room = ram - staging
-        if dense_share:
-            before = len(tiers)
-            rest, room = self._fill(rest, tiers, "dense", room, dense_share)
-            if len(tiers) == before:
-                return None
-        rest, _ = self._fill(rest, tiers, "resident", room, 1.0)
-        tiers |= dict.fromkeys((cost.name for cost in rest), "disk")
-        return tiers, staging
-
-    def _staging(self, rest: Sequence[UnitCost], budget: int) -> int:
-        """Room for a few of the largest units, before any is resident.
-
-        Less makes reading and computing take turns; more would only keep fewer units resident.
-        """
-        largest = max((cost.packed_bytes for cost in rest), default=0)
-        everything = sum(cost.packed_bytes for cost in rest)
-        ahead = min((STAGING_UNITS - 1) * largest, STAGING_AHEAD_BYTES, everything - largest)
-        return max(largest, min(largest + ahead, budget))
-
-    def _fill(
-        self,
-        free: Sequence[UnitCost],
-        tiers: dict[str, DeviceTier],
-        tier: DeviceTier,
-        room: int,
-        share: float,
-    ) -> tuple[list[UnitCost], int]:
-        """Give `tier` to a share of the `free` units, evenly through depth; return (rest, room).
-
-        Units that every step needs come before experts. Within each kind, a unit is chosen when
-        the chosen bytes fall behind their share of the bytes seen; what still fits is added last.
-        """
-        chosen: set[str] = set()
-        for scheduled in (True, False):
-            group = [cost for cost in free if cost.scheduled is scheduled]
-            sizes = [self._bytes_in(cost, tier) for cost in group]
-            total = sum(sizes)
-            if not total:
-                continue
-            wanted = min(share, room / total)
-            seen = taken = 0
-            later = []
-            for cost, nbytes in zip(group, sizes, strict=True):
-                seen += nbytes
-                if nbytes <= room and taken + nbytes <= wanted * seen + nbytes / 2:
-                    taken += nbytes
-                    room -= nbytes
-                    chosen.add(cost.name)
-                else:
-                    later.append((cost, nbytes))
-            if share == 1.0:
-                for cost, nbytes in later:
-                    if nbytes <= room:
-                        room -= nbytes
-                        chosen.add(cost.name)
-        tiers |= dict.fromkeys(chosen, tier)
-        return [cost for cost in free if cost.name not in chosen], room
-
-    def _bytes_in(self, cost: UnitCost, tier: DeviceTier) -> int:
-        return cost.dense_bytes if tier in ("dense", "vram-dense") else cost.packed_bytes
+            room = self.vram_bytes - fixed
+            return fill_device(self.costs, self.wishes, room, self.ram_bytes, dense_share)
+        return fill_host(self.costs, self.wishes, self.ram_bytes - fixed, dense_share)
 
     def _dense(self, fixed: int) -> Prediction | None:
         """Return the decode step of a plain dense model, or None when it does not fit."""
-        scratch = max((cost.dense_bytes for cost in self.costs), default=0)
+        scratch = self.fixed["scratch for expanded units"]
         budget = self.vram_bytes or self.ram_bytes
         if fixed - scratch + self.dense_bytes > budget:
             return None
         tier: DeviceTier = "vram-dense" if self.vram_bytes else "dense"
         return self._predict({cost.name: tier for cost in self.costs}, self.decode_step)
+
+
+def _computes_in(vram_bytes: int) -> str:
+    """Return where computing takes its memory."""
+    return "vram" if vram_bytes else "ram"
 
 
 def size(nbytes: float) -> str:
@@ -366,4 +364,4 @@ def size(nbytes: float) -> str:
     return f"{nbytes:.2f} GiB"
 
 
-__all__ = ["Plan", "Reservation", "Workload", "fixed_bytes", "plan", "size"]
+__all__ = ["Plan", "Reservation", "Workload", "combine", "fixed_bytes", "plan", "size"]

@@ -1,16 +1,23 @@
 """Whole models over the simulated device: the logits of the dense model, bit for bit."""
 
+import gc
+import re
+import threading
+
 import pytest
 import torch
 import transformers
 from transformers import AutoModelForCausalLM
 
 import endor
-from endor import codecs
-from endor.hf import quantizer
-from endor.offload.device_placement import spread_on_device
+from endor.errors import BudgetError
+from endor.hf import device as places
+from endor.offload.device_group import DeviceGroup
 from endor.offload.device_store import DeviceStore
 from endor.offload.fake_device import FakeDevice
+
+# transformers warns of every quantization config that adds to the checkpoint's own.
+pytestmark = pytest.mark.filterwarnings("ignore:You passed `quantization_config`")
 
 transformers.logging.set_verbosity_error()
 transformers.logging.disable_progress_bar()
@@ -35,28 +42,6 @@ KINDS = {
 }
 
 
-class Expansion:
-    """Stands in for the kernels: decodes on the CPU what the simulated device holds."""
-
-    def __init__(self, device: FakeDevice, items) -> None:
-        self.device = device
-        self.items = items
-
-    def run(self) -> None:
-        self.device.drain()
-        for packed, out in self.items:
-            storage = packed.storage.numpy()
-            arrays = {
-                array.suffix: storage[packed.offsets[array.suffix] :][: array.nbytes]
-                .view(array.dtype.uint)
-                .reshape(array.shape)
-                for array in packed.spec.arrays
-            }
-            bits = codecs.decode(codecs.Encoded(packed.spec, arrays)).reshape(-1)
-            signed = torch.from_numpy(bits.view(f"i{bits.itemsize}"))
-            out.view(-1).view(signed.dtype).copy_(signed)
-
-
 @pytest.fixture(scope="module", params=sorted(KINDS))
 def checkpoint(request, tmp_path_factory):
     """A packed checkpoint, half of it pruned, and the dense model with the same weights."""
@@ -72,44 +57,191 @@ def checkpoint(request, tmp_path_factory):
     return folder / "packed", dense
 
 
-@pytest.mark.parametrize(
-    ("vram", "ram", "slots"), [(1.0, 1.0, 3), (0.5, 1.0, 3), (0.4, 0.4, 2), (0.0, 0.1, 1)]
-)
-def test_logits_have_the_bits_of_the_dense_model(monkeypatch, checkpoint, vram, ram, slots):
-    path, dense = checkpoint
+@pytest.fixture(scope="module", autouse=True)
+def _one_thread():
+    """Tiny products gain nothing from threads, and lose much where other processes run too."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
-    def store_on_device(layouts, units, specs, placement, reader, **options):
-        total = sum(unit.nbytes for unit in units)
-        largest = max(unit.nbytes for unit in units)
-        device = FakeDevice()
-        return DeviceStore(
-            layouts,
-            units,
-            specs,
-            spread_on_device(
-                units,
-                vram_bytes=max(int(vram * total), slots * largest),
-                ram_bytes=max(int(ram * total), 2 * largest),
-                slots=slots,
-            ),
-            reader,
-            device=device,
-            prepare=lambda items: Expansion(device, items),
-            **options,
-        )
 
-    monkeypatch.setattr(quantizer, "Store", store_on_device)
-    model = endor.load_model(path, threads=1)
-    generator = torch.Generator().manual_seed(1)
-    ids = torch.randint(1, 211, (2, 9), generator=generator)
+@pytest.fixture
+def devices(monkeypatch, tmp_path) -> list[FakeDevice]:
+    """Simulated devices stand in for CUDA's, in the order in which they are opened."""
+    opened: list[FakeDevice] = []
+
+    def open_device(name: str) -> FakeDevice:
+        opened.append(FakeDevice(total_bytes=1 << 30))
+        return opened[-1]
+
+    monkeypatch.setattr(places, "open_device", open_device)
+    monkeypatch.setattr(places, "refuse", lambda device: None)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    return opened
+
+
+def prompt() -> torch.Tensor:
+    return torch.randint(1, 211, (2, 9), generator=torch.Generator().manual_seed(1))
+
+
+def check(model, dense) -> None:
+    """Assert that logits and text are the dense model's, and that no copy went wrong."""
+    ids = prompt()
     with torch.no_grad():
         expected = dense(ids).logits
         for _ in range(2):
             assert torch.equal(model(ids).logits, expected)
     text = model.generate(ids, max_new_tokens=6, do_sample=False)
     assert torch.equal(text, dense.generate(ids, max_new_tokens=6, do_sample=False))
-    store = model.endor
+    for store in getattr(model.endor, "stores", [model.endor]):
+        assert store.device.errors == []
+
+
+def least(path, **budgets) -> int:
+    """Return the least budget that the refusal names."""
+    with pytest.raises(BudgetError, match="budget must be at least") as error:
+        endor.load_model(path, device="cuda:0", context=64, prompt=16, **budgets)
+    found = re.search(r"\((\d+) bytes\)", str(error.value))
+    assert found is not None
+    return int(found[1])
+
+
+def load(path, **options):
+    return endor.load_model(path, device="cuda:0", context=64, prompt=16, batch=2, **options)
+
+
+def held(device: FakeDevice, model) -> int:
+    """Bytes on a simulated device: what it allocated, and what is kept expanded."""
+    kept = sum(
+        weight.kept.numel() * weight.kept.element_size()
+        for weight in model.endor.weights.values()
+        if weight.kept is not None
+    )
+    return device.allocated_bytes + kept
+
+
+@pytest.mark.parametrize("share", [0.0, 0.3, 0.6, 1.0, 3.0])
+def test_plans_come_true_within_their_budgets(devices, checkpoint, share):
+    """Whatever VRAM there is beyond the least, the bits are right and the memory is kept."""
+    path, dense = checkpoint
+    whole = load(path)
+    assert set(whole.endor_plan.tiers.values()) <= {"vram", "vram-dense"}
+    packed = whole.endor.packed_nbytes
+    whole.endor.close()
+    fixed = sum(
+        item.nbytes for item in whole.endor_plan.reservations if item.what != "device slots"
+    )
+    largest = max(unit.nbytes for unit in whole.endor.units)
+    vram = fixed + largest + int(share * packed)
+    model = load(path, vram=vram, ram=max(2 * largest, packed // 2))
+    check(model, dense)
+    plan, store = model.endor_plan, model.endor
     assert isinstance(store, DeviceStore)
-    assert store.device.errors == []
-    assert ("copier" in store.report()) == (vram < 1)
+    assert dict(store.device_placement.tiers) == dict(plan.tiers)
+    cache = {item.what: item.nbytes for item in plan.reservations}
+    elsewhere = sum(
+        cache[what] for what in ("cache of keys and values", "weights outside the units")
+    )
+    assert held(devices[-1], model) + elsewhere <= vram
+    assert ("copier" in store.report()) == (plan.slots > 0)
+    if share == 0.0:
+        assert not [tier for tier in plan.tiers.values() if tier.startswith("vram")]
+        assert "disk" in plan.tiers.values()
     store.close()
+
+
+def test_the_least_budget_is_named_and_works(devices, checkpoint):
+    path, dense = checkpoint
+    need = least(path, vram=1)
+    model = endor.load_model(path, device="cuda:0", context=64, prompt=16, vram=need)
+    check(model, dense)
+    model.endor.close()
+    with pytest.raises(BudgetError, match="the vram budget"):
+        endor.load_model(path, device="cuda:0", context=64, prompt=16, vram=need - 1)
+    ram = least(path, ram=1)
+    check(endor.load_model(path, device="cuda:0", context=64, prompt=16, ram=ram), dense)
+
+
+def test_limits_and_maps_as_in_accelerate(monkeypatch, devices, checkpoint):
+    path, dense = checkpoint
+    need = least(path, vram=1)
+    model = AutoModelForCausalLM.from_pretrained(
+        path,
+        device_map="auto",
+        max_memory={0: need, "cpu": "1GiB"},
+        quantization_config=endor.hf.EndorConfig(context=64, prompt=16),
+        experts_implementation="eager",
+    )
+    assert model.endor_plan.vram_bytes == need
+    assert model.endor_plan.ram_bytes == 1 << 30
+    assert "resident" in model.endor_plan.tiers.values()
+    check(model, dense)
+    places = {"": 0, "model.layers.1": "cpu", "model.layers.2": "disk"}
+    model = AutoModelForCausalLM.from_pretrained(
+        path, device_map=places, experts_implementation="eager"
+    )
+    for name, weight in model.endor.weights.items():
+        layer = name.split(".")[2]
+        tiers = {model.endor_plan.tiers[state.unit.name] for state in weight.states}
+        assert tiers == {{"0": "vram", "1": "resident", "2": "disk"}[layer]}
+    check(model, dense)
+    assert not any(hasattr(module, "_hf_hook") for module in model.modules())
+    only_cpu = AutoModelForCausalLM.from_pretrained(
+        path, device_map="auto", max_memory={"cpu": "1GiB"}, experts_implementation="eager"
+    )
+    assert not isinstance(only_cpu.endor, DeviceStore)
+
+
+@pytest.mark.parametrize("mode", ["auto", "balanced", "balanced_low_0", "sequential"])
+def test_ranges_of_layers_on_several_devices(devices, checkpoint, mode):
+    path, dense = checkpoint
+    model = AutoModelForCausalLM.from_pretrained(
+        path,
+        device_map=mode,
+        max_memory={0: 80 << 20, 1: 80 << 20, 2: 80 << 20, "cpu": "1GiB"},
+        quantization_config=endor.hf.EndorConfig(context=64, prompt=16),
+        experts_implementation="eager",
+    )
+    if mode in ("sequential", "balanced_low_0"):
+        assert not isinstance(model.endor, DeviceGroup) or len(model.endor.stores) == 2
+    else:
+        assert isinstance(model.endor, DeviceGroup)
+        owners = {name: at for at, store in enumerate(model.endor.stores) for name in store.weights}
+        order = [owners[name] for name in sorted(owners, key=lambda name: name.split(".")[2])]
+        assert order == sorted(order)
+        assert set(order) == {0, 1, 2}
+    check(model, dense)
+    assert model.endor.report()["tiers"]
+    model.endor.close()
+
+
+def test_a_map_over_several_devices(devices, checkpoint):
+    path, dense = checkpoint
+    model = AutoModelForCausalLM.from_pretrained(
+        path,
+        device_map={
+            "model.embed_tokens": 0,
+            "model.layers.0": 0,
+            "model.layers.1": 1,
+            "model.layers.2": "cpu",
+            "model.norm": 1,
+            "lm_head": 1,
+        },
+        quantization_config=endor.hf.EndorConfig(context=64, prompt=16),
+        experts_implementation="eager",
+    )
+    first, second = model.endor.stores
+    assert {name.split(".")[2] for name in first.weights} == {"0", "2"}
+    assert {name.split(".")[2] for name in second.weights} == {"1"}
+    assert set(second.device_placement.tiers.values()) == {"vram"}
+    check(model, dense)
+    before = {thread for thread in threading.enumerate() if thread.name.startswith("endor-")}
+    gc.collect()
+    gc.disable()
+    try:
+        del model, first, second
+        assert [device.allocated_bytes for device in devices] == [0, 0]
+    finally:
+        gc.enable()
+    assert not [thread for thread in before if thread.is_alive()]

@@ -1,5 +1,6 @@
 """Weights of a real packed checkpoint, through every tier, on the simulated device."""
 
+import gc
 import threading
 
 import numpy as np
@@ -7,10 +8,9 @@ import pytest
 import torch
 
 import endor
-from endor import codecs
-from endor.errors import BudgetError, ChecksumError, ConfigError
+from endor.errors import BackendError, ChecksumError, ConfigError
 from endor.offload import Part, Unit, WeightSpec, collect_units
-from endor.offload.device_placement import DevicePlacement, spread_on_device
+from endor.offload.device_placement import DevicePlacement
 from endor.offload.device_store import DeviceStore
 from endor.offload.fake_device import FakeDevice
 from endor.storage import FileLayout, open_reader
@@ -54,26 +54,6 @@ def whole(layout: FileLayout) -> list[tuple[WeightSpec, torch.dtype]]:
     ]
 
 
-class Expansion:
-    """Stands in for the kernels: decodes on the CPU what the simulated device holds."""
-
-    def __init__(self, device: FakeDevice, items) -> None:
-        self.device = device
-        self.items = items
-
-    def run(self) -> None:
-        self.device.drain()
-        for packed, out in self.items:
-            storage = packed.storage.numpy()
-            arrays = {}
-            for array in packed.spec.arrays:
-                begin = packed.offsets[array.suffix]
-                flat = storage[begin : begin + array.nbytes].view(array.dtype.uint)
-                arrays[array.suffix] = flat.reshape(array.shape)
-            bits = codecs.decode(codecs.Encoded(packed.spec, arrays))
-            out.view(-1).view(torch.int16).numpy().view(np.uint16)[:] = bits.reshape(-1)
-
-
 def open_store(layout, placement, specs=None, **options) -> DeviceStore:
     device = FakeDevice(bytes_per_s=1e6)
     specs = specs or whole(layout)
@@ -85,7 +65,6 @@ def open_store(layout, placement, specs=None, **options) -> DeviceStore:
         placement(units),
         options.pop("reader", None) or open_reader("buffered"),
         device=device,
-        prepare=lambda items: Expansion(device, items),
         **options,
     )
 
@@ -96,7 +75,8 @@ def tiers(*names: str, slots: int = 2):
     def place(units: tuple[Unit, ...]) -> DevicePlacement:
         found = {unit.name: names[at % len(names)] for at, unit in enumerate(units)}
         largest = max(unit.nbytes for unit in units)
-        return DevicePlacement(found, 2 * largest if "disk" in names else 0, slots)
+        passing = {"disk", "vram-dense"} & set(names)
+        return DevicePlacement(found, 2 * largest if passing else 0, slots)
 
     return place
 
@@ -242,31 +222,51 @@ def test_damage_is_found_in_every_tier(layout, tmp_path, tier):
     store.close()
 
 
-def test_spreading_fills_vram_then_ram(layout):
-    units = collect_units([layout], [spec for spec, _ in whole(layout)])
-    total = sum(unit.nbytes for unit in units)
-    largest = max(unit.nbytes for unit in units)
-    everything = spread_on_device(units, vram_bytes=total, ram_bytes=0)
-    assert set(everything.tiers.values()) == {"vram"}
-    assert everything.vram_bytes(units) == total
-    half = spread_on_device(units, vram_bytes=total * 2 // 3, ram_bytes=total)
-    assert half.vram_bytes(units) <= total * 2 // 3
-    assert half.tiers[max(units, key=lambda unit: unit.nbytes).name] == "vram"
-    assert set(half.tiers.values()) == {"vram", "resident"}
-    third = spread_on_device(units, vram_bytes=largest, ram_bytes=2 * largest)
-    assert third.slots >= 1
-    assert "disk" in third.tiers.values()
-    assert third.vram_bytes(units) <= largest
-    with pytest.raises(BudgetError, match=r"device memory.*raise vram"):
-        spread_on_device(units, vram_bytes=4096, ram_bytes=total)
+def test_a_deleted_store_is_freed_at_once(layout):
+    """No cycle keeps device memory or threads until the garbage collector comes by."""
+    store = open_store(layout, tiers("disk", "vram-dense", "resident", "vram"))
+    for weight in store.weights.values():
+        weight.dense()
+    device = store.device
+    threads = {t for t in threading.enumerate() if t.name.startswith("endor-")}
+    assert device.allocated_bytes
+    assert device.pinned_bytes
+    gc.disable()
+    try:
+        del store, weight
+        assert device.allocated_bytes == 0
+        assert device.pinned_bytes == 0
+    finally:
+        gc.enable()
+    assert not [thread for thread in threads if thread.is_alive()]
 
 
-def test_wishes_are_kept(layout):
-    units = collect_units([layout], [spec for spec, _ in whole(layout)])
-    total = sum(unit.nbytes for unit in units)
-    wishes = {units[0].name: "disk", units[1].name: "vram", units[2].name: "resident"}
-    found = spread_on_device(units, vram_bytes=2 * total, ram_bytes=total, wishes=wishes)
-    assert {name: found.tiers[name] for name in wishes} == wishes
+def test_a_closed_store_gives_its_memory_back(layout):
+    store = open_store(layout, tiers("disk", "vram-dense", "resident", "vram"))
+    names = list(store.weights)
+    for name in names:
+        store.weights[name].dense()
+    store.close()
+    for name in names:
+        with pytest.raises(BackendError, match="were closed"):
+            store.weights[name].dense()
+    scratch = store.device_scratch.nbytes
+    assert store.device.allocated_bytes == scratch
+    store.close()
+
+
+def test_expanded_units_keep_no_packed_bytes(layout, tensors):
+    """An expanded unit passes through a slot once; its memory is then the dense weight's alone."""
+    store = open_store(layout, tiers("vram-dense"))
+    engine = store.device_engine
+    store.preload()
+    copies = engine.report()["copier"]["copies"]
+    for name, weight in store.weights.items():
+        assert torch.equal(weight.dense(), tensors[name])
+    assert engine.report()["copier"]["copies"] <= copies + engine.report()["slots"]
+    assert store.device.allocated_bytes == engine.slot_bytes
+    assert engine.vram_bytes == engine.slot_bytes
+    store.close()
 
 
 def test_a_placement_is_checked(layout):

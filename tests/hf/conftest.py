@@ -1,6 +1,7 @@
 """Small random models, packed, and what the dense model of the same weights says."""
 
 import json
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +13,8 @@ import transformers
 from transformers import AutoModelForCausalLM
 
 import endor
+from endor.errors import BudgetError
+from endor.offload import Placement
 
 transformers.logging.set_verbosity_error()
 transformers.logging.disable_progress_bar()
@@ -96,6 +99,29 @@ class Pair:
 def prompt(batch: int = 2, length: int = 11) -> torch.Tensor:
     generator = torch.Generator().manual_seed(1)
     return torch.randint(1, 211, (batch, length), generator=generator)
+
+
+def least(model: Any) -> int:
+    """Return the smallest budget that loads a model again, as the refusal of less names it."""
+    path = model.endor.layouts[0].path.parent
+    with pytest.raises(BudgetError, match="the ram budget must be at least") as error:
+        endor.load_model(path, ram=1)
+    found = re.search(r"\((\d+) bytes\)", str(error.value))
+    assert found is not None
+    return int(found[1])
+
+
+def all_packed(model: Any) -> Placement:
+    """Return the placement that keeps every unit of a model packed in memory."""
+    return Placement(dict.fromkeys((unit.name for unit in model.endor.units), "resident"), 0)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _no_measurements(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Place weights by the typical constants, whatever was measured on this machine."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        yield
 
 
 MakePair = Callable[..., Pair]

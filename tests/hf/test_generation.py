@@ -6,14 +6,13 @@ import torch
 import endor
 from endor.errors import CheckpointError, ConfigError
 from endor.hf.generation import Sampling, encode_prompt, generate_text, load_tokenizer
-from endor.hf.model import parameter_bytes
+
+from .conftest import least
 
 
 def test_text_and_figures(pair, tokenizer):
     first = endor.load_model(pair.packed)
-    largest = max(unit.nbytes for unit in first.endor.units)
-    ram = parameter_bytes(first) + first.endor.scratch.nbytes + largest
-    model = endor.load_model(pair.packed, ram=ram)
+    model = endor.load_model(pair.packed, ram=least(first))
     inputs = encode_prompt(tokenizer, "w3 w4 w5")
     pieces = []
     result = generate_text(model, tokenizer, inputs, Sampling(9), show=pieces.append)

@@ -12,6 +12,8 @@ import endor
 from endor.errors import BackendError, ConfigError, OutputExistsError
 from endor.hf.model import is_packed, parameter_bytes, read_config
 
+from .conftest import least
+
 
 @pytest.fixture
 def model(pair):
@@ -120,9 +122,7 @@ def test_counts(pair, model):
 
 def test_an_exception_in_a_forward_leaves_the_model_usable(pair):
     first = endor.load_model(pair.packed)
-    largest = max(unit.nbytes for unit in first.endor.units)
-    need = parameter_bytes(first) + first.endor.scratch.nbytes + largest
-    model = endor.load_model(pair.packed, ram=need)
+    model = endor.load_model(pair.packed, ram=least(first))
 
     def stop(*_):
         raise KeyboardInterrupt

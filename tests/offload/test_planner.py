@@ -87,7 +87,9 @@ def make_units(count=28, rows=4096, cols=4096, *, experts=0, codec="exp", nnz_sh
 
 
 def reserved(units, workload=SMALL, machine=CPU):
-    return sum(fixed_bytes(SHAPE, unit_costs(units, machine, SHAPE), workload).values())
+    costs = unit_costs(units, machine, SHAPE)
+    on_device = machine.link is not None
+    return sum(fixed_bytes(SHAPE, costs, workload, on_device=on_device).values())
 
 
 def packed(units):
@@ -203,7 +205,7 @@ def test_device_budgets_hold(count, vram, ram):
         SHAPE,
         GPU,
         DISK,
-        ram_bytes=units[0].nbytes + ram,
+        ram_bytes=2 * units[0].nbytes + ram,
         vram_bytes=fixed + vram,
         workload=SMALL,
     )
@@ -214,8 +216,11 @@ def test_device_budgets_hold(count, vram, ram):
         if found.tiers[unit.name] in on_device
     )
     far = sum(unit.nbytes for unit in units if found.tiers[unit.name] == "resident")
-    assert near <= vram
-    assert far + found.staging_bytes <= units[0].nbytes + ram
+    slots = found.slots * units[0].nbytes
+    assert near + slots <= vram + 3 * units[0].nbytes
+    assert slots or near == sum(unit.nbytes for unit in units)
+    assert far + found.staging_bytes <= 2 * units[0].nbytes + ram
+    found.device_placement.check(units)
 
 
 def test_residents_stay_packed_in_vram_while_anything_is_streamed():

@@ -1,0 +1,349 @@
+"""Opening the packed weights of a loaded model: the planner decides, the stores obey."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from endor.errors import ConfigError
+from endor.hf import device as places
+from endor.hf import ranges
+from endor.hf.device import Wanted, device_budget, open_reader_for
+from endor.hf.model import parameter_bytes
+from endor.hf.names import Assignment
+from endor.hf.outline import model_shape, most_common
+from endor.offload import Placement, Store, available_bytes, collect_units, hardware
+from endor.offload.costs import DeviceTier, ModelShape
+from endor.offload.device import Device
+from endor.offload.device_group import DeviceGroup
+from endor.offload.device_placement import DevicePlacement
+from endor.offload.device_store import DeviceStore
+from endor.offload.filling import share_host_bytes
+from endor.offload.hardware import TYPICAL_LINK, Disk, Machine
+from endor.offload.ledger import Ledger
+from endor.offload.planner import Plan, Workload, combine, plan
+from endor.offload.units import Unit, WeightSpec
+from endor.storage import FileLayout
+
+if TYPE_CHECKING:
+    from endor.hf.quantizer import EndorConfig
+
+WeightType = tuple[WeightSpec, torch.dtype]
+
+
+@dataclass(frozen=True, slots=True)
+class Opened:
+    """The weights of a model.
+
+    Attributes:
+        store: They.
+        plan: Where they are and how fast that should be; None when the caller placed them.
+        devices: Device per module prefix.
+    """
+
+    store: Store
+    plan: Plan | None
+    devices: dict[str, torch.device] = field(default_factory=dict)
+
+
+@dataclass(slots=True)
+class Opener:
+    """Places the weights of one model and opens them.
+
+    Attributes:
+        model: The model, its unpacked parameters loaded on the processor.
+        layouts: The checkpoint's files.
+        assignment: Which weights are packed.
+        specs: They, and the types they are expanded to.
+        config: How the caller wants them.
+        wanted: The device map and the limits.
+        dtype: What the model computes in.
+    """
+
+    model: Any
+    layouts: Sequence[FileLayout]
+    assignment: Assignment
+    specs: Sequence[WeightType]
+    config: "EndorConfig"
+    wanted: Wanted
+    dtype: torch.dtype
+
+    def open(self) -> Opened:
+        """Return the opened weights, with the unpacked parameters on their devices.
+
+        Raises:
+            BudgetError: A budget is too small.
+            ConfigError: The device map or the placement does not fit the model.
+            BackendError: A device cannot be used.
+        """
+        names = {name for name, _ in self.model.named_parameters()} | self.assignment.claimed
+        self.wanted.check(names)
+        self.workload.check()
+        devices = self.wanted.devices()
+        return self._on_devices(devices) if devices else self._on_host()
+
+    @property
+    def workload(self) -> Workload:
+        config = self.config
+        product = "exact" if config.exact else "direct"
+        prompt = min(config.prompt, config.context)
+        return Workload(config.batch, prompt, config.context, product)  # type: ignore[arg-type]
+
+    def _on_host(self) -> Opened:
+        config = self.config
+        units = collect_units(self.layouts, [spec for spec, _ in self.specs])
+        placement, planned = config.placement, None
+        if placement is None:
+            machine, disk = self._constants(units)
+            # The parameters are loaded: what they take is no longer available, but in the budget.
+            room = available_bytes() + parameter_bytes(self.model)
+            planned = plan(
+                units,
+                self._shape(self.specs),
+                machine,
+                disk,
+                ram_bytes=self._ram(room),
+                workload=self.workload,
+                wishes=self._wishes(units, self.specs),
+            )
+            placement = whole_weights(planned.placement, units, self.specs)
+        if not isinstance(placement, Placement):
+            raise ConfigError(
+                f"placement: must be a Placement on the CPU, got {type(placement).__name__}"
+            )
+        reader = open_reader_for(config.reader, "cpu", self.layouts)
+        try:
+            store = Store(
+                self.layouts,
+                units,
+                self.specs,
+                placement,
+                reader,
+                verify=config.verify,
+                threads=config.threads,
+                unpacked=self.assignment.dense,
+            )
+        except BaseException:
+            reader.close()
+            raise
+        return Opened(store, planned)
+
+    def _on_devices(self, names: Sequence[str]) -> Opened:
+        opened = {name: places.open_device(name) for name in names}
+        budgets = {
+            name: device_budget(device, self.config.vram, self.wanted.limits.get(name))
+            for name, device in opened.items()
+        }
+        homes = self._homes(budgets)
+        used = [name for name in names if name in homes.values()]
+        specs = {
+            name: [
+                item for item in self.specs if homes[ranges.prefix_of(item[0].name, homes)] == name
+            ]
+            for name in used
+        }
+        units = {
+            name: collect_units(self.layouts, [spec for spec, _ in specs[name]]) for name in used
+        }
+        plans = self._plans(budgets, homes, specs, units)
+        devices = {prefix: opened[name].device for prefix, name in homes.items()}
+        ranges.place_parameters(self.model, devices)
+        ledger = Ledger()
+        stores: list[DeviceStore] = []
+        try:
+            for name in used:
+                placement = self.config.placement or plans[name].device_placement
+                stores.append(
+                    self._open_store(
+                        opened[name], name, units[name], specs[name], placement, ledger
+                    )
+                )
+        except BaseException:
+            for store in stores:
+                store.close()
+            raise
+        if len(used) > 1:
+            ranges.move_between(self.model, devices)
+        single = len(stores) == 1
+        whole = stores[0] if single else DeviceGroup(self.layouts, stores, ledger)
+        return Opened(whole, combine(list(plans.values())) if plans else None, devices)
+
+    def _open_store(
+        self,
+        device: Device,
+        name: str,
+        units: Sequence[Unit],
+        specs: Sequence[WeightType],
+        placement: Placement | DevicePlacement,
+        ledger: Ledger,
+    ) -> DeviceStore:
+        if not isinstance(placement, DevicePlacement):
+            raise ConfigError(
+                f"placement: must be a DevicePlacement on {name}, got {type(placement).__name__}"
+            )
+        reader = open_reader_for(self.config.reader, name, self.layouts)
+        try:
+            return DeviceStore(
+                self.layouts,
+                units,
+                specs,
+                placement,
+                reader,
+                device=device,
+                verify=self.config.verify,
+                threads=self.config.threads,
+                unpacked=self.assignment.dense,
+                ledger=ledger,
+            )
+        except BaseException:
+            reader.close()
+            raise
+
+    def _homes(self, budgets: Mapping[str, int]) -> dict[str, str]:
+        """Return the device that computes each module prefix; RAM and disk are used by the main."""
+        wanted = self.wanted
+        if wanted.mode is not None:
+            return ranges.layer_ranges(self.model, self._sizes(), budgets, wanted.mode)
+        homes = {"": wanted.main}
+        for prefix, place in wanted.places.items():
+            homes[prefix] = place if place.startswith("cuda") else wanted.main
+        return homes
+
+    def _sizes(self) -> dict[str, int]:
+        """Return the bytes of each module: packed weights, parameters below it, and its cache."""
+        sizes: dict[str, int] = {}
+
+        def add(name: str, nbytes: int) -> None:
+            while True:
+                sizes[name] = sizes.get(name, 0) + nbytes
+                if not name:
+                    return
+                name = name.rpartition(".")[0]
+
+        stored = {name: item for layout in self.layouts for name, item in layout.tensors.items()}
+        for spec, _ in self.specs:
+            for part in spec.parts:
+                share = (part.stop - part.start) / max(1, stored[part.tensor].spec.numel)
+                add(spec.name, int(stored[part.tensor].spec.nbytes * share))
+        for name, parameter in self.model.named_parameters():
+            add(name, parameter.numel() * parameter.element_size())
+        return sizes
+
+    def _plans(
+        self,
+        budgets: Mapping[str, int],
+        homes: Mapping[str, str],
+        specs: Mapping[str, Sequence[WeightType]],
+        units: Mapping[str, Sequence[Unit]],
+    ) -> dict[str, Plan]:
+        """Return the plan of each device; none when the caller placed the weights."""
+        if self.config.placement is not None:
+            if len(units) > 1:
+                raise ConfigError("placement: is for one device, and the device map has several")
+            return {}
+        machine, disk = self._constants([unit for each in units.values() for unit in each])
+        if machine.link is None:
+            machine = replace(machine, link=TYPICAL_LINK)
+        whole = self._shape(self.specs)
+        shapes = {
+            name: self._part(whole, homes, name, specs[name]) if len(units) > 1 else whole
+            for name in units
+        }
+        room = self._ram(available_bytes() + parameter_bytes(self.model))
+        packed = {name: sum(unit.nbytes for unit in each) for name, each in units.items()}
+        shares = share_host_bytes(
+            room,
+            [max((unit.nbytes for unit in each), default=0) for each in units.values()],
+            [max(0, packed[name] + shapes[name].other_bytes - budgets[name]) for name in units],
+        )
+        return {
+            name: plan(
+                units[name],
+                shapes[name],
+                machine,
+                disk,
+                ram_bytes=ram,
+                vram_bytes=budgets[name],
+                workload=self.workload,
+                wishes=self._wishes(units[name], specs[name]),
+            )
+            for name, ram in zip(units, shares, strict=True)
+        }
+
+    def _part(
+        self,
+        whole: ModelShape,
+        homes: Mapping[str, str],
+        name: str,
+        specs: Sequence[WeightType],
+    ) -> ModelShape:
+        """Return the shape of what one of several devices holds."""
+        own = [prefix for prefix in homes if prefix and homes[prefix] == name]
+        layers = [prefix for prefix in own if prefix.rpartition(".")[2].isdigit()]
+        share = min(1.0, len(layers) / whole.layers) if layers else 1.0
+        other = sum(
+            parameter.numel() * parameter.element_size()
+            for key, parameter in self.model.named_parameters()
+            if homes[ranges.prefix_of(key, homes)] == name
+        )
+        part = model_shape(self.model, self.assignment, self.layouts, specs, other, self.dtype)
+        if homes[ranges.prefix_of(_head_name(self.model), homes)] != name:
+            part = replace(part, head_bytes=0, vocab=0)
+        return replace(
+            part,
+            layers=max(1, round(whole.layers * share)),
+            kv_bytes_per_token=-(-whole.kv_bytes_per_token * len(layers) // whole.layers)
+            if layers
+            else whole.kv_bytes_per_token,
+        )
+
+    def _shape(self, specs: Sequence[WeightType]) -> ModelShape:
+        return model_shape(self.model, self.assignment, self.layouts, specs, None, self.dtype)
+
+    def _constants(self, units: Sequence[Unit]) -> tuple[Machine, Disk]:
+        """Return what is known of this machine, or measured if the caller wants that."""
+        item, path = most_common(units), self.layouts[0].path
+        if not self.config.measure or item not in ("BF16", "F16", "F32"):
+            return hardware.remembered(item, path)
+        return hardware.machine(item), hardware.disk(path.parent)
+
+    def _ram(self, room: int) -> int:
+        """Return the host memory to plan with: the caller's, or what there is."""
+        if self.config.ram is not None:
+            return self.config.ram
+        limit = self.wanted.limits.get("cpu")
+        return room if limit is None else min(room, limit)
+
+    def _wishes(self, units: Sequence[Unit], specs: Sequence[WeightType]) -> dict[str, DeviceTier]:
+        """Return the tier of each unit whose module the device map gives one."""
+        home = {tensor: unit.name for unit in units for tensor in unit.tensors}
+        out: dict[str, DeviceTier] = {}
+        for spec, _ in specs:
+            tier = self.wanted.tier_of(spec.name)
+            if tier is not None:
+                out |= {home[part.tensor]: tier for part in spec.parts}
+        return out
+
+
+def _head_name(model: Any) -> str:
+    """Return the name of the module that makes logits, the root's when there is none."""
+    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    return next((name for name, module in model.named_modules() if module is head), "")
+
+
+def whole_weights(
+    placement: Placement, units: Sequence[Unit], specs: Sequence[WeightType]
+) -> Placement:
+    """Return `placement` without units that are `dense` in vain.
+
+    A weight stays expanded only when all its units do; with some of them elsewhere, the others are
+    read for every use, and are to count as that.
+    """
+    home = {tensor: unit.name for unit in units for tensor in unit.tensors}
+    tiers = dict(placement.tiers)
+    for spec, _ in specs:
+        inside = {home[part.tensor] for part in spec.parts}
+        if len({tiers[name] for name in inside}) > 1:
+            tiers |= {name: "disk" for name in inside if tiers[name] == "dense"}
+    return Placement(tiers, placement.staging_bytes)
