@@ -75,9 +75,9 @@ class ScaledProblem:
 
     def inverse(self, penalty: float) -> torch.Tensor:
         """Return (gram + penalty I)^-1."""
-        return torch.cholesky_inverse(
-            damped_cholesky(self.gram + penalty * torch.eye(len(self.gram)).to(self.gram), 0.0)
-        )
+        shifted = self.gram.clone()
+        shifted.diagonal().add_(penalty)
+        return torch.cholesky_inverse(damped_cholesky(shifted, 0.0))
 
     def unscale(self, scaled: torch.Tensor, keep: torch.Tensor) -> torch.Tensor:
         """Return `scaled` in the layer's own coordinates, +0.0 where `keep` is false.

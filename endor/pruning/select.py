@@ -45,6 +45,6 @@ def keep_mask_rows(score: torch.Tensor, zeros: torch.Tensor) -> torch.Tensor:
         below = part < threshold
         tied = part == threshold
         room = count - below.sum(1, keepdim=True)
-        drop = below | (tied & (tied.cumsum(1) <= room))
+        drop = below | (tied & (tied.cumsum(1, dtype=torch.int32) <= room))
         keep[chosen] = ~drop
     return keep
