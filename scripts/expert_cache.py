@@ -1,7 +1,7 @@
 """Compare policies for a cache of experts on a routing trace, and check the engine against them.
 
     python scripts/make_moe.py DENSE MOE
-    endor pack MOE PACKED
+    endor pack MOE PACKED --include "*experts*"
     python scripts/expert_cache.py PACKED [--text FILE] [--tokens 1024] [--json FILE]
 
 Records how PACKED routes a text, runs each policy over the trace at several cache sizes, and prints

@@ -18,7 +18,7 @@ import heapq
 import os
 import threading
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 from endor.errors import BackendError, EndorError, ReadError
 from endor.offload.ledger import Ledger
@@ -78,7 +78,7 @@ class Engine:
         self._lock = threading.Lock()
         self._work = threading.Condition(self._lock)
         self._done = threading.Condition(self._lock)
-        self._jobs: list[tuple[int, int, int]] = []
+        self._jobs: list[tuple[int, int, int | Callable[[], None]]] = []
         self._tickets = 0
         self._closed = False
         self._pid = os.getpid()
@@ -190,6 +190,17 @@ class Engine:
                     return
                 state.warm = True
                 self._queue(state, WARM)
+
+    def post(self, priority: int, run: Callable[[], None]) -> None:
+        """Have a task that is no unit's read run on a loader thread, in its turn.
+
+        It handles its errors itself. A closed engine runs nothing.
+        """
+        with self._lock:
+            if not self._closed and os.getpid() == self._pid:
+                self._tickets += 1
+                heapq.heappush(self._jobs, (priority, self._tickets, run))
+                self._work.notify()
 
     def preload(self) -> None:
         """Wait until every resident unit is in memory, and the cache of experts is filled.
@@ -306,6 +317,9 @@ class Engine:
 
     def _run(self) -> None:
         while (state := self._next()) is not None:
+            if not isinstance(state, State):
+                state()
+                continue
             bound: Bound | None = None
             error: EndorError | None = None
             try:
@@ -326,12 +340,14 @@ class Engine:
                     state.fixed = bound
                 self._done.notify_all()
 
-    def _next(self) -> State | None:
+    def _next(self) -> State | Callable[[], None] | None:
         with self._lock:
             while not self._closed:
                 while self._jobs:
-                    priority, _, index = heapq.heappop(self._jobs)
-                    state = self._by_index[index]
+                    priority, _, job = heapq.heappop(self._jobs)
+                    if not isinstance(job, int):
+                        return job
+                    state = self._by_index[job]
                     if state.phase is Phase.QUEUED and state.priority == priority:
                         state.phase = Phase.READING
                         return state

@@ -8,7 +8,7 @@ from typing import Any, Literal
 EVENTS = 1 << 16
 """Events kept; older ones make room."""
 
-EventKind = Literal["read", "expand", "product", "stall", "check"]
+EventKind = Literal["read", "expand", "product", "stall", "check", "kv load", "kv save"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -17,7 +17,9 @@ class Event:
 
     Attributes:
         kind: `read` (disk to memory), `check` (checksum and structure), `expand` (packed to
-            dense), `product` (straight from the packed form), `stall` (a forward waited for it).
+            dense), `product` (straight from the packed form), `stall` (a forward waited for it),
+            `kv load` and `kv save` (keys and values of a layer; on a device until the copy was
+            issued, or the saved bytes have come).
         name: Unit or weight.
         start_s: Beginning, on the clock of `time.perf_counter`.
         stop_s: End.
@@ -68,6 +70,15 @@ class Counters:
         warm_used: Of these, used before they were given up.
         warm_wasted: Given up unused.
         warm_revoked: Guesses given up before their read began.
+        kv_loads: Times that a layer's keys and values were loaded.
+        kv_load_bytes: Their bytes.
+        kv_load_s: Time that took.
+        kv_saves: Times that keys and values were saved.
+        kv_save_bytes: Their bytes.
+        kv_save_s: Time that took.
+        kv_hits: Layers that found theirs loaded.
+        kv_misses: Layers for which nothing was to be loaded ahead.
+        kv_stall_s: Time that layers waited for theirs.
     """
 
     reads: int = 0
@@ -100,6 +111,15 @@ class Counters:
     warm_used: int = 0
     warm_wasted: int = 0
     warm_revoked: int = 0
+    kv_loads: int = 0
+    kv_load_bytes: int = 0
+    kv_load_s: float = 0.0
+    kv_saves: int = 0
+    kv_save_bytes: int = 0
+    kv_save_s: float = 0.0
+    kv_hits: int = 0
+    kv_misses: int = 0
+    kv_stall_s: float = 0.0
 
 
 class Ledger:

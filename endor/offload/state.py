@@ -11,9 +11,9 @@ from endor.offload.units import Unit
 Bound = Mapping[str, Encoded]
 """Stored tensors of a unit, by name, as views of its bytes."""
 
-DEMAND, HINT, AHEAD, WARM, FILL = range(5)
-"""Priority of a read: someone waits; will be needed at once; comes next by the schedule; a guess at
-the next router's choice; for later."""
+DEMAND, HINT, KEYS, AHEAD, WARM, FILL = range(6)
+"""Priority of a task: someone waits for a unit; it will be needed at once; the next layer's keys
+and values; comes next by the schedule; a guess at the next router's choice; for later."""
 
 
 class Phase(Enum):

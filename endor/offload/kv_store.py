@@ -1,0 +1,383 @@
+"""Keys and values as scheduled tasks: loaded before their layer runs, saved behind it.
+
+                  model thread   ... layer 3 ........ layer 4 ........ layer 5 ...
+                  loaders        load 4 . save 3 .    load 5 . save 4 .
+
+The kinds of tasks are those of PIPO (arXiv 2504.03664): computing on the model's thread, loads of
+weights, loads and saves of keys and values on the engine's loader threads, in one queue, the most
+urgent first. A task that the model needs before a loader took it up runs on the model's thread; so
+nothing waits for what has not begun, and no order of layers blocks.
+"""
+
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from endor.errors import EndorError, ShapeError
+from endor.offload.device import Device
+from endor.offload.kv_homes import FileAccess, FileHome, RamHome
+from endor.offload.kv_plan import SLOTS
+from endor.offload.kv_tasks import Layer, Slot, Task
+from endor.offload.ledger import Ledger
+from endor.offload.state import AHEAD, KEYS
+from endor.storage import HostBuffer
+
+PENDING_BYTES = 64 << 20
+"""Records that may wait to be saved; more are saved by the model's thread at once."""
+
+Post = Callable[[int, Callable[[], None]], None]
+
+
+class KVStore:
+    """Records of all layers of one cache; used by one thread at a time.
+
+    Args:
+        layers: Number of layers, which are used in order and in cycles.
+        device: Where the model computes, when that is not the processor.
+        ram_bytes: Host memory for records; layers beyond it go to files, spread through the depth
+            of the model. None sets no limit.
+        post: Takes tasks with a priority and runs them on other threads, `Engine.post`; without it
+            they run when their result is needed.
+        ledger: Where to count.
+        access: How files are made, read and written.
+    """
+
+    def __init__(
+        self,
+        layers: int,
+        *,
+        device: Device | None = None,
+        ram_bytes: int | None = None,
+        post: Post | None = None,
+        ledger: Ledger | None = None,
+        access: FileAccess | None = None,
+    ) -> None:
+        self.ledger = ledger or Ledger()
+        self._device = device
+        self._ram_limit = ram_bytes
+        self._post = post or (lambda priority, run: None)
+        self._access = access or FileAccess()
+        self._layers = [Layer(index, device) for index in range(layers)]
+        self._slots = [Slot(device) for _ in range(SLOTS)]
+        self._spilling = sorted(range(layers), key=_spread)
+
+    def __len__(self) -> int:
+        return len(self._layers)
+
+    @property
+    def ram_bytes(self) -> int:
+        """Host memory in which records stay."""
+        return sum(layer.home.ram_bytes for layer in self._layers if layer.home is not None)
+
+    @property
+    def file_layers(self) -> int:
+        """Layers whose records stay in a file."""
+        return sum(isinstance(layer.home, FileHome) for layer in self._layers)
+
+    def tokens(self, index: int) -> int:
+        """Return the number of records that a layer has."""
+        return self._layers[index].tokens
+
+    def append(self, index: int, records: torch.Tensor) -> None:
+        """Add records behind a layer's others, and save them later.
+
+        Args:
+            index: The layer.
+            records: `(tokens, record bytes)`, u8, contiguous, where the model computes, written on
+                the caller's current stream; not changed afterwards.
+
+        Raises:
+            ShapeError: Records of another size than before.
+            BackendError: They could not be saved.
+        """
+        layer, made = self._layers[index], None
+        if layer.home is None:
+            layer.home = self._home(records.shape[1])
+        if records.shape[1] != layer.home.record_bytes:
+            raise ShapeError(
+                f"layer {index}: keys and values of a token must have {layer.home.record_bytes} "
+                f"bytes as before, got {records.shape[1]}: clear the cache first"
+            )
+        self._give_up(layer)
+        if self._device is not None:
+            made = self._device.event()
+            self._device.record_compute(made)
+        with layer.lock:
+            layer.pending.append((records, made))
+        layer.tokens += len(records)
+        self._spill(layer)
+        waiting = sum(item.numel() for one in self._layers for item, _ in one.pending)
+        at_once = self._device is None and isinstance(layer.home, RamHome)
+        if at_once or waiting > PENDING_BYTES:
+            self._save(layer)
+        else:
+            self._post(AHEAD, Task(lambda: self._save(layer)).run)
+
+    def prefetch(self, index: int) -> None:
+        """Have a layer's records loaded, unless all slots are full of what will be used."""
+        layer = self._layers[index]
+        if layer.slot is not None or not layer.tokens or not self._passes_slot(layer):
+            return
+        free = [slot for slot in self._slots if slot.layer is None]
+        if free:
+            self._load(layer, free[0])
+
+    def take(self, index: int) -> list[torch.Tensor]:
+        """Return a layer's records, waiting for them; `release` gives them back.
+
+        Returns:
+            Pieces of `(tokens, record bytes)`, u8, where the model computes, in order; to be read
+            on the caller's current stream.
+
+        Raises:
+            ReadError: They could not be read.
+            BackendError: They could not be saved before.
+        """
+        layer = self._layers[index]
+        if not layer.tokens:
+            return []
+        assert layer.home is not None
+        shape = (-1, layer.home.record_bytes)
+        if not self._passes_slot(layer):
+            self._save(layer)
+            assert isinstance(layer.home, RamHome)
+            return [
+                torch.from_numpy(view).view(shape) for view in layer.home.views(0, layer.tokens)
+            ]
+        slot = self._loaded(layer)
+        nbytes = layer.tokens * layer.home.record_bytes
+        if self._device is not None:
+            self._device.await_in_compute(slot.ready)
+            assert slot.buffer is not None
+            return [slot.buffer[:nbytes].view(shape)]
+        assert slot.host is not None
+        return [torch.from_numpy(slot.host.array[:nbytes]).view(shape)]
+
+    def release(self, index: int) -> None:
+        """Give back what `take` returned; work enqueued so far still reads it."""
+        slot = self._layers[index].slot
+        if slot is not None:
+            self._vacate(slot)
+
+    def crop(self, index: int, tokens: int) -> None:
+        """Forget all but a layer's first `tokens`.
+
+        Raises:
+            BackendError: Records could not be saved.
+        """
+        layer = self._layers[index]
+        if tokens >= layer.tokens:
+            return
+        self._settle(layer)  # what was loaded begins with the records that stay
+        self._save(layer)
+        assert layer.home is not None
+        if layer.copied is not None and self._device is not None:
+            self._device.synchronize(layer.copied)
+        with layer.lock:
+            layer.home.truncate(tokens)
+            layer.tokens = layer.saved = tokens
+
+    def clear(self, index: int) -> None:
+        """Forget a layer's records, and their size."""
+        layer = self._layers[index]
+        self._give_up(layer)
+        if layer.copied is not None and self._device is not None:
+            self._device.synchronize(layer.copied)
+        with layer.lock:
+            layer.pending.clear()
+            layer.tokens = layer.saved = 0
+            if layer.home is not None:
+                layer.home.close()
+                layer.home = None
+
+    def close(self) -> None:
+        """Forget everything and give all memory back; the store can be used again."""
+        for index in range(len(self._layers)):
+            self.clear(index)
+        for slot in self._slots:
+            slot.unpin()
+            slot.buffer = None
+
+    # ---- tasks, on any thread ------------------------------------------------------------------
+
+    def _save(self, layer: Layer) -> None:
+        """Bring a layer's pending records home; what fails stays pending."""
+        device = self._device
+        with layer.lock:
+            home = layer.home
+            while layer.pending and home is not None:
+                records, made = layer.pending[0]
+                start, count = time.perf_counter(), len(records)
+                if device is None:
+                    home.write(layer.saved, records.numpy().reshape(-1))
+                else:
+                    device.enter_thread()
+                    device.await_in_copy(made)
+                    if isinstance(home, RamHome):
+                        self._copy_back(home.views(layer.saved, layer.saved + count), records)
+                    else:
+                        passage = HostBuffer(records.numel())
+                        self._copy_back([passage.array], records)
+                        home.write(layer.saved, passage.array)
+                layer.saved += count
+                layer.pending.popleft()
+                self._count("kv save", layer, start, records.numel())
+
+    def _copy_back(self, views: Sequence[np.ndarray], records: torch.Tensor) -> None:
+        """Copy from the device to host memory and return when it is there."""
+        device, flat, at = self._device, records.view(-1), 0
+        assert device is not None
+        for view in views:
+            device.copy_back(view, flat[at : at + view.nbytes])
+            at += view.nbytes
+        event = device.event()
+        device.record_copy(event)
+        device.synchronize(event)
+
+    def _fill(self, layer: Layer, slot: Slot, tokens: int) -> None:
+        """Load a layer's first `tokens` into a slot."""
+        self._save(layer)
+        device, home = self._device, layer.home
+        assert home is not None
+        start, nbytes = time.perf_counter(), tokens * home.record_bytes
+        if device is not None:
+            device.enter_thread()
+        with layer.lock:
+            if isinstance(home, FileHome):
+                assert slot.host is not None
+                if device is not None:
+                    device.synchronize(slot.ready)  # the last copy from this memory
+                home.read(0, slot.host.array[:nbytes])
+                views = [slot.host.array[:nbytes]]
+            else:
+                views = home.views(0, tokens)
+            if device is not None:
+                assert slot.buffer is not None
+                device.await_in_copy(slot.granted)
+                at = 0
+                for view in views:
+                    device.copy(slot.buffer[at : at + view.nbytes], view)
+                    at += view.nbytes
+                device.record_copy(slot.ready)
+                device.record_copy(layer.copied)
+        self._count("kv load", layer, start, nbytes)
+
+    def _count(self, kind: Any, layer: Layer, start: float, nbytes: int) -> None:
+        counters, stop = self.ledger.counters, time.perf_counter()
+        if kind == "kv load":
+            counters.kv_loads += 1
+            counters.kv_load_bytes += nbytes
+            counters.kv_load_s += stop - start
+        else:
+            counters.kv_saves += 1
+            counters.kv_save_bytes += nbytes
+            counters.kv_save_s += stop - start
+        self.ledger.note(kind, f"keys and values {layer.index}", start, stop, nbytes)
+
+    # ---- on the model's thread -----------------------------------------------------------------
+
+    def _passes_slot(self, layer: Layer) -> bool:
+        """Whether records are moved before they are used: all but those in RAM on a processor."""
+        return self._device is not None or isinstance(layer.home, FileHome)
+
+    def _home(self, record_bytes: int) -> RamHome | FileHome:
+        if self._ram_limit == 0:
+            return FileHome(record_bytes, self._access)
+        return RamHome(record_bytes, self._device)
+
+    def _load(self, layer: Layer, slot: Slot) -> None:
+        assert layer.home is not None
+        tokens = layer.tokens
+        slot.reserve(tokens * layer.home.record_bytes, host=isinstance(layer.home, FileHome))
+        slot.layer, layer.slot = layer, slot
+        slot.task = Task(lambda: self._fill(layer, slot, tokens))
+        self._post(KEYS, slot.task.run)
+
+    def _loaded(self, layer: Layer) -> Slot:
+        """Return the slot that a layer's records are in, waiting for them."""
+        counters, start = self.ledger.counters, time.perf_counter()
+        if layer.slot is None:
+            counters.kv_misses += 1
+            self._load(layer, self._free_slot())
+        slot = layer.slot
+        assert slot is not None
+        assert slot.task is not None
+        if slot.task.done and slot.task.error is None:
+            counters.kv_hits += 1
+            return slot
+        try:
+            slot.task.finish()
+        except EndorError:
+            self._vacate(slot)
+            raise
+        stop = time.perf_counter()
+        counters.kv_stall_s += stop - start
+        self.ledger.note("stall", f"keys and values {layer.index}", start, stop, 0)
+        return slot
+
+    def _free_slot(self) -> Slot:
+        """Return a slot for what is needed now; a load that nobody waits for gives way."""
+        for slot in self._slots:
+            if slot.layer is None:
+                return slot
+        slot = self._slots[0]
+        assert slot.layer is not None
+        self._give_up(slot.layer)
+        return slot
+
+    def _settle(self, layer: Layer) -> None:
+        """Give up a load that has not begun, wait for one that has."""
+        if layer.slot is not None and layer.slot.task is not None and not layer.slot.task.settle():
+            self._vacate(layer.slot)
+
+    def _give_up(self, layer: Layer) -> None:
+        """Have no load of a layer, done or not."""
+        self._settle(layer)
+        if layer.slot is not None:
+            self._vacate(layer.slot)
+
+    def _vacate(self, slot: Slot) -> None:
+        if slot.layer is not None:
+            slot.layer.slot = None
+        slot.layer = slot.task = None
+        self._slots.remove(slot)  # the one that was used longest ago gives way first
+        self._slots.append(slot)
+
+    def _spill(self, growing: Layer) -> None:
+        """Move layers to files until all fit the limit, the one that grows included."""
+        limit = self._ram_limit
+        while limit and isinstance(growing.home, RamHome):
+            if self.ram_bytes + growing.home.growth_bytes(growing.tokens) <= limit:
+                return
+            index = next(at for at in self._spilling if isinstance(self._layers[at].home, RamHome))
+            layer = self._layers[index]
+            assert isinstance(layer.home, RamHome)
+            self._move(layer, layer.home)
+
+    def _move(self, layer: Layer, old: RamHome) -> None:
+        self._give_up(layer)
+        self._save(layer)
+        if layer.copied is not None and self._device is not None:
+            self._device.synchronize(layer.copied)
+        home, at = FileHome(old.record_bytes, self._access), 0
+        start = time.perf_counter()
+        with layer.lock:
+            for view in old.views(0, layer.saved):
+                home.write(at, view)
+                at += view.nbytes // old.record_bytes
+            layer.home = home
+        old.close()
+        self._count("kv save", layer, start, at * old.record_bytes)
+
+
+def _spread(index: int) -> float:
+    """Return the radical inverse: sorted by it, numbers are spread however many are taken."""
+    out, unit = 0.0, 0.5
+    while index:
+        out += unit * (index & 1)
+        index >>= 1
+        unit /= 2
+    return out

@@ -1,0 +1,203 @@
+"""Keys and values outside the model: the tensors, and the text, of transformers' own cache."""
+
+import copy
+import random
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from transformers import DynamicCache
+
+import endor
+from endor.errors import ConfigError, ShapeError
+from endor.hf.kv_cache import EndorCache, EndorCacheLayer, keep_kv, new_cache
+from endor.hf.model import parameter_bytes
+from endor.offload.fake_device import FakeDevice
+from endor.offload.kv_homes import FileAccess
+from endor.offload.kv_store import KVStore
+
+from .conftest import config_of, prompt
+
+LAYERS = 3
+
+
+class Clock(FakeDevice):
+    """A simulated device on which computing waits for the clock when it waits for an event."""
+
+    def await_in_compute(self, event):
+        super().await_in_compute(event)
+        self.synchronize(event)
+
+
+@pytest.fixture(scope="module")
+def config():
+    return config_of("llama")
+
+
+def states(batch, tokens, seed, dtype=torch.bfloat16):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn((2, batch, 2, tokens, 16), generator=generator).to(dtype)
+
+
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.differing_executors])
+@given(
+    seed=st.integers(0, 1 << 30),
+    limit=st.sampled_from([None, 0, 300_000]),
+    simulated=st.booleans(),
+    dtype=st.sampled_from([torch.bfloat16, torch.float32]),
+)
+def test_every_operation_is_that_of_the_dynamic_cache(
+    tmp_path_factory, config, seed, limit, simulated, dtype
+):
+    device = Clock() if simulated else None
+    access = FileAccess(tmp_path_factory.getbasetemp())
+    store = KVStore(LAYERS, device=device, ram_bytes=limit, access=access)
+    ours, theirs = EndorCache(config, store), DynamicCache(config=config)
+    order = random.Random(seed)
+    batch = 3
+    for step in range(25):
+        for layer in range(LAYERS):
+            keys, values = states(batch, 1 + 3 * (step == 0), seed + 31 * step + layer, dtype)
+            expected = theirs.update(keys, values, layer)
+            found = ours.update(keys, values, layer)
+            for one, other in zip(found, expected, strict=True):
+                assert torch.equal(one, other)
+                assert one.is_contiguous()
+        action = order.random()
+        if action < 0.3:
+            beams = torch.tensor([order.randrange(batch) for _ in range(batch)])
+            for cache in (ours, theirs):
+                cache.reorder_cache(beams)
+        elif action < 0.5:
+            remove = order.randrange(min(4, theirs.get_seq_length()))
+            for cache in (ours, theirs):
+                cache.crop(-remove)
+        elif action < 0.57 and batch < 6:
+            batch *= 2
+            for cache in (ours, theirs):
+                cache.batch_repeat_interleave(2)
+        elif action < 0.64 and batch > 1:
+            kept = torch.tensor(sorted(order.sample(range(batch), batch - 1)))
+            batch -= 1
+            for cache in (ours, theirs):
+                cache.batch_select_indices(kept)
+        assert ours.get_seq_length() == theirs.get_seq_length()
+        assert ours.get_mask_sizes(5, 0) == theirs.get_mask_sizes(5, 0)
+    for one, other in zip(ours.layers, theirs.layers, strict=True):
+        assert torch.equal(one.keys, other.keys)
+        assert torch.equal(one.values, other.values)
+    copied = copy.deepcopy(ours)
+    assert all(
+        torch.equal(one.keys, other.keys)
+        for one, other in zip(copied.layers, theirs.layers, strict=True)
+    )
+    ours.reset()
+    assert ours.get_seq_length() == 0
+    assert ours.layers[0].keys is None
+    if device is not None:
+        assert device.errors == []
+    store.close()
+
+
+@pytest.fixture(params=[0, None, 300_000], ids=["disk", "ram", "spill"])
+def model(request, pair, tmp_path):
+    """A streamed model whose `generate` keeps keys and values outside."""
+    first = endor.load_model(pair.packed)
+    largest = max(unit.nbytes for unit in first.endor.units)
+    ram = parameter_bytes(first) + first.endor.scratch.nbytes + 2 * largest
+    model = endor.load_model(pair.packed, ram=ram)
+    keep_kv(
+        model,
+        "disk" if request.param == 0 else "ram",
+        ram_bytes=request.param,
+        directory=tmp_path,
+    )
+    model.kv_limit = request.param
+    return model
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"num_beams": 3},
+        {"num_beams": 4, "num_return_sequences": 2},
+        {"prompt_lookup_num_tokens": 3},
+        {"do_sample": True, "temperature": 1.3},
+        {"prefill_chunk_size": 4},
+    ],
+    ids=lambda options: "-".join(options) or "greedy",
+)
+def test_generate_gives_the_dense_models_tokens(pair, model, options):
+    ids = prompt(1 if "prompt_lookup_num_tokens" in options else 3)
+    arguments = {"max_new_tokens": 12, "do_sample": False} | options
+    texts = []
+    for each in (pair.dense, model):
+        torch.manual_seed(5)
+        texts.append(each.generate(ids, **arguments))
+    assert torch.equal(*texts)
+    counters = model.endor.ledger.counters
+    assert (counters.kv_loads > 0) == (model.kv_limit is not None)
+
+
+def test_assisted_decoding(pair, model):
+    ids = prompt(1)
+    expected = pair.dense.generate(ids, max_new_tokens=12, do_sample=False)
+    for main, assistant in ((model, pair.dense), (pair.dense, model)):
+        found = main.generate(ids, max_new_tokens=12, do_sample=False, assistant_model=assistant)
+        assert torch.equal(found, expected)
+
+
+def test_a_cache_can_be_continued(pair, model):
+    """A conversation: the cache of the first answer serves the second question."""
+    ids = prompt(2)
+    caches = [new_cache(model, ram_bytes=model.kv_limit), DynamicCache(config=pair.dense.config)]
+    for turn in range(2):
+        texts = [
+            each.generate(ids, max_new_tokens=5, do_sample=False, past_key_values=cache)
+            for each, cache in zip((model, pair.dense), caches, strict=True)
+        ]
+        assert torch.equal(*texts)
+        ids = torch.cat([texts[0], prompt(2, 3 + turn)], dim=1)
+
+
+def test_other_caches_are_left_alone(model):
+    ids = prompt(1)
+    for options in ({"cache_implementation": "static"}, {"use_cache": False}):
+        model.generate(ids, max_new_tokens=3, do_sample=False, **options)
+    mine = DynamicCache(config=model.config)
+    out = model.generate(
+        ids, max_new_tokens=3, do_sample=False, past_key_values=mine, return_dict_in_generate=True
+    )
+    assert out.past_key_values is mine
+    out = model.generate(ids, max_new_tokens=3, do_sample=False, return_dict_in_generate=True)
+    assert isinstance(out.past_key_values, EndorCache)
+
+
+def test_layers_with_a_window_stay_transformers_own(make_pair, tmp_path):
+    pair = make_pair("gemma2", sliding_window=8)
+    model = endor.load_model(pair.packed)
+    keep_kv(model, "disk", directory=tmp_path)
+    ids = prompt(2)
+    out = model.generate(ids, max_new_tokens=8, do_sample=False, return_dict_in_generate=True)
+    assert torch.equal(out.sequences, pair.dense.generate(ids, max_new_tokens=8, do_sample=False))
+    kinds = [isinstance(layer, EndorCacheLayer) for layer in out.past_key_values.layers]
+    assert any(kinds)
+    assert not all(kinds)
+
+
+def test_what_cannot_be_kept_outside(pair, config, tmp_path):
+    cache = EndorCache(config, KVStore(LAYERS, ram_bytes=0, access=FileAccess(tmp_path)))
+    keys, values = states(2, 1, 0)
+    with pytest.raises(ConfigError, match="one dtype"):
+        cache.update(keys, values.float(), 0)
+    cache.update(keys, values, 0)
+    with pytest.raises(ShapeError, match="reset the cache first"):
+        cache.update(*states(3, 1, 0), 0)
+    with pytest.raises(ConfigError, match="gradients"):
+        cache.update(keys.requires_grad_(), values, 1)
+    with pytest.raises(ConfigError, match="minus the number"):
+        cache.crop(2)
+    with pytest.raises(ConfigError, match="got 'tape'"):
+        keep_kv(endor.load_model(pair.packed), "tape")
