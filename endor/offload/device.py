@@ -4,7 +4,7 @@
 that tests control, so that the host's logic is proved where there is no GPU.
 """
 
-from collections.abc import Hashable
+from collections.abc import Hashable, Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -12,10 +12,18 @@ import torch
 
 from endor.errors import BackendError
 from endor.kernels import gpu
+from endor.kernels.gpu import DeviceEncoded
 
 _HOST_TO_DEVICE = 1
 _DEVICE_TO_HOST = 2
 _ALREADY_REGISTERED = 712
+
+
+class Runnable(Protocol):
+    """Prepared work; see `endor.kernels.gpu.Expansion`."""
+
+    def run(self) -> None:
+        """Enqueue it on the caller's current stream."""
 
 
 class Device(Protocol):
@@ -35,6 +43,12 @@ class Device(Protocol):
         Raises:
             BackendError: There is not enough.
         """
+
+    def memory(self) -> tuple[int, int]:
+        """Return (free, total) bytes of device memory."""
+
+    def prepare(self, items: Sequence[tuple[DeviceEncoded, torch.Tensor]]) -> Runnable:
+        """Return the expansion of stored tensors, each into its dense tensor; see `gpu.prepare`."""
 
     def event(self) -> Any:
         """Return a new event that was never recorded; waiting for it is no wait."""
@@ -110,6 +124,13 @@ class CudaDevice:
                 f"{self.device}: {nbytes} bytes of device memory were refused, {free} of {total} "
                 f"are free: lower vram ({error})"
             ) from None
+
+    def memory(self) -> tuple[int, int]:
+        free, total = torch.cuda.mem_get_info(self.device)
+        return free, total
+
+    def prepare(self, items: Sequence[tuple[DeviceEncoded, torch.Tensor]]) -> Runnable:
+        return gpu.prepare(items)
 
     def event(self) -> torch.cuda.Event:
         return torch.cuda.Event()  # type: ignore[no-untyped-call]

@@ -6,14 +6,18 @@ missing anywhere becomes a wrong byte.
 """
 
 import threading
+import weakref
 from collections import deque
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 import torch
 
+from endor import kernels
+from endor.codecs import Encoded
 from endor.errors import BackendError
+from endor.kernels.gpu import DeviceEncoded
 
 SPOILED = 0xDD
 
@@ -50,22 +54,56 @@ class _Stream:
     busy: float = 0.0
 
 
+class FakeExpansion:
+    """Decodes on the processor what the simulated device holds when the work before it is over."""
+
+    def __init__(
+        self, device: "FakeDevice", items: Sequence[tuple[DeviceEncoded, torch.Tensor]]
+    ) -> None:
+        self._device = device
+        self._items = items
+
+    def run(self) -> None:
+        self._device.drain()
+        for packed, out in self._items:
+            storage = packed.storage.numpy()
+            arrays = {}
+            for array in packed.spec.arrays:
+                begin = packed.offsets[array.suffix]
+                flat = storage[begin : begin + array.nbytes].view(array.dtype.uint)
+                arrays[array.suffix] = flat.reshape(array.shape)
+            bits = np.empty(packed.spec.numel, dtype=packed.spec.dtype.uint)
+            kernels.decode(Encoded(packed.spec, arrays), bits, threads=1)
+            signed = torch.from_numpy(bits.view(f"i{bits.itemsize}"))
+            out.view(-1).view(signed.dtype).copy_(signed)
+
+
 class FakeDevice:
     """Implements `endor.offload.device.Device` on simulated time; safe for threads.
 
     Args:
         bytes_per_s: Speed of copies.
         pinnable_bytes: Host memory that may be page-locked.
+        total_bytes: Device memory.
 
     Attributes:
         device: The CPU: what `allocate` returns can be looked at.
+        allocated_bytes: Device memory that `allocate` gave and that is still in use.
         now: Simulated seconds.
         pinned_bytes: Host memory that is page-locked.
         errors: What went wrong inside streams; must stay empty.
     """
 
-    def __init__(self, *, bytes_per_s: float = 1e9, pinnable_bytes: int = 1 << 60) -> None:
+    def __init__(
+        self,
+        *,
+        bytes_per_s: float = 1e9,
+        pinnable_bytes: int = 1 << 60,
+        total_bytes: int = 24 << 30,
+    ) -> None:
         self.device = torch.device("cpu")
+        self.total_bytes = total_bytes
+        self.allocated_bytes = 0
         self.now = 0.0
         self.pinned_bytes = 0
         self.errors: list[str] = []
@@ -78,7 +116,19 @@ class FakeDevice:
     # ---- the protocol --------------------------------------------------------------------------
 
     def allocate(self, nbytes: int) -> torch.Tensor:
-        return torch.full((nbytes,), SPOILED, dtype=torch.uint8)
+        memory = np.full(nbytes, SPOILED, dtype=np.uint8)
+        self.allocated_bytes += nbytes
+        weakref.finalize(memory, self._free, nbytes).atexit = False
+        return torch.from_numpy(memory)
+
+    def _free(self, nbytes: int) -> None:
+        self.allocated_bytes -= nbytes
+
+    def memory(self) -> tuple[int, int]:
+        return self.total_bytes - self.allocated_bytes, self.total_bytes
+
+    def prepare(self, items: Sequence[tuple[DeviceEncoded, torch.Tensor]]) -> FakeExpansion:
+        return FakeExpansion(self, items)
 
     def event(self) -> FakeEvent:
         return FakeEvent()
