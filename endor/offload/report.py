@@ -12,6 +12,9 @@ from endor.offload.placement import Tier
 from endor.offload.store import Store
 
 COMPUTE = ("expand", "product")
+KEYS = "keys and values"
+"""What names of events about the cache begin with."""
+
 TIMELINE_STEPS = 2
 TIMELINE_EVENTS = 6000
 
@@ -90,9 +93,12 @@ def summarise(store: Store, seconds: tuple[float, float]) -> Summary:
     reads = [event for event in events if event.kind == "read"]
     read_bytes = sum(event.nbytes for event in reads)
     busy = covered(reads)
-    stalled = covered([event for event in events if event.kind == "stall"])
+    stalls = [event for event in events if event.kind == "stall"]
+    stalled = covered(stalls)
     # An expansion that waits for its unit has the wait inside it.
-    computing = max(0.0, covered([event for event in events if event.kind in COMPUTE]) - stalled)
+    within_expansions = covered([event for event in stalls if not event.name.startswith(KEYS)])
+    expanding = covered([event for event in events if event.kind in COMPUTE])
+    computing = max(0.0, expanding - within_expansions)
     steps = step_times(events, end)
     marks = _step_marks(events)
     decode_bytes = sum(e.nbytes for e in reads if len(marks) > 1 and e.start_s >= marks[1])

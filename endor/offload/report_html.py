@@ -15,6 +15,8 @@ COLOURS = {
     "expand": "#2a6f97",
     "product": "#2f6b3a",
     "stall": "#c1121f",
+    "kv load": "#7b5ea7",
+    "kv save": "#c77dba",
     "rest": "#ced4da",
     "dense": "#2f6b3a",
     "resident": "#74a57f",
@@ -27,7 +29,12 @@ MEANINGS = {
     "product": "product from the packed form",
     "stall": "waiting for a unit",
     "rest": "torch: products, attention, norms, sampling",
+    "kv load": "keys and values loaded",
+    "kv save": "keys and values saved",
 }
+OPTIONAL = ("kv load", "kv save")
+"""Kinds that are explained only where they occur."""
+
 TIERS = {
     "dense": "expanded in RAM",
     "resident": "packed in RAM",
@@ -68,7 +75,7 @@ def page(
             "<h2>Where the time went</h2>",
             _shares(summary),
             "<h2>The last steps</h2>",
-            _legend({kind: MEANINGS[kind] for kind in MEANINGS}),
+            _legend(_meanings(events)),
             _timeline(events),
             '<p class="small">One row per thread; point at a bar for its unit. Grey is the time '
             "between two weights on the thread that computes.</p>",
@@ -120,8 +127,39 @@ def _shares(summary: Summary) -> str:
         ["units ready when needed", f"{summary.counters.get('hits', 0)}"],
         ["units still on their way", f"{summary.counters.get('late', 0)}"],
         ["units nobody had asked for", f"{summary.counters.get('misses', 0)}"],
+        *_counts(summary.counters),
     ]
     return _svg(2 * LANE + 6, out) + _table(["share of the time", ""], rows)
+
+
+def _meanings(events: Sequence[Event]) -> dict[str, str]:
+    seen = {event.kind for event in events}
+    return {kind: text for kind, text in MEANINGS.items() if kind not in OPTIONAL or kind in seen}
+
+
+def _counts(counters: Mapping[str, Any]) -> list[list[str]]:
+    """Return rows about experts, and about keys and values, where there were any to move."""
+    count = {key: counters.get(key, 0) for key in ("expert_uses", "guessed_uses", "kv_loads")}
+    rows = []
+    if uses := count["expert_uses"]:
+        rows.append(["experts in memory when chosen", f"{counters['expert_hits'] / uses:.1%}"])
+        rows.append(["experts on their way then", f"{counters['expert_late'] / uses:.1%}"])
+    if guessed := count["guessed_uses"]:
+        right = counters["right_guesses"] / guessed
+        rows.append(["chosen experts that were foreseen", f"{right:.1%}"])
+        rows.append(
+            [
+                "experts read on a guess, and of these in vain",
+                f"{counters['warm_reads']}, {counters['warm_wasted']}",
+            ]
+        )
+    if loads := count["kv_loads"]:
+        rows.append(["keys and values loaded", f"{counters['kv_load_bytes'] / 1e9:.3f} GB"])
+        rows.append(["keys and values saved", f"{counters['kv_save_bytes'] / 1e9:.3f} GB"])
+        rows.append(
+            ["layers whose keys and values were there in time", f"{counters['kv_hits']} of {loads}"]
+        )
+    return rows
 
 
 def _timeline(events: Sequence[Event]) -> str:

@@ -2,12 +2,13 @@
 
 import json
 import re
+from dataclasses import asdict
 from types import SimpleNamespace
 from xml.etree import ElementTree
 
 import pytest
 
-from endor.offload.ledger import Ledger
+from endor.offload.ledger import Counters, Ledger
 from endor.offload.report import covered, step_times, summarise, timeline, within, write_report
 
 
@@ -119,3 +120,56 @@ def test_the_page_stands_alone(tmp_path):
     assert "model" in drawings[1]
     data = re.search(r'id="endor-report">(.*?)</script>', text, re.DOTALL)
     assert json.loads(data[1])["read_bytes"] == 3000
+
+
+def with_cache_events(store, steps=3):
+    """Add a load and a save of keys and values to each step, and a wait outside any expansion."""
+    for step in range(steps):
+        at = 10.0 + step
+        note(store.ledger, "stall", "keys and values 0", at + 0.7, at + 0.75, 0, thread=1)
+        note(store.ledger, "kv load", "keys and values 1", at + 0.1, at + 0.2, 300, thread=2)
+        note(store.ledger, "kv save", "keys and values 0", at + 0.8, at + 0.9, 100, thread=2)
+    return store
+
+
+def test_waits_for_keys_and_values_are_no_part_of_expansions():
+    found = summarise(with_cache_events(make_store()), (10.0, 13.0))
+    assert found.stall_share == pytest.approx(0.15)
+    assert found.expand_share == pytest.approx(0.2)
+    assert found.read_bytes == 3000
+
+
+def test_keys_values_and_experts_are_shown_where_there_are_any(tmp_path):
+    path = tmp_path / "report.html"
+    plain = make_store()
+    write_report(path, plain, seconds=(10.0, 13.0))
+    for text in ("keys and values", "experts"):
+        assert text not in re.sub(r"<script.*?</script>", "", path.read_text(), flags=re.DOTALL)
+    store = with_cache_events(make_store())
+    counters = asdict(Counters()) | {
+        "kv_loads": 3,
+        "kv_hits": 2,
+        "kv_load_bytes": 2_000_000_000,
+        "expert_uses": 8,
+        "expert_hits": 6,
+        "expert_late": 1,
+        "guessed_uses": 4,
+        "right_guesses": 3,
+        "warm_reads": 5,
+        "warm_wasted": 2,
+    }
+    report = store.report()
+    store.report = lambda: report | {"counters": counters}
+    write_report(path, store, seconds=(10.0, 13.0))
+    text = path.read_text()
+    assert "kv load keys and values 1" in text
+    assert "kv save keys and values 0" in text
+    assert "keys and values saved</span>" in text
+    for cells in (
+        "<td>experts in memory when chosen</td><td>75.0%</td>",
+        "<td>chosen experts that were foreseen</td><td>75.0%</td>",
+        "<td>5, 2</td>",
+        "<td>2.000 GB</td>",
+        "<td>2 of 3</td>",
+    ):
+        assert cells in text
