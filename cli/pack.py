@@ -71,6 +71,7 @@ def pack_command(
     is lost: `endor unpack` gives back every bit.
     """
     from endor.checkpoint import pack_checkpoint
+    from endor.checkpoint.companions import source_quantization
 
     with (
         calibration_progress() as watch,
@@ -99,6 +100,14 @@ def pack_command(
         f"{out}: {human(sizes.dense_bytes)} -> {human(sizes.packed_bytes)}, "
         f"{sizes.ratio:.2f}x smaller, {report.seconds:.1f} s, {report.gbps:.2f} GB/s"
     )
+    config = report.path / "config.json"
+    section = json.loads(config.read_text()).get("quantization_config") if config.exists() else {}
+    method = source_quantization(section)
+    if method is not None:
+        click.echo(
+            f"its weights are quantized ({method}): packed for storage; unpack it to run it",
+            err=True,
+        )
     click.echo(
         f"{sizes.packed_tensors} of {sizes.tensors} tensors packed: density {sizes.density:.4f}, "
         f"{sizes.bits_per_weight:.3f} bits a weight with all metadata and padding"

@@ -5,6 +5,7 @@ from contextlib import closing, nullcontext
 from pathlib import Path
 from typing import Any, cast
 
+from endor.checkpoint.companions import QUANTIZATION_KEY, quantization_name
 from endor.checkpoint.convert import DEFAULT_SHARD_BYTES, PackOptions, convert
 from endor.checkpoint.dense import write_dense
 from endor.checkpoint.report import DenseReport, PackReport, Progress
@@ -12,7 +13,7 @@ from endor.checkpoint.select import select
 from endor.checkpoint.source import open_source
 from endor.checkpoint.tensors import CheckpointSource
 from endor.codecs import CodecChoice
-from endor.errors import ConfigError
+from endor.errors import ConfigError, PruningError
 from endor.pruning.contract import METHODS, PruneOptions, WeightPruner
 
 MIN_SHARD_BYTES = 1 << 20
@@ -193,4 +194,11 @@ def _check_selection(
         raise ConfigError(
             f"{source.path}: nothing to prune: none of {len(source.tensors)} tensors is a matrix "
             "of a layer; name some with include"
+        )
+    quantized = (source.config() or {}).get(QUANTIZATION_KEY)
+    if pruner is not None and quantized:
+        raise PruningError(
+            f"{source.path}: config.json says that its weights are quantized "
+            f"({quantization_name(quantized)}): their sizes mean nothing without their scales; "
+            "prune the checkpoint it was made from"
         )

@@ -69,6 +69,22 @@ def packed_config(
     return {**config, QUANTIZATION_KEY: ours}
 
 
+def quantization_name(section: Any) -> str:
+    """Return what a `quantization_config` calls its method."""
+    name = section.get("quant_method") if isinstance(section, Mapping) else None
+    return str(name or "unknown method")
+
+
+def source_quantization(section: Any) -> str | None:
+    """Return the method by which a checkpoint was quantized before it was packed, if it was.
+
+    Args:
+        section: The `quantization_config` of the packed checkpoint.
+    """
+    found = section.get(SOURCE_QUANTIZATION_KEY) if isinstance(section, Mapping) else None
+    return None if found is None else quantization_name(found)
+
+
 def dense_config(config: dict[str, Any] | None, path: Path) -> dict[str, Any] | None:
     """Return config.json of the dense checkpoint that a packed one stands for.
 

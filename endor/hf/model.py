@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from endor.checkpoint.companions import source_quantization
 from endor.errors import ConfigError, OutputExistsError
 from endor.hf.linear import refuse_conversion
 from endor.offload.store import Store
@@ -174,6 +175,23 @@ def read_config(path: Path) -> dict[str, Any]:
     if not isinstance(config, dict):
         raise ConfigError(f"{file}: must be a JSON object")
     return config
+
+
+def refuse_quantized(section: Any) -> None:
+    """Raise unless packed weights are what a model multiplies by.
+
+    Args:
+        section: The `quantization_config` of a packed checkpoint.
+
+    Raises:
+        ConfigError: They were quantized before they were packed, and need their scales.
+    """
+    method = source_quantization(section)
+    if method is not None:
+        raise ConfigError(
+            f"quantization_config: the weights were quantized ({method}) before they were packed, "
+            "and need their scales to be run: `endor unpack` the checkpoint and load the result"
+        )
 
 
 def is_packed(path: Path) -> bool:

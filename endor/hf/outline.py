@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from endor.codecs import DTYPES
 from endor.errors import ConfigError
 from endor.hf.loading import open_layouts
-from endor.hf.model import is_packed, parameter_bytes
+from endor.hf.model import is_packed, parameter_bytes, read_config, refuse_quantized
 from endor.hf.names import Assignment, assign
 from endor.offload import hardware
 from endor.offload.costs import ModelShape
@@ -109,6 +109,7 @@ def outline(packed_dir: Path | str) -> Outline:
         raise ConfigError(
             f"{path}: config.json names no packed checkpoint; make one with `endor pack`"
         )
+    refuse_quantized(read_config(path)["quantization_config"])
     config = transformers.AutoConfig.from_pretrained(path)
     if hasattr(config, "quantization_config"):
         del config.quantization_config

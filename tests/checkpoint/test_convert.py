@@ -16,6 +16,7 @@ from endor.checkpoint import (
     inspect_checkpoint,
     open_source,
     pack_checkpoint,
+    prune_checkpoint,
     unpack_checkpoint,
     verify_checkpoint,
 )
@@ -109,6 +110,15 @@ def test_a_quantization_of_the_source_survives(tmp_path, model):
     unpack_checkpoint(tmp_path / "packed", tmp_path / "dense")
     dense = json.loads((tmp_path / "dense" / "config.json").read_text())
     assert dense["quantization_config"] == fp8
+
+
+def test_quantized_weights_are_not_pruned(tmp_path, model):
+    fp8 = {"quant_method": "fp8"}
+    (model / "config.json").write_text(json.dumps(CONFIG | {"quantization_config": fp8}))
+    for convert in (pack_checkpoint, prune_checkpoint):
+        with pytest.raises(PruningError, match=r"quantized \(fp8\).*scales"):
+            convert(model, tmp_path / "out", prune="magnitude")
+        assert not (tmp_path / "out").exists()
 
 
 def test_a_lone_file(tmp_path, state):

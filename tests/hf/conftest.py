@@ -103,11 +103,13 @@ def prompt(batch: int = 2, length: int = 11) -> torch.Tensor:
 
 def least(model: Any) -> int:
     """Return the smallest budget that loads a model again, as the refusal of less names it."""
-    path = model.endor.layouts[0].path.parent
-    with pytest.raises(BudgetError, match="the ram budget must be at least") as error:
-        endor.load_model(path, ram=1)
-    found = re.search(r"\((\d+) bytes\)", str(error.value))
-    assert found is not None
+    text = ""
+    try:
+        endor.load_model(model.endor.layouts[0].path.parent, ram=1)
+    except BudgetError as error:  # kept any longer, its traceback would keep the model
+        text = str(error)
+    found = re.search(r"the ram budget must be at least .* \((\d+) bytes\)", text)
+    assert found is not None, text
     return int(found[1])
 
 

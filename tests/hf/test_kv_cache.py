@@ -2,6 +2,7 @@
 
 import copy
 import random
+import re
 
 import pytest
 import torch
@@ -10,14 +11,13 @@ from hypothesis import strategies as st
 from transformers import DynamicCache
 
 import endor
-from endor.errors import ConfigError, ShapeError
+from endor.errors import BudgetError, ConfigError, ShapeError
 from endor.hf.kv_cache import EndorCache, EndorCacheLayer, keep_kv, new_cache
-from endor.hf.model import parameter_bytes
 from endor.offload.fake_device import FakeDevice
 from endor.offload.kv_homes import FileAccess
 from endor.offload.kv_store import KVStore
 
-from .conftest import config_of, prompt
+from .conftest import config_of, least, prompt
 
 LAYERS = 3
 
@@ -103,10 +103,7 @@ def test_every_operation_is_that_of_the_dynamic_cache(
 @pytest.fixture(params=[0, None, 300_000], ids=["disk", "ram", "spill"])
 def model(request, pair, tmp_path):
     """A streamed model whose `generate` keeps keys and values outside."""
-    first = endor.load_model(pair.packed)
-    largest = max(unit.nbytes for unit in first.endor.units)
-    ram = parameter_bytes(first) + first.endor.scratch.nbytes + 2 * largest
-    model = endor.load_model(pair.packed, ram=ram)
+    model = endor.load_model(pair.packed, ram=least(endor.load_model(pair.packed)))
     keep_kv(
         model,
         "disk" if request.param == 0 else "ram",
@@ -201,3 +198,22 @@ def test_what_cannot_be_kept_outside(pair, config, tmp_path):
         cache.crop(2)
     with pytest.raises(ConfigError, match="got 'tape'"):
         keep_kv(endor.load_model(pair.packed), "tape")
+
+
+def test_the_planned_context_decides(pair):
+    """A context whose keys and values do not fit the budget goes to disk, and is used from there."""
+    context = 4096
+    with pytest.raises(BudgetError) as refused:
+        endor.load_model(pair.packed, ram=1 << 16, context=context, kv="device")
+    least = int(re.search(r"\((\d+) bytes\)", str(refused.value))[1])
+    assert endor.load_model(pair.packed, ram=least, context=context).endor_plan.workload.kv == (
+        "device"
+    )
+    model = endor.load_model(pair.packed, ram=least - 1, context=context)
+    assert model.endor_plan.workload.kv == "disk"
+    ids = prompt(2)
+    expected = pair.dense.generate(ids, max_new_tokens=6, do_sample=False)
+    assert torch.equal(model.generate(ids, max_new_tokens=6, do_sample=False), expected)
+    assert model.endor.ledger.counters.kv_loads > 0
+    with pytest.raises(ConfigError, match="got 'tape'"):
+        endor.load_model(pair.packed, kv="tape")

@@ -20,11 +20,13 @@ from endor.errors import (
     BudgetError,
     CheckpointError,
     ChecksumError,
+    ConfigError,
     FormatError,
     ShapeError,
     TruncatedError,
 )
 from endor.hf import EndorConfig, EndorExperts, EndorLinear
+from endor.hf.outline import outline
 from endor.offload import Placement
 
 from .conftest import config_of, least, prompt
@@ -157,6 +159,55 @@ def test_max_memory_limits_the_weights(pair):
     model = load(pair, device_map="auto", max_memory={"cpu": need})
     assert set(model.endor.placement.tiers.values()) == {"disk"}
     pair.check(model)
+
+
+@pytest.mark.parametrize("device_map", [None, "cpu", "auto", "balanced", "sequential", {"": "cpu"}])
+def test_max_memory_is_a_budget_whatever_the_map(pair, device_map):
+    """Also without a map: a limit that somebody gives is kept."""
+    need = least(load(pair))
+    model = load(pair, device_map=device_map, max_memory={"cpu": need})
+    assert model.endor_plan.ram_bytes == need
+    assert set(model.endor.placement.tiers.values()) == {"disk"}
+    pair.check(model)
+    assert model.hf_device_map == {"": torch.device("cpu")}
+    with pytest.raises(BudgetError, match=rf"at least .* \({need} bytes\)"):
+        load(pair, device_map=device_map, max_memory={"cpu": "0.5KB"})
+
+
+def test_sizes_as_accelerate_writes_them(pair):
+    model = load(pair, device_map="auto", max_memory={"cpu": "2MiB"})
+    assert model.endor_plan.ram_bytes == 2 << 20
+    with pytest.raises(ValueError, match="not in a valid format"):
+        load(pair, device_map="auto", max_memory={"cpu": "two"})
+    with pytest.raises(ValueError, match="not recognized"):
+        load(pair, device_map="auto", max_memory={"ram": "2MiB"})
+    with pytest.raises(ConfigError, match="max_memory: 'cpu' must have bytes"):
+        load(pair, device_map="auto", max_memory={"cpu": -5})
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the device is there")
+def test_a_limit_of_a_device_that_is_not_there(pair):
+    with pytest.raises(BackendError, match=r"max_memory: cuda:0.*leave it out"):
+        load(pair, device_map="auto", max_memory={0: "6GiB", "cpu": "16GiB"})
+
+
+def test_maps_that_do_not_fit_the_model(pair):
+    with pytest.raises(ConfigError, match=r"'model\.layer' is no module"):
+        load(pair, device_map={"": "cpu", "model.layer": "disk"})
+    with pytest.raises(ConfigError, match=r"gives no device for"):
+        load(pair, device_map={"model.layers": "cpu"})
+
+
+def test_a_budget_too_small_for_the_wishes_names_the_least(pair):
+    places = {"": "cpu", "model.layers.0": "disk"}
+    with pytest.raises(BudgetError, match=r"\((\d+) bytes\)") as error:
+        load(pair, device_map=places, max_memory={"cpu": 1})
+    need = int(str(error.value).partition("(")[2].partition(" ")[0])
+    model = load(pair, device_map=places, max_memory={"cpu": need})
+    assert sorted(set(model.endor.placement.tiers.values())) == ["disk", "resident"]
+    pair.check(model)
+    with pytest.raises(BudgetError):
+        load(pair, device_map=places, max_memory={"cpu": need - 1})
 
 
 @pytest.mark.parametrize("device_map", ["cuda:0", {"": 0}, {"model": "cpu", "lm_head": "mps"}])
@@ -324,6 +375,18 @@ def test_an_unknown_version_is_refused(pair, tmp_path):
     (folder / "config.json").write_text(json.dumps(config))
     with pytest.raises(FormatError, match="format_version must be 1, got 2"):
         AutoModelForCausalLM.from_pretrained(folder)
+
+
+def test_weights_that_were_quantized_before_are_refused(pair, tmp_path):
+    """fp8 weights have scales beside them: without those the model would be nonsense."""
+    folder = copy_of(pair, tmp_path / "fp8")
+    config = json.loads((folder / "config.json").read_text())
+    section = config["quantization_config"]
+    section["source_quantization_config"] = {"quant_method": "fp8", "weight_block_size": [128, 128]}
+    (folder / "config.json").write_text(json.dumps(config))
+    for run in (AutoModelForCausalLM.from_pretrained, endor.load_model, outline):
+        with pytest.raises(ConfigError, match=r"quantized \(fp8\).*endor unpack"):
+            run(folder)
 
 
 def test_config_and_weights_must_agree(pair, tmp_path):
