@@ -14,8 +14,9 @@ class StopLayer(Exception):
 
 
 def moment(inputs: torch.Tensor, kind: Statistics) -> torch.Tensor:
-    """Return the sum over tokens of x² `(features,)` or x xᵀ `(features, features)`."""
-    return inputs.T @ inputs if kind == "gram" else inputs.square().sum(0)
+    """Return the sum over tokens of x² `(features,)` or x xᵀ `(features, features)`, float32."""
+    with torch.autocast(inputs.device.type, enabled=False):
+        return inputs.T @ inputs if kind == "gram" else inputs.square().sum(0)
 
 
 def input_groups(

@@ -157,15 +157,20 @@ class LayerStream:
             given = hidden.read(start, stop).to(self._device)
 
             def run(given: torch.Tensor = given) -> None:
-                self._calls[index].run(layer, given)
+                self._forward(layer, index, given)
 
             yield run
 
     def _advance(self, layer: nn.Module, index: int, hidden: Activations) -> None:
         """Replace hidden states before the layer by those after it."""
         for start, stop in batches(self.windows, self._batch):
-            out = self._calls[index].run(layer, hidden.read(start, stop).to(self._device))
+            out = self._forward(layer, index, hidden.read(start, stop).to(self._device))
             hidden.write(start, out)
+
+    def _forward(self, layer: nn.Module, index: int, given: torch.Tensor) -> torch.Tensor:
+        """Run a layer; in bfloat16 when survivors are re-trained so afterwards, else in float32."""
+        with torch.autocast(self._device.type, torch.bfloat16, enabled=self._method.finetune):
+            return self._calls[index].run(layer, given)
 
     def _matrices(self, index: int) -> LayerMatrices:
         names = frozenset(name for name, layer in self._names.items() if layer == index)
