@@ -26,8 +26,8 @@ def prepare_gram(gram: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return gram, dead
 
 
-def damped_cholesky(gram: torch.Tensor, dampening: float) -> torch.Tensor:
-    """Return the lower Cholesky factor of `gram + d mean(diag) I`.
+def damped_cholesky(gram: torch.Tensor, dampening: float, *, shift: float = 0.0) -> torch.Tensor:
+    """Return the lower Cholesky factor of `gram + (shift + d mean(diag)) I`.
 
     d starts at `dampening` and grows tenfold up to 1 while the matrix is not positive definite
     in float32; then float64 gets the same attempts.
@@ -35,12 +35,12 @@ def damped_cholesky(gram: torch.Tensor, dampening: float) -> torch.Tensor:
     Raises:
         PruningError: no attempt succeeded.
     """
-    mean = float(gram.diagonal().mean())
+    mean = float(gram.diagonal().mean()) + shift
     for dtype in (torch.float32, torch.float64):
         ridge = dampening
         while True:
             matrix = gram.to(dtype, copy=True)
-            matrix.diagonal().add_(ridge * mean)
+            matrix.diagonal().add_(shift + ridge * mean)
             factor, failed = torch.linalg.cholesky_ex(matrix)
             if int(failed) == 0 and bool(torch.isfinite(factor).all()):
                 return cast(torch.Tensor, factor.to(gram.dtype))
@@ -75,9 +75,7 @@ class ScaledProblem:
 
     def inverse(self, penalty: float) -> torch.Tensor:
         """Return (gram + penalty I)^-1."""
-        shifted = self.gram.clone()
-        shifted.diagonal().add_(penalty)
-        return torch.cholesky_inverse(damped_cholesky(shifted, 0.0))
+        return torch.cholesky_inverse(damped_cholesky(self.gram, 0.0, shift=penalty))
 
     def unscale(self, scaled: torch.Tensor, keep: torch.Tensor) -> torch.Tensor:
         """Return `scaled` in the layer's own coordinates, +0.0 where `keep` is false.

@@ -16,6 +16,11 @@ from endor.packed import tensor_of
 from endor.pruning.activations import batches
 from endor.pruning.names import Part, map_parts
 
+_M_MMAP_THRESHOLD = -3
+"""glibc's number of the option, from malloc.h."""
+
+_LARGE_BYTES = 1 << 20
+
 
 @dataclass(frozen=True, slots=True)
 class Call:
@@ -49,6 +54,7 @@ class Skeleton:
     """
 
     def __init__(self, source: CheckpointSource, device: torch.device) -> None:
+        _map_large_blocks()
         self._source = source
         self._device = device
         self._model = _empty_model(source)
@@ -201,11 +207,19 @@ def _drop(module: nn.Module, skip: str) -> None:
             setattr(owner, name.rpartition(".")[2], nn.Parameter(empty, requires_grad=False))
 
 
-def _return_memory() -> None:
-    """Give freed memory back to the system.
+def _map_large_blocks() -> None:
+    """Have every large block of memory mapped by itself, and given back when it is freed.
 
-    glibc keeps freed blocks of up to 32 MiB; a layer is made of many, so that they add up.
+    glibc otherwise learns to cut blocks of up to 32 MiB out of its heap, where the matrices of a
+    layer and their statistics leave gaps that add up to more than they take.
     """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        mallopt(_M_MMAP_THRESHOLD, _LARGE_BYTES)
+
+
+def _return_memory() -> None:
+    """Give freed small blocks back to the system as well."""
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if trim is not None:
         trim(0)
