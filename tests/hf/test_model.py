@@ -3,10 +3,13 @@
 import copy
 import json
 import pickle
+import shutil
+from itertools import chain
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, pipeline
+from transformers.generation import BaseStreamer
 
 import endor
 from endor.errors import BackendError, ConfigError, OutputExistsError
@@ -151,6 +154,47 @@ def test_pipelines(pair, tokenizer, tmp_path):
         texts.append(pipe("w5 w6 w7", max_new_tokens=6, do_sample=False)[0]["generated_text"])
     assert texts[0] == texts[1]
     assert len(texts[0].split()) > 3
+
+
+def test_a_pipeline_takes_a_directory_and_its_options(pair, tokenizer, tmp_path):
+    """Only the directory is named; the budget goes where transformers takes model options."""
+    folder = tmp_path / "packed"
+    shutil.copytree(pair.packed, folder)
+    tokenizer.save_pretrained(folder)
+    need = least(endor.load_model(pair.packed))
+    pipe = pipeline(
+        "text-generation",
+        model=str(folder),
+        device_map="auto",
+        model_kwargs={"max_memory": {"cpu": need}},
+    )
+    assert pipe.model.endor_plan.ram_bytes == need
+    assert set(pipe.model.endor.placement.tiers.values()) == {"disk"}
+    dense = pipeline("text-generation", pair.dense, tokenizer=tokenizer)
+    text = [each("w5 w6", max_new_tokens=5, do_sample=False) for each in (pipe, dense)]
+    assert text[0] == text[1]
+
+
+def test_a_streamer_gets_the_tokens_one_by_one(pair):
+    class Tokens(BaseStreamer):
+        def __init__(self):
+            self.pieces, self.ended = [], False
+
+        def put(self, value):
+            self.pieces.append(value.flatten().tolist())
+
+        def end(self):
+            self.ended = True
+
+    ids, found = torch.tensor([[5, 6, 7]]), []
+    for model in (endor.load_model(pair.packed), pair.dense):
+        streamer = Tokens()
+        text = model.generate(ids, max_new_tokens=6, do_sample=False, streamer=streamer)
+        assert streamer.ended
+        assert list(chain(*streamer.pieces)) == text[0].tolist()
+        assert [len(piece) for piece in streamer.pieces] == [3, 1, 1, 1, 1, 1, 1]
+        found.append(streamer.pieces)
+    assert found[0] == found[1]
 
 
 def test_is_packed(pair, tmp_path):
