@@ -12,6 +12,7 @@ from endor.cli.common import MODEL
 
 if TYPE_CHECKING:
     from endor.hf.generation import Generation
+    from endor.offload.kv_plan import KVSetting
 
 
 @click.command("generate")
@@ -34,6 +35,14 @@ if TYPE_CHECKING:
     show_default=True,
     help="The dense model's bits, or products straight from the packed form.",
 )
+@click.option(
+    "--kv",
+    type=click.Choice(["auto", "device", "ram", "disk"]),
+    default="auto",
+    show_default=True,
+    help="Where keys and values stay: where the model computes, in RAM beside a device, or on "
+    "disk; auto takes the first that fits.",
+)
 @click.option("--temperature", default=0.0, show_default=True, help="0 takes the likeliest token.")
 @click.option("--top-p", default=1.0, show_default=True, help="Probability that sampling keeps.")
 @click.option("--seed", type=int, help="Makes sampling repeatable.")
@@ -53,6 +62,7 @@ def generate_command(
     vram: str | None,
     ram: str | None,
     exact: bool,
+    kv: "KVSetting",
     temperature: float,
     top_p: float,
     seed: int | None,
@@ -82,6 +92,7 @@ def generate_command(
         context=prompt_tokens + max_new_tokens,
         prompt=prompt_tokens,
         measure=True,
+        kv=kv,
     )
     plan = getattr(model, "endor_plan", None)
     store = getattr(model, "endor", None)

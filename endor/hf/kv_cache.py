@@ -14,9 +14,10 @@ from transformers.cache_utils import CacheLayerMixin, DynamicCache, DynamicLayer
 from endor.errors import ConfigError, ShapeError
 from endor.hf.model import _Method
 from endor.offload.device import CudaDevice, Device
+from endor.offload.device_group import DeviceGroup
 from endor.offload.device_store import DeviceStore
 from endor.offload.kv_homes import FileAccess
-from endor.offload.kv_plan import KVSetting
+from endor.offload.kv_plan import KVSetting, check_kv
 from endor.offload.kv_store import KVStore
 from endor.offload.store import Store
 
@@ -286,12 +287,15 @@ def keep_kv(
         directory: For files.
 
     Raises:
-        ConfigError: Another setting.
+        ConfigError: Another setting, or one that models on several devices do not have.
     """
-    if setting not in ("auto", "device", "ram", "disk"):
-        raise ConfigError(f"kv must be auto, device, ram or disk, got {setting!r}")
-    if setting in ("auto", "device"):
+    if check_kv(setting) in ("auto", "device"):
         return
+    if isinstance(model.endor, DeviceGroup):
+        raise ConfigError(
+            f"kv={setting!r} is for one device, and the model has several: each keeps the keys and "
+            "values of its layers; load it with kv='device'"
+        )
     limit = 0 if setting == "disk" else ram_bytes
     prepare = partial(_prepare_cache, limit, FileAccess(directory))
     model._prepare_cache_for_generation = _Method(prepare, model)

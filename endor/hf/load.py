@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     import torch
 
     from endor.offload import Placement
+    from endor.offload.kv_plan import KVSetting
 
 
 def load_model(
@@ -29,6 +30,7 @@ def load_model(
     prompt: int = 128,
     batch: int = 1,
     measure: bool = False,
+    kv: "KVSetting" = "auto",
 ) -> Any:
     """Return the transformers model of a packed checkpoint, ready to generate.
 
@@ -55,6 +57,9 @@ def load_model(
         prompt: Tokens of each prompt that is planned for.
         batch: Sequences at once that are planned for.
         measure: Measure machine and disk first, unless that was done before.
+        kv: Where `generate` keeps keys and values: `"device"` (where the model computes), `"ram"`
+            (host memory beside a device), `"disk"`, or `"auto"`: the first where the planned
+            context fits.
 
     Returns:
         A `PreTrainedModel` in evaluation mode; `model.endor` is its store of packed weights,
@@ -89,6 +94,7 @@ def load_model(
         prompt=prompt,
         batch=batch,
         measure=measure,
+        kv=kv,
     )
     config = transformers.AutoConfig.from_pretrained(path)
     config.quantization_config = {
@@ -115,6 +121,7 @@ def open_model(
     context: int = 1024,
     prompt: int = 128,
     measure: bool = False,
+    kv: "KVSetting" = "auto",
 ) -> Any:
     """Return the model of a packed or of an ordinary checkpoint, its weights in place.
 
@@ -142,12 +149,13 @@ def open_model(
             context=context,
             prompt=prompt,
             measure=measure,
+            kv=kv,
         )
         model.endor.preload()
         return model
-    if vram or ram or not exact:
+    if vram or ram or not exact or kv in ("ram", "disk"):
         raise ConfigError(
-            f"{path} is an ordinary checkpoint: vram, ram and fast products need a packed one"
+            f"{path} is an ordinary checkpoint: vram, ram, kv and fast products need a packed one"
         )
     return transformers.AutoModelForCausalLM.from_pretrained(path, dtype=dtype).to(device)
 

@@ -88,7 +88,10 @@ class Opener:
         config = self.config
         product = "exact" if config.exact else "direct"
         prompt = min(config.prompt, config.context)
-        return Workload(config.batch, prompt, config.context, product)  # type: ignore[arg-type]
+        kv = config.kv
+        if kv == "auto" and len(self.wanted.devices()) > 1:
+            kv = "device"  # each device keeps those of its layers
+        return Workload(config.batch, prompt, config.context, product, kv)  # type: ignore[arg-type]
 
     def _on_host(self) -> Opened:
         config = self.config

@@ -20,6 +20,7 @@ from endor.hf.experts import (
     link_experts,
     pack_experts,
 )
+from endor.hf.kv_cache import keep_kv
 from endor.hf.linear import EndorLinear
 from endor.hf.loading import PlainFile, open_layouts, plain_file
 from endor.hf.names import Assignment, assign
@@ -27,6 +28,7 @@ from endor.hf.opening import Opener
 from endor.hf.ranges import stay_on_device
 from endor.offload import Placement, parse_bytes
 from endor.offload.device_placement import DevicePlacement
+from endor.offload.kv_plan import KVSetting, check_kv
 from endor.storage import FileLayout, open_reader
 from endor.storage.layout import FORMAT_VERSION
 
@@ -46,6 +48,7 @@ _LOADING = (
     "prompt",
     "batch",
     "measure",
+    "kv",
 )
 
 
@@ -71,6 +74,9 @@ class EndorConfig(QuantizationConfigMixin):  # type: ignore[misc]
         batch: Sequences at once that are planned for.
         measure: Measure this machine and its disk, once, to place weights by; without, what is
             remembered of it, or typical constants.
+        kv: Where `generate` keeps keys and values: `"device"` (where the model computes), `"ram"`
+            (host memory beside a device), `"disk"`, or `"auto"`: the first where the planned
+            context fits.
     """
 
     def __init__(
@@ -87,6 +93,7 @@ class EndorConfig(QuantizationConfigMixin):  # type: ignore[misc]
         prompt: int = 128,
         batch: int = 1,
         measure: bool = False,
+        kv: KVSetting = "auto",
     ) -> None:
         self.quant_method = "endor"
         self.packed = dict(packed or {"quant_method": "endor", "format_version": FORMAT_VERSION})
@@ -101,6 +108,7 @@ class EndorConfig(QuantizationConfigMixin):  # type: ignore[misc]
         self.prompt = prompt
         self.batch = batch
         self.measure = measure
+        self.kv = check_kv(kv)
 
     @classmethod
     def from_dict(
@@ -256,6 +264,7 @@ class EndorQuantizer(HfQuantizer):  # type: ignore[misc]
         self._layouts, self._assignment, self._dtypes = [], Assignment(), {}
         config.placement = None
         behaviour.adopt(model, store, opened.plan)
+        keep_kv(model, opened.plan.workload.kv if opened.plan else config.kv)
         # Says to pipelines, among others, that the model is where it belongs.
         model.hf_device_map = opened.devices or {"": torch.device("cpu")}
         return model

@@ -30,6 +30,18 @@ class KVBytes:
     disk: int
 
 
+def check_kv(setting: str) -> KVSetting:
+    """Return a setting that a caller gave.
+
+    Raises:
+        ConfigError: There is none of that name.
+    """
+    for known in ("auto", *SETTINGS):
+        if setting == known:
+            return known
+    raise ConfigError(f"kv must be auto, device, ram or disk, got {setting!r}")
+
+
 def kv_bytes(
     setting: KVSetting, total_bytes: int, layers: int, *, beside_device: bool = False
 ) -> KVBytes:

@@ -30,6 +30,7 @@ from endor.offload.filling import (
     least_host_bytes,
 )
 from endor.offload.hardware import Disk, Machine
+from endor.offload.kv_plan import SETTINGS, KVBytes, KVSetting, kv_bytes
 from endor.offload.placement import Placement, Tier
 from endor.offload.units import Unit
 
@@ -64,12 +65,14 @@ class Workload:
         prompt: Tokens of each prompt.
         context: Tokens that the cache must hold, prompt included.
         product: How weights are multiplied at batch 1.
+        kv: Where keys and values are kept; `auto` takes the first place that fits.
     """
 
     batch: int = 1
     prompt: int = 128
     context: int = 1024
     product: Product = "exact"
+    kv: KVSetting = "device"
 
     def check(self) -> None:
         """Raise `ConfigError` unless the numbers make sense."""
@@ -180,7 +183,12 @@ def plan(
         raise ConfigError("plan: a VRAM budget needs a CUDA device, and none was measured")
     machine = machine if vram_bytes else replace(machine, link=None)
     costs = unit_costs(units, machine, shape)
-    search = _Search(costs, shape, machine, disk, ram_bytes, vram_bytes, workload, wishes or {})
+    settings = SETTINGS if workload.kv == "auto" else (workload.kv,)
+    for setting in settings:
+        chosen = replace(workload, kv=setting)
+        search = _Search(costs, shape, machine, disk, ram_bytes, vram_bytes, chosen, wishes or {})
+        if setting == settings[-1] or search.fits:
+            break
     return search.best()
 
 
@@ -236,12 +244,17 @@ def fixed_bytes(
     rows = workload.batch * workload.prompt
     scratch = shape.scratch_bytes or max((cost.dense_bytes for cost in costs), default=0)
     out = {
-        "cache of keys and values": shape.kv_bytes_per_token * workload.context * workload.batch,
+        "cache of keys and values": _kv(shape, workload, on_device=on_device).compute,
         "weights outside the units": shape.other_bytes,
         "scratch for expanded units": (2 if on_device else 1) * scratch,
         "activations": rows * shape.activation_bytes_per_token + workload.batch * shape.vocab * 8,
     }
     return out | ({"libraries": WORKSPACE_BYTES} if on_device else {})
+
+
+def _kv(shape: ModelShape, workload: Workload, *, on_device: bool) -> KVBytes:
+    total = shape.kv_bytes_per_token * workload.context * workload.batch
+    return kv_bytes(workload.kv, total, shape.layers, beside_device=on_device)
 
 
 class _Search:
@@ -267,6 +280,8 @@ class _Search:
         self.workload = workload
         self.wishes = wishes
         self.fixed = fixed_bytes(shape, costs, workload, on_device=vram_bytes > 0)
+        # Host memory that the cache takes beside a device.
+        self.host_kv = _kv(shape, workload, on_device=vram_bytes > 0).ram
         self.packed_bytes = sum(cost.packed_bytes for cost in costs)
         self.dense_bytes = sum(cost.dense_bytes for cost in costs)
         self.decode_step = Step(workload.batch, 1, workload.context, workload.product)
@@ -291,6 +306,8 @@ class _Search:
         if filled.slots:
             nbytes = filled.slots * filled.slot_bytes
             reservations.append(Reservation("device slots", "vram", nbytes))
+        if self.host_kv:
+            reservations.append(Reservation("cache of keys and values", "ram", self.host_kv))
         if filled.staging_bytes:
             reservations.append(Reservation("staging and read-ahead", "ram", filled.staging_bytes))
         stays = sum(cost.packed_bytes for cost in self.costs if filled.tiers[cost.name] != "disk")
@@ -313,15 +330,25 @@ class _Search:
     def _predict(self, tiers: Mapping[str, DeviceTier], step: Step) -> Prediction:
         return predict(self.costs, tiers, self.machine, self.disk, self.shape, step)
 
+    @property
+    def fits(self) -> bool:
+        """Whether what must be in memory fits the budgets."""
+        return all(least <= budget for least, budget in self._needs().values())
+
+    def _needs(self) -> dict[str, tuple[int, int]]:
+        """Return (least bytes that work, budget) by place."""
+        fixed, host = sum(self.fixed.values()), least_host_bytes(self.costs, self.wishes)
+        if not self.vram_bytes:
+            return {"ram": (fixed + host, self.ram_bytes)}
+        device = least_device_bytes(self.costs, self.wishes)
+        return {
+            "vram": (fixed + device, self.vram_bytes),
+            "ram": (host + self.host_kv, self.ram_bytes),
+        }
+
     def _require(self) -> None:
         """Raise `BudgetError` unless what must be in memory fits."""
-        fixed, host = sum(self.fixed.values()), least_host_bytes(self.costs, self.wishes)
-        needs = {"ram": fixed + host}
-        if self.vram_bytes:
-            device = least_device_bytes(self.costs, self.wishes)
-            needs = {"vram": fixed + device, "ram": host}
-        for where, least in needs.items():
-            budget = self.vram_bytes if where == "vram" else self.ram_bytes
+        for where, (least, budget) in self._needs().items():
             if budget < least:
                 parts = self.fixed if where == _computes_in(self.vram_bytes) else {}
                 detail = "".join(f"{what} {size(nbytes)}, " for what, nbytes in parts.items())
@@ -337,7 +364,8 @@ class _Search:
         fixed = sum(self.fixed.values())
         if self.vram_bytes:
             room = self.vram_bytes - fixed
-            return fill_device(self.costs, self.wishes, room, self.ram_bytes, dense_share)
+            ram = self.ram_bytes - self.host_kv
+            return fill_device(self.costs, self.wishes, room, ram, dense_share)
         return fill_host(self.costs, self.wishes, self.ram_bytes - fixed, dense_share)
 
     def _dense(self, fixed: int) -> Prediction | None:

@@ -200,9 +200,9 @@ def test_what_cannot_be_kept_outside(pair, config, tmp_path):
         keep_kv(endor.load_model(pair.packed), "tape")
 
 
-def test_the_planned_context_decides(pair):
-    """A context whose keys and values do not fit the budget goes to disk, and is used from there."""
-    context = 4096
+def test_the_planned_context_decides(make_pair):
+    """Keys and values of a context that does not fit the budget go to disk."""
+    pair, context = make_pair("llama", num_hidden_layers=8), 4096
     with pytest.raises(BudgetError) as refused:
         endor.load_model(pair.packed, ram=1 << 16, context=context, kv="device")
     least = int(re.search(r"\((\d+) bytes\)", str(refused.value))[1])

@@ -320,3 +320,40 @@ def test_shape_from_config():
 )
 def test_sizes_read_as_budgets_are_written(nbytes, text):
     assert size(nbytes) == text
+
+
+LONG = replace(SMALL, context=20_000)
+DEEP = replace(SHAPE, layers=40)
+
+
+def kept_outside(workload, vram=0, ram=1 << 40, shape=DEEP):
+    machine = GPU if vram else CPU
+    budgets = {"ram_bytes": ram, "vram_bytes": vram}
+    return plan(make_units(), shape, machine, DISK, workload=workload, **budgets)
+
+
+def test_keys_and_values_go_where_the_context_fits():
+    total = DEEP.kv_bytes_per_token * LONG.context
+    auto = replace(LONG, kv="auto")
+    assert kept_outside(auto).workload.kv == "device"
+    with pytest.raises(BudgetError):
+        kept_outside(LONG, ram=total)
+    on_disk = kept_outside(auto, ram=total)
+    assert on_disk.workload.kv == "disk"
+    cache = {item.where: item.nbytes for item in on_disk.reservations if "keys" in item.what}
+    assert cache == {"ram": 3 * total // DEEP.layers}
+
+
+def test_beside_a_device_keys_and_values_go_to_ram_before_they_go_to_disk():
+    total = DEEP.kv_bytes_per_token * LONG.context
+    auto = replace(LONG, kv="auto")
+    vram = fixed_bytes(DEEP, [], replace(LONG, kv="disk"), on_device=True)
+    vram = sum(vram.values()) + packed(make_units())
+    assert kept_outside(auto, vram=total + vram).workload.kv == "device"
+    in_ram = kept_outside(auto, vram=vram)
+    assert in_ram.workload.kv == "ram"
+    cache = {item.where: item.nbytes for item in in_ram.reservations if "keys" in item.what}
+    assert cache == {"vram": 3 * total // DEEP.layers, "ram": total}
+    assert kept_outside(auto, vram=vram, ram=total // 2).workload.kv == "disk"
+    with pytest.raises(BudgetError, match="ram budget must be at least"):
+        kept_outside(replace(LONG, kv="ram"), vram=vram, ram=total // 2)
