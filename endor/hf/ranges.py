@@ -102,13 +102,16 @@ def place_parameters(model: nn.Module, places: Mapping[str, torch.device]) -> No
 
     Packed weights are none of them. A shared parameter goes where it is met first.
     """
-    seen: set[int] = set()
+    done: dict[int, nn.Parameter] = {}
     for name, module in model.named_modules():
         device = places[prefix_of(name, places)]
-        for parameter in module._parameters.values():
-            if parameter is not None and id(parameter) not in seen:
-                seen.add(id(parameter))
-                parameter.data = parameter.data.to(device)
+        for key, parameter in module._parameters.items():
+            if parameter is None:
+                continue
+            if id(parameter) not in done and parameter.device != device:
+                new = nn.Parameter(parameter.data.to(device), parameter.requires_grad)
+                done[id(parameter)] = done[id(new)] = new
+            module._parameters[key] = done.setdefault(id(parameter), parameter)
         for key, buffer in module._buffers.items():
             if buffer is not None:
                 module._buffers[key] = buffer.to(device)
