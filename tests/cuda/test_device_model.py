@@ -245,3 +245,31 @@ def test_a_map_over_several_devices(devices, checkpoint):
     finally:
         gc.enable()
     assert not [thread for thread in before if thread.is_alive()]
+
+
+class Clock(FakeDevice):
+    """Computing waits for the clock where it waits for an event: torch does not wait here."""
+
+    def await_in_compute(self, event) -> None:
+        super().await_in_compute(event)
+        self.synchronize(event)
+
+
+@pytest.mark.parametrize("kv", ["ram", "disk"])
+@pytest.mark.parametrize("beams", [1, 3])
+def test_keys_and_values_outside_the_device(monkeypatch, devices, checkpoint, kv, beams):
+    """They come back layer by layer beside the weights, bit for bit."""
+    path, dense = checkpoint
+    device = Clock(total_bytes=1 << 30)
+    monkeypatch.setattr(places, "open_device", lambda name: device)
+    model = load(path, kv=kv)
+    assert model.endor_plan.workload.kv == kv
+    ids, options = prompt(), {"max_new_tokens": 8, "do_sample": False, "num_beams": beams}
+    assert torch.equal(model.generate(ids, **options), dense.generate(ids, **options))
+    counters = model.endor.ledger.counters
+    assert counters.kv_load_bytes > 0
+    assert counters.kv_save_bytes > 0
+    kinds = {event.kind for event in model.endor.ledger.events}
+    assert {"kv load", "kv save"} <= kinds
+    assert device.errors == []
+    model.endor.close()
