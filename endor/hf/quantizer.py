@@ -163,6 +163,10 @@ class EndorQuantizer(HfQuantizer):  # type: ignore[misc]
         """False: transformers cannot write packed files; the model's `save_pretrained` copies."""
         return False
 
+    def validate_environment(self, *args: Any, **kwargs: Any) -> None:
+        """Refuse weights that were quantized before; the first thing that transformers asks."""
+        behaviour.refuse_quantized(self.quantization_config.packed)
+
     def update_device_map(self, device_map: Any) -> Any:
         """Note what a map asks for; let transformers load everything else on the processor.
 

@@ -241,8 +241,13 @@ def _empty_model(source: CheckpointSource) -> Any:
             "weights; give the directory, or prune with magnitude"
         )
     config = AutoConfig.from_pretrained(source.directory)
+    if (source.config() or {}).get("quantization_config"):
+        raise PruningError(
+            f"{source.path}: config.json says that its weights are quantized, so they mean nothing "
+            "without their scales; prune the checkpoint it was made from"
+        )
     if hasattr(config, "quantization_config"):
-        del config.quantization_config
+        del config.quantization_config  # a sparse format that the source has undone
     try:
         with init_empty_weights(include_buffers=False):
             model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
