@@ -1,7 +1,10 @@
 """Masks: to a file and back for every method, held under any optimizer, and worth the training."""
 
 import json
+import runpy
+import sys
 from contextlib import closing
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -22,6 +25,8 @@ from endor.pruning.magnitude import Magnitude
 from endor.pruning.mask_writer import write_masks
 from endor.pruning.masks import bitmask_shape, to_bitmask
 from endor.pruning.source import PrunedSource
+
+SCRIPT = Path(__file__).parents[2] / "scripts" / "finetune_sparse.py"
 
 
 def masks_and_model(directory, out, options):
@@ -306,3 +311,33 @@ def test_training_the_survivors_wins_back_what_pruning_lost(tmp_path, one_thread
     assert all(not packed[name][~mask].any() for name, mask in masks.items())
     with safe_open(tmp_path / "masks", framework="pt") as file:
         assert json.loads(file.metadata()["endor.masks"])["sparsity"] == 0.9
+
+
+@pytest.mark.parametrize("masks_alone", [False, True])
+def test_the_script_keeps_the_zeros(masks_alone, tmp_path, save, text, monkeypatch):
+    save(tmp_path / "model", "llama", torch.bfloat16)
+    prune_checkpoint(tmp_path / "model", tmp_path / "pruned", prune="magnitude")
+    with closing(open_source(tmp_path / "pruned")) as source:
+        write_masks(source, tmp_path / "masks")
+    given = ["--masks", "masks"] if masks_alone else ["--teacher", "model"]
+    words = ["script", "model" if masks_alone else "pruned", "out", *given]
+    words += [
+        "--calibration",
+        str(text),
+        "--steps",
+        "3",
+        "--batch",
+        "2",
+        "--seq-len",
+        "16",
+        "--rate",
+        "0.01",
+    ]
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", words)
+    runpy.run_path(str(SCRIPT), run_name="__main__")
+    found, before = (load_file(tmp_path / name / "model.safetensors") for name in ("out", words[1]))
+    for name, mask in load_masks(tmp_path / "masks").items():
+        assert found[name].dtype == torch.bfloat16
+        assert not found[name][~mask].any()
+        assert (found[name] != before[name])[mask].float().mean() > 0.1
