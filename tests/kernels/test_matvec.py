@@ -1,5 +1,7 @@
 """Products straight from packed weights, against float64."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -105,6 +107,37 @@ def test_threads_do_not_change_the_sum(compiled: str, name: str, codec: str, bat
                 for threads in (1, 2, 4)
             ]
             assert all(np.array_equal(outs[0], out) for out in outs)
+
+
+@pytest.mark.parametrize("density", [0.1, 0.5, 0.75, 0.95])
+@pytest.mark.parametrize("outliers", [0, 0.0005, 0.02])
+@pytest.mark.parametrize(("code_bits", "base"), [(1, 120), (2, 120), (2, 121), (3, 119), (8, 0)])
+def test_every_exp_stream(
+    compiled: str, code_bits: int, base: int, outliers: float, density: float
+) -> None:
+    """Odd and even bases, patches few and many, and words of which every weight is stored."""
+    rng = np.random.default_rng(code_bits + base)
+    item = DTYPES["BF16"]
+    rows, cols = 53, 64 * 19
+    low, high = max(base, 100), min(base + (1 << code_bits), 140)
+    exponents = rng.integers(low, high, rows * cols)
+    at = rng.random(rows * cols) < outliers
+    exponents[at] = rng.integers(90, 150, rows * cols)[at]
+    weight = item.join(exponents, rng.integers(0, 256, rows * cols, dtype=np.uint64))
+    weight[rng.random(rows * cols) >= density] = 0
+    full = item.join(exponents[: 64 * 40], rng.integers(0, 256, 64 * 40, dtype=np.uint64))
+    weight[64 * 100 : 64 * 140] = full
+    encoded = codecs.exp.encode(weight, item, bitmap=True, k=code_bits, base=base)
+    spec = dataclasses.replace(encoded.spec, shape=(rows, cols))
+    encoded, weight = codecs.Encoded(spec, encoded.arrays), weight.reshape(rows, cols)
+    for batch in (1, 2, 3, 5, 9):
+        x = rng.standard_normal((batch, cols)).astype(np.float32)
+        for given_x in (x, rounded(x, item)):
+            outs = [
+                assert_product(encoded, weight, given_x, threads=threads, kernel=compiled)
+                for threads in (1, 3)
+            ]
+            assert np.array_equal(outs[0], outs[1])
 
 
 def test_infinities_stay_in_their_row(compiled: str) -> None:

@@ -31,8 +31,8 @@ void endor_stream_of(const endor_tensor *t, endor_stream *s) {
 }
 
 /* Decode plane words [first, last) into buf; the word that holds element nnz - 1 may be partial. */
-static void stream_words(const endor_ops *ops, const endor_tensor *t, const endor_stream *s, uint64_t first,
-                         uint64_t last, uint8_t *buf) {
+void endor_stream_words(const endor_ops *ops, const endor_tensor *t, const endor_stream *s, uint64_t first,
+                        uint64_t last, uint8_t *buf) {
     uint64_t whole = min64(last, t->nnz / 64);
     if (whole > first) ops->stream(s, first, whole - first, buf);
     if (whole == last) return;
@@ -48,52 +48,60 @@ static void stream_words(const endor_ops *ops, const endor_tensor *t, const endo
     ops->stream(&tail, 0, 1, buf + (at - 64 * first) * (uint64_t)t->itemsize);
 }
 
-static uint64_t rank_of_tile(const endor_tensor *t, uint64_t tile) {
-    uint64_t rank = t->tile_offsets ? load32(t->tile_offsets + 4 * tile) : tile * ENDOR_TILE;
-    return min64(rank, t->nnz);
-}
-
-/* Put true exponents into elements [first, last), which lie at `elements`. */
-static void patch(const endor_tensor *t, uint64_t tile, uint64_t first, uint64_t last, uint8_t *elements) {
-    uint64_t group = tile / ENDOR_GROUP, start = rank_of_tile(t, group * ENDOR_GROUP);
-    uint64_t low = min64(load32(t->patch_offsets + 4 * group), t->patches);
-    uint64_t end = min64(load32(t->patch_offsets + 4 * group + 4), t->patches), high = end;
-    while (low < high) {
-        uint64_t middle = (low + high) / 2;
-        if (start + load16(t->patch_ranks + 2 * middle) < first) low = middle + 1;
+/* The patches from stored element `rank` on, which tile `tile` holds. */
+endor_patches endor_patches_at(const endor_tensor *t, uint64_t tile, uint64_t rank) {
+    endor_patches cursor = {0};
+    if (!t->patches) return cursor;
+    endor_enter_group(t, &cursor, tile / ENDOR_GROUP);
+    uint64_t high = cursor.end;
+    while (cursor.at < high) {
+        uint64_t middle = (cursor.at + high) / 2;
+        if (cursor.start + load16(t->patch_ranks + 2 * middle) < rank) cursor.at = middle + 1;
         else high = middle;
     }
-    uint32_t mask = ((1u << t->exponent_bits) - 1) << t->mantissa_bits;
-    for (; low < end; low++) {
-        uint64_t rank = start + load16(t->patch_ranks + 2 * low);
-        if (rank < first || rank >= last) break;
-        uint32_t exponent = (uint32_t)t->patch_exponents[low] << t->mantissa_bits & mask;
-        uint8_t *at = elements + (rank - first) * (uint64_t)t->itemsize;
-        if (t->itemsize == 1) {
-            *at = (uint8_t)((*at & ~mask) | exponent);
-        } else if (t->itemsize == 2) {
-            uint16_t x = (uint16_t)((load16(at) & ~mask) | exponent);
-            memcpy(at, &x, 2);
-        } else {
-            store32(at, (load32(at) & ~mask) | exponent);
+    return cursor;
+}
+
+/* Put true exponents into stored elements [first, last), which lie at `elements`, are those of tiles before tile_end,
+ * and come next after those that the cursor has passed. */
+void endor_patch(const endor_tensor *t, endor_patches *cursor, uint64_t tile_end, uint64_t first, uint64_t last,
+                 uint8_t *elements) {
+    const uint32_t mask = ((1u << t->exponent_bits) - 1) << t->mantissa_bits;
+    for (;;) {
+        for (; cursor->at < cursor->end; cursor->at++) {
+            uint64_t rank = cursor->start + load16(t->patch_ranks + 2 * cursor->at);
+            if (rank >= last) break;
+            if (rank < first) continue;
+            uint32_t exponent = (uint32_t)t->patch_exponents[cursor->at] << t->mantissa_bits & mask;
+            uint8_t *at = elements + (rank - first) * (uint64_t)t->itemsize;
+            if (t->itemsize == 1) {
+                *at = (uint8_t)((*at & ~mask) | exponent);
+            } else if (t->itemsize == 2) {
+                uint16_t x = (uint16_t)((load16(at) & ~mask) | exponent);
+                memcpy(at, &x, 2);
+            } else {
+                store32(at, (load32(at) & ~mask) | exponent);
+            }
         }
+        if ((cursor->group + 1) * ENDOR_GROUP >= tile_end) return;
+        endor_enter_group(t, cursor, cursor->group + 1);
     }
 }
 
 /* Write the 1024 elements of a tile to out; what lies past numel in the last tile is unspecified. */
-int endor_decode_tile(const endor_ops *ops, const endor_tensor *t, const endor_stream *s, uint64_t tile, void *out,
-                      int streaming) {
+int endor_decode_tile(const endor_ops *ops, const endor_tensor *t, const endor_stream *s, endor_patches *cursor,
+                      uint64_t tile, void *out, int streaming) {
     ENDOR_ALIGNED uint8_t buf[ENDOR_BUFFER * 4];
-    uint64_t itemsize = (uint64_t)t->itemsize, first = rank_of_tile(t, tile), last = rank_of_tile(t, tile + 1);
+    uint64_t itemsize = (uint64_t)t->itemsize, first = endor_rank_of_tile(t, tile), last = endor_rank_of_tile(t, tile + 1);
     int ls = log2_itemsize(t->itemsize);
     if (t->tile_offsets) __builtin_prefetch(t->tile_offsets + 4 * tile + 256); /* too rare for the hardware to see */
     if (last < first || last - first > ENDOR_TILE) return ENDOR_CORRUPT;
     const uint8_t *values = buf;
     if (t->codec == ENDOR_EXP) {
         uint64_t word = first / 64;
-        stream_words(ops, t, s, word, (last + 63) / 64, buf);
+        endor_stream_words(ops, t, s, word, (last + 63) / 64, buf);
         values += (first - 64 * word) * itemsize;
-        if (t->patches) patch(t, tile, first, last, (uint8_t *)values);
+        if (t->patches) endor_patch(t, cursor, tile + 1, first, last, (uint8_t *)values);
     } else {
         const uint8_t *source = t->values + first * itemsize;
         uint64_t left = (t->nnz - first) * itemsize;
@@ -124,17 +132,17 @@ typedef struct {
     atomic_int status;
 } decode_job;
 
-static void decode_tile_part(decode_job *job, uint64_t tile) {
+static void decode_tile_part(decode_job *job, endor_patches *cursor, uint64_t tile) {
     const endor_ops *ops = job->ops;
     uint64_t itemsize = (uint64_t)job->tensor->itemsize, begin = tile * ENDOR_TILE, end = begin + ENDOR_TILE;
     uint64_t low = begin > job->start ? begin : job->start, high = min64(end, job->stop);
     uint8_t *dst = job->out + (low - job->start) * itemsize;
     int whole = high - low == ENDOR_TILE, status;
     if (whole && (!job->streaming || ((uintptr_t)dst & 63) == 0)) {
-        status = endor_decode_tile(ops, job->tensor, &job->stream, tile, dst, job->streaming);
+        status = endor_decode_tile(ops, job->tensor, &job->stream, cursor, tile, dst, job->streaming);
     } else {
         ENDOR_ALIGNED uint8_t tmp[ENDOR_TILE * 4];
-        status = endor_decode_tile(ops, job->tensor, &job->stream, tile, tmp, 0);
+        status = endor_decode_tile(ops, job->tensor, &job->stream, cursor, tile, tmp, 0);
         if (status == ENDOR_OK) {
             const uint8_t *src = tmp + (low - begin) * itemsize;
             if (job->streaming) ops->copy_streaming(dst, src, (high - low) * itemsize);
@@ -150,7 +158,8 @@ static void decode_chunks(void *context) {
         uint64_t tile = atomic_fetch_add_explicit(&job->next, job->chunk, memory_order_relaxed);
         uint64_t end = min64(tile + job->chunk, job->end_tile);
         if (tile >= job->end_tile || atomic_load_explicit(&job->status, memory_order_relaxed)) break;
-        for (; tile < end; tile++) decode_tile_part(job, tile);
+        endor_patches cursor = endor_patches_at(job->tensor, tile, endor_rank_of_tile(job->tensor, tile));
+        for (; tile < end; tile++) decode_tile_part(job, &cursor, tile);
     }
     if (job->streaming) job->ops->fence();
 }

@@ -95,14 +95,35 @@ typedef struct {
     int weight;        /* ENDOR_X_*: how weight bits are read */
 } endor_operand;
 
-/* Consecutive rows of a raw weight: where the next one begins. */
+/* A walk through the patches in the order of ranks. */
+typedef struct {
+    uint64_t group;   /* the group of tiles it is in */
+    uint64_t start;   /* first rank of the group */
+    uint64_t at, end; /* patches of the group that are left */
+} endor_patches;
+
+/* Consecutive rows of a weight: where the bits and the stored elements of the next ones begin. */
 typedef struct {
     const uint8_t *bitmap;
-    const uint8_t *values;
-    float *out;
+    const uint8_t *values; /* raw elements */
+    uint64_t rank;         /* exp: of the next stored element */
+    endor_patches patches; /* exp: those that come */
+    uint64_t next_patch;   /* exp: rank of the first of them */
+    float *out;  /* the next row's sum for the first row of x */
+    float *sums; /* ENDOR_SUMS floats: a row that is not finished */
 } endor_run;
 
+/* What part of the next rows is multiplied: `rows` whole ones, or `columns` of one. */
+typedef struct {
+    uint64_t rows;
+    uint64_t column, columns; /* multiples of 64 */
+    int begins, finishes;     /* whether the columns are a row's first, and its last */
+    const uint8_t *end;       /* of the memory that `values` may be read from; NULL: a buffer in L1, and no end */
+    uint64_t out_stride;      /* floats from the sum for one row of x to that for the next */
+} endor_span;
+
 #define ENDOR_MAX_RUNS 4
+#define ENDOR_SUMS (ENDOR_MAX_BATCH * 2 * 16)
 
 /* One instruction set. Index of the arrays: log2(itemsize). */
 typedef struct {
@@ -126,12 +147,17 @@ typedef struct {
     void (*fence)(void);
     /* acc[b * 16 + lane] += w[0:len] . x[b, column : column + len]; may read ENDOR_SLACK bytes past w, never past x. */
     void (*dot)(const void *w, const endor_operand *x, uint64_t column, uint64_t len, float *acc);
-    /* Optional, raw weights, cols a multiple of 64: the next `count` rows of each of n_runs runs, in lockstep, n_runs
-     * being 1 or row_runs(x). Stops early at a row whose values could reach past `end`. Returns the rows done in each
-     * run, and moves the runs on by as many. */
-    uint64_t (*rows)(endor_run *runs, int n_runs, uint64_t count, uint64_t cols, const uint8_t *end,
-                     const endor_operand *x, uint64_t out_stride);
-    int (*row_runs)(const endor_operand *x);
+    /* Optional: products of the next rows of each of n_runs runs in lockstep, n_runs being 1 or row_runs(x, 0). Reads
+     * up to ENDOR_SLACK bytes past the values used. Stops early at a row whose values could reach past `end`. Returns
+     * the rows done in each run, and moves the runs on by as many. */
+    uint64_t (*rows)(endor_run *runs, int n_runs, const endor_span *span, const endor_operand *x);
+    int (*row_runs)(const endor_operand *x, int exp);
+    /* Optional: the same for bf16 weights in an exp stream, n_runs being 1 or row_runs(x, 1), with x in the order that
+     * `arrange` gives it. Stops early at a row whose stored elements could reach past the arrays. */
+    uint64_t (*exp_rows)(endor_run *runs, int n_runs, const endor_span *span, const endor_operand *x,
+                         const endor_tensor *t, const endor_stream *s);
+    void (*arrange)(void *x, uint64_t cols, int itemsize); /* a row of x, in place */
+    uint64_t (*popcount)(const uint8_t *bitmap, uint64_t words);
     int bf16_pairs; /* has vdpbf16ps */
 } endor_ops;
 
@@ -146,14 +172,46 @@ void endor_parallel(int threads, void (*fn)(void *), void *context);
 
 /* decode.c, used by the product as well */
 void endor_stream_of(const endor_tensor *t, endor_stream *s);
-int endor_decode_tile(const endor_ops *ops, const endor_tensor *t, const endor_stream *s, uint64_t tile, void *out,
-                      int streaming);
+void endor_stream_words(const endor_ops *ops, const endor_tensor *t, const endor_stream *s, uint64_t first,
+                        uint64_t last, uint8_t *buf);
+endor_patches endor_patches_at(const endor_tensor *t, uint64_t tile, uint64_t rank);
+void endor_patch(const endor_tensor *t, endor_patches *cursor, uint64_t tile_end, uint64_t first, uint64_t last,
+                 uint8_t *elements);
+int endor_decode_tile(const endor_ops *ops, const endor_tensor *t, const endor_stream *s, endor_patches *cursor,
+                      uint64_t tile, void *out, int streaming);
 
 ENDOR_INLINE uint64_t load64(const uint8_t *p) { uint64_t v; memcpy(&v, p, 8); return v; }
 ENDOR_INLINE uint32_t load32(const uint8_t *p) { uint32_t v; memcpy(&v, p, 4); return v; }
 ENDOR_INLINE uint16_t load16(const uint8_t *p) { uint16_t v; memcpy(&v, p, 2); return v; }
 ENDOR_INLINE void store64(uint8_t *p, uint64_t v) { memcpy(p, &v, 8); }
 ENDOR_INLINE void store32(uint8_t *p, uint32_t v) { memcpy(p, &v, 4); }
+
+ENDOR_INLINE uint64_t min64(uint64_t a, uint64_t b) { return a < b ? a : b; }
+ENDOR_INLINE int log2_itemsize(int itemsize) { return itemsize == 4 ? 2 : itemsize - 1; }
+ENDOR_INLINE uint64_t tiles_of(uint64_t n) { return (n + ENDOR_TILE - 1) / ENDOR_TILE; }
+
+/* The stored elements before a tile. */
+ENDOR_INLINE uint64_t endor_rank_of_tile(const endor_tensor *t, uint64_t tile) {
+    uint64_t rank = t->tile_offsets ? load32(t->tile_offsets + 4 * tile) : tile * ENDOR_TILE;
+    return min64(rank, t->nnz);
+}
+
+ENDOR_INLINE void endor_enter_group(const endor_tensor *t, endor_patches *patches, uint64_t group) {
+    patches->group = group;
+    patches->start = endor_rank_of_tile(t, group * ENDOR_GROUP);
+    patches->at = min64(load32(t->patch_offsets + 4 * group), t->patches);
+    patches->end = min64(load32(t->patch_offsets + 4 * group + 4), t->patches);
+}
+
+/* Rank of the next patch; UINT64_MAX after the last. */
+ENDOR_INLINE uint64_t endor_next_patch(const endor_tensor *t, endor_patches *patches) {
+    if (!t->patches) return UINT64_MAX;
+    while (patches->at >= patches->end) {
+        if (patches->group + 1 >= (tiles_of(t->numel) + ENDOR_GROUP - 1) / ENDOR_GROUP) return UINT64_MAX;
+        endor_enter_group(t, patches, patches->group + 1);
+    }
+    return patches->start + load16(t->patch_ranks + 2 * patches->at);
+}
 
 /* binary16 to binary32; exact, NaN payloads kept. */
 ENDOR_INLINE float endor_half(uint32_t h) {
@@ -171,9 +229,5 @@ ENDOR_INLINE float endor_half(uint32_t h) {
     memcpy(&value, &bits, 4);
     return value;
 }
-
-ENDOR_INLINE uint64_t min64(uint64_t a, uint64_t b) { return a < b ? a : b; }
-ENDOR_INLINE int log2_itemsize(int itemsize) { return itemsize == 4 ? 2 : itemsize - 1; }
-ENDOR_INLINE uint64_t tiles_of(uint64_t n) { return (n + ENDOR_TILE - 1) / ENDOR_TILE; }
 
 #endif

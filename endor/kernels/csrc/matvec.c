@@ -1,9 +1,10 @@
 /* out[b, r] = sum over c of W[r, c] * x[b, c], in float, W packed, straight from the packed arrays.
  *
  * Two ways, the same for any number of threads (a row's sum has one order):
- *   rows   raw, cols a multiple of 64, an instruction set that has it: weights are placed in registers and multiplied
- *          there. A run of rows finds its first value by its tile's offset and at most 15 popcounts, and carries the
- *          pointer from row to row.
+ *   rows   cols a multiple of 64, an instruction set that has it: weights are placed in registers and multiplied
+ *          there, several runs of rows in lockstep, which share the loads of x. A run finds its first stored element by
+ *          its tile's offset and at most 15 popcounts, and carries its place on. Raw values come from where they
+ *          are, whole rows at a time; an exp stream is decoded into L1, a span of weights at a time.
  *   tiles  everything else: a tile is decoded into L1, and each piece of it that lies in one row is multiplied.
  *          Threads own runs of rows; a tile that two threads share is decoded by both.
  */
@@ -17,11 +18,19 @@ typedef struct {
     const endor_tensor *tensor;
     endor_stream stream;
     endor_operand x;
+    endor_operand arranged; /* x for `exp_rows`; NULL where they do not apply */
     uint64_t rows, cols, chunk;
     float *out; /* (batch, rows) */
     atomic_uint_fast64_t next;
     atomic_int status;
 } product_job;
+
+/* Patches are applied word by word where there is at most one in so many stored elements. */
+#define RARE 256
+#define AHEAD 4096 /* stored elements, and weights */
+#define F8 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff
+#define F64 F8, F8, F8, F8, F8, F8, F8, F8
+#define ONES F64, F64, F64, F64
 
 static float total_of(const float *lanes) {
     float sum[8];
@@ -34,9 +43,11 @@ static int product_of_tiles(product_job *job, uint64_t row, uint64_t end_row) {
     ENDOR_ALIGNED float acc[ENDOR_MAX_BATCH * 16] = {0};
     uint64_t flat = row * job->cols, end = end_row * job->cols, column = 0, itemsize = (uint64_t)job->tensor->itemsize;
     memset(weights + ENDOR_TILE * itemsize, 0, ENDOR_SLACK);
+    const endor_tensor *t = job->tensor;
+    endor_patches cursor = endor_patches_at(t, flat / ENDOR_TILE, endor_rank_of_tile(t, flat / ENDOR_TILE));
     while (flat < end) {
         uint64_t tile = flat / ENDOR_TILE, tile_end = min64((tile + 1) * ENDOR_TILE, end);
-        int status = endor_decode_tile(job->ops, job->tensor, &job->stream, tile, weights, 0);
+        int status = endor_decode_tile(job->ops, t, &job->stream, &cursor, tile, weights, 0);
         if (status != ENDOR_OK) return status;
         while (flat < tile_end) {
             uint64_t len = min64(job->cols - column, tile_end - flat);
@@ -53,48 +64,142 @@ static int product_of_tiles(product_job *job, uint64_t row, uint64_t end_row) {
     return ENDOR_OK;
 }
 
-static endor_run run_at(const product_job *job, uint64_t row) {
+#define SPAN (2 * ENDOR_TILE) /* weights that are decoded at a time: four runs of them, and x, fit L1 */
+#define SPAN_BYTES (4 * (SPAN + 64) + ENDOR_SLACK)
+
+/* A run of rows, and where its next stored elements are brought. */
+typedef struct {
+    uint64_t flat; /* the next weight */
+    uint64_t rank; /* its stored element, or the next one */
+    uint8_t *buffer;
+} source;
+
+static void start(const product_job *job, uint64_t row, endor_run *run, source *from) {
     const endor_tensor *t = job->tensor;
-    uint64_t flat = row * job->cols, tile = flat / ENDOR_TILE, rank = load32(t->tile_offsets + 4 * tile);
-    for (uint64_t w = tile * ENDOR_WORDS; w < flat / 64; w++) {
+    uint64_t flat = row * job->cols, tile = flat / ENDOR_TILE, rank = t->bitmap ? endor_rank_of_tile(t, tile) : flat;
+    for (uint64_t w = tile * ENDOR_WORDS; t->bitmap && w < flat / 64; w++) {
         rank += (uint64_t)__builtin_popcountll(load64(t->bitmap + 8 * w));
     }
-    endor_run run = {t->bitmap + flat / 8, t->values + min64(rank, t->nnz) * (uint64_t)t->itemsize, job->out + row};
-    return run;
+    from->flat = flat;
+    from->rank = run->rank = min64(rank, t->nnz);
+    run->patches = endor_patches_at(t, tile, from->rank);
+    run->bitmap = t->bitmap ? t->bitmap + flat / 8 : NULL;
+    run->values = t->values ? t->values + from->rank * (uint64_t)t->itemsize : NULL;
+    run->out = job->out + row;
 }
 
-/* Rows from `row` on, which `run` has reached. */
-static int product_of_run(product_job *job, endor_run *run, uint64_t row, uint64_t end_row) {
-    const uint8_t *end = job->tensor->values + job->tensor->nnz * (uint64_t)job->tensor->itemsize;
-    row += job->ops->rows(run, 1, end_row - row, job->cols, end, &job->x, job->rows);
-    return row < end_row ? product_of_tiles(job, row, end_row) : ENDOR_OK;
+static void prefetch(const uint8_t *at, uint64_t nbytes) {
+    for (uint64_t i = 0; i < nbytes; i += 64) __builtin_prefetch(at + i, 0, 2);
+}
+
+/* Fetch what the run needs some spans later, if it goes on as it does now. */
+static void look_ahead(const product_job *job, const source *from, uint64_t weights, uint64_t count) {
+    const endor_stream *s = &job->stream;
+    uint64_t rank = from->rank + AHEAD;
+    if (job->tensor->bitmap) prefetch(job->tensor->bitmap + (from->flat + AHEAD) / 8, weights / 8);
+    for (int j = 0; j < s->bit_planes; j++) prefetch(s->planes + (uint64_t)j * s->plane_stride + rank / 8, count / 8);
+    for (int j = 0; j < s->byte_planes; j++) prefetch(s->bytes + (uint64_t)j * s->byte_stride + rank, count);
+}
+
+/* Bring the stored elements of the next `weights` weights into the buffer. */
+static void fill(const product_job *job, source *from, endor_run *run, uint64_t weights) {
+    static const uint8_t ones[SPAN / 8] = {ONES};
+    const endor_tensor *t = job->tensor;
+    uint64_t itemsize = (uint64_t)t->itemsize;
+    run->bitmap = t->bitmap ? t->bitmap + from->flat / 8 : ones;
+    uint64_t count = t->bitmap ? job->ops->popcount(run->bitmap, weights / 64) : weights;
+    uint64_t last = min64(from->rank + count, t->nnz);
+    from->flat += weights;
+    run->values = from->buffer;
+    if (t->codec == ENDOR_EXP) {
+        uint64_t word = from->rank / 64;
+        look_ahead(job, from, weights, count);
+        endor_stream_words(job->ops, t, &job->stream, word, (last + 63) / 64, from->buffer);
+        run->values += (from->rank - 64 * word) * itemsize;
+        if (t->patches) {
+            endor_patch(t, &run->patches, tiles_of(from->flat), from->rank, last, (uint8_t *)run->values);
+        }
+    } else {
+        memcpy(from->buffer, t->values + from->rank * itemsize, (last - from->rank) * itemsize);
+    }
+    from->rank = last;
+}
+
+/* The next `count` rows of each run, a span at a time. */
+static void product_of_spans(const product_job *job, endor_run *runs, source *from, int n_runs, uint64_t count) {
+    uint64_t rows = SPAN / job->cols;
+    endor_span span = {.out_stride = job->rows};
+    for (uint64_t row = 0; row < count; row += span.rows) {
+        span.rows = rows ? min64(rows, count - row) : 1;
+        for (span.column = 0; span.column < job->cols; span.column += span.columns) {
+            span.columns = min64(job->cols - span.column, SPAN);
+            span.begins = span.column == 0;
+            span.finishes = span.column + span.columns == job->cols;
+            for (int r = 0; r < n_runs; r++) fill(job, from + r, runs + r, span.rows * span.columns);
+            job->ops->rows(runs, n_runs, &span, &job->x);
+        }
+    }
+}
+
+/* Those of the next `count` rows of each run that can be read where they are. Returns how many. */
+static uint64_t product_in_place(const product_job *job, endor_run *runs, source *from, int n_runs, uint64_t count) {
+    const endor_tensor *t = job->tensor;
+    endor_span span = {count, 0, job->cols, 1, 1, NULL, job->rows};
+    uint64_t done = 0;
+    if (job->arranged.x) {
+        done = job->ops->exp_rows(runs, n_runs, &span, &job->arranged, t, &job->stream);
+    } else if (t->codec == ENDOR_RAW) {
+        span.end = t->values + t->nnz * (uint64_t)t->itemsize;
+        done = job->ops->rows(runs, n_runs, &span, &job->x);
+        for (int i = 0; i < n_runs; i++) runs[i].rank = (uint64_t)(runs[i].values - t->values) / (uint64_t)t->itemsize;
+    }
+    for (int i = 0; i < n_runs; i++) {
+        from[i].flat += done * job->cols;
+        from[i].rank = runs[i].rank;
+    }
+    return done;
+}
+
+/* `each` rows of n_runs runs that follow each other from `row` on. Whether a row is read in place rests on where it
+ * is alone. */
+static void product_of_runs(const product_job *job, uint64_t row, int n_runs, uint64_t each) {
+    ENDOR_ALIGNED uint8_t buffers[ENDOR_MAX_RUNS][SPAN_BYTES];
+    ENDOR_ALIGNED float sums[ENDOR_MAX_RUNS][ENDOR_SUMS];
+    endor_run runs[ENDOR_MAX_RUNS];
+    source from[ENDOR_MAX_RUNS];
+    for (int i = 0; i < n_runs; i++) {
+        runs[i].sums = sums[i];
+        from[i].buffer = buffers[i];
+        start(job, row + (uint64_t)i * each, runs + i, from + i);
+    }
+    uint64_t done = product_in_place(job, runs, from, n_runs, each);
+    for (int i = 0; i < n_runs && done < each && (job->arranged.x || job->tensor->codec == ENDOR_RAW); i++) {
+        uint64_t more = product_in_place(job, runs + i, from + i, 1, each - done);
+        product_of_spans(job, runs + i, from + i, 1, each - done - more);
+        if (i == n_runs - 1) return;
+    }
+    product_of_spans(job, runs, from, n_runs, each - done);
 }
 
 /* Several runs of rows in lockstep share the loads of x, which streaming the values drives out of L1. */
-static int product_of_rows(product_job *job, uint64_t row, uint64_t end_row) {
-    const uint8_t *end = job->tensor->values + job->tensor->nnz * (uint64_t)job->tensor->itemsize;
-    int n_runs = job->ops->row_runs(&job->x), status = ENDOR_OK;
+static void product_of_rows(const product_job *job, uint64_t row, uint64_t end_row) {
+    int n_runs = job->ops->row_runs(&job->x, job->arranged.x != NULL);
     uint64_t each = (end_row - row) / (uint64_t)n_runs;
-    endor_run runs[ENDOR_MAX_RUNS + 1];
-    for (int i = 0; i < n_runs; i++) runs[i] = run_at(job, row + (uint64_t)i * each);
-    uint64_t done = each ? job->ops->rows(runs, n_runs, each, job->cols, end, &job->x, job->rows) : 0;
-    for (int i = 0; i < n_runs && status == ENDOR_OK; i++) {
-        if (done < each) status = product_of_run(job, &runs[i], row + (uint64_t)i * each + done, row + (uint64_t)(i + 1) * each);
-    }
+    if (each) product_of_runs(job, row, n_runs, each);
     row += (uint64_t)n_runs * each;
-    if (row == end_row || status != ENDOR_OK) return status;
-    runs[n_runs] = run_at(job, row);
-    return product_of_run(job, &runs[n_runs], row, end_row);
+    if (row < end_row) product_of_runs(job, row, 1, end_row - row);
 }
 
 static void product_chunks(void *context) {
     product_job *job = context;
-    int direct = job->ops->rows && job->tensor->codec == ENDOR_RAW && job->cols % 64 == 0;
+    int direct = job->ops->rows && job->cols % 64 == 0;
     for (;;) {
         uint64_t row = atomic_fetch_add_explicit(&job->next, job->chunk, memory_order_relaxed);
         if (row >= job->rows || atomic_load_explicit(&job->status, memory_order_relaxed)) return;
         uint64_t end = min64(row + job->chunk, job->rows);
-        int status = direct ? product_of_rows(job, row, end) : product_of_tiles(job, row, end);
+        int status = ENDOR_OK;
+        if (direct) product_of_rows(job, row, end);
+        else status = product_of_tiles(job, row, end);
         if (status != ENDOR_OK) atomic_store(&job->status, status);
     }
 }
@@ -115,16 +220,20 @@ static void to_float(const uint8_t *x, int kind, uint64_t count, float *out) {
     }
 }
 
-/* x in the form the kernel multiplies, each row on a cache line: its loads never straddle two. */
-static void *align_operand(product_job *job, const uint8_t *x, int x_kind, uint64_t batch) {
+/* x in the form the kernel multiplies, each row on a cache line: its loads never straddle two. Batches of less than
+ * three are multiplied as they are, others as the next size that was compiled, on rows of zeros. */
+static uint8_t *copy_operand(const product_job *job, const uint8_t *x, int x_kind, uint64_t batch, int arranged) {
     uint64_t size = job->x.bf16_pairs ? 2 : 4, in_size = x_kind == ENDOR_X_F32 ? 4 : 2;
-    job->x.stride = (job->cols + 31) / 32 * 32;
-    uint8_t *rows = aligned_alloc(64, batch * job->x.stride * size);
-    for (uint64_t b = 0; rows && b < batch; b++) {
+    uint64_t padded = batch < 3 ? batch : (batch + ENDOR_MAX_BATCH - 1) / ENDOR_MAX_BATCH * ENDOR_MAX_BATCH;
+    uint8_t *rows = aligned_alloc(64, padded * job->x.stride * size);
+    if (!rows) return NULL;
+    memset(rows + batch * job->x.stride * size, 0, (padded - batch) * job->x.stride * size);
+    for (uint64_t b = 0; b < batch; b++) {
         uint8_t *row = rows + b * job->x.stride * size;
         const uint8_t *in = x + b * job->cols * in_size;
         if (job->x.bf16_pairs) memcpy(row, in, job->cols * size);
         else to_float(in, x_kind, job->cols, (float *)row);
+        if (arranged) job->ops->arrange(row, job->cols, (int)size);
     }
     return rows;
 }
@@ -142,19 +251,31 @@ ENDOR_API int endor_matvec(int kernel, const endor_tensor *tensor, int weight_ki
     if (tensor->codec == ENDOR_EXP) endor_stream_of(tensor, &job.stream);
     job.x.weight = weight_kind;
     job.x.bf16_pairs = job.ops->bf16_pairs && weight_kind == ENDOR_X_BF16 && x_kind == ENDOR_X_BF16;
-    uint8_t *operand = align_operand(&job, x, x_kind, batch);
-    if (!operand) return ENDOR_NO_MEMORY;
+    job.x.stride = (cols + 31) / 32 * 32;
+    int in_place = job.ops->exp_rows && tensor->codec == ENDOR_EXP && weight_kind == ENDOR_X_BF16 && tensor->bitmap &&
+                   cols % 64 == 0 && tensor->patches <= tensor->nnz / RARE && tensor->nnz / 13 <= tensor->numel / 16;
+    uint8_t *operand = copy_operand(&job, x, x_kind, batch, 0);
+    uint8_t *arranged = in_place ? copy_operand(&job, x, x_kind, batch, 1) : NULL;
+    if (!operand || (in_place && !arranged)) {
+        free(operand);
+        free(arranged);
+        return ENDOR_NO_MEMORY;
+    }
     uint64_t share = rows / (8 * (uint64_t)(threads > 0 ? threads : 1));
     job.chunk = share < 1 ? 1 : share;
     if (tensor->numel < 32 * ENDOR_TILE) threads = 1;
     atomic_init(&job.status, ENDOR_OK);
     for (uint64_t b = 0; b < batch && atomic_load(&job.status) == ENDOR_OK; b += ENDOR_MAX_BATCH) {
         job.x.batch = (int)min64(ENDOR_MAX_BATCH, batch - b);
-        job.x.x = operand + b * job.x.stride * (job.x.bf16_pairs ? 2 : 4);
+        uint64_t offset = b * job.x.stride * (job.x.bf16_pairs ? 2 : 4);
+        job.x.x = operand + offset;
+        job.arranged = job.x;
+        job.arranged.x = in_place ? arranged + offset : NULL;
         job.out = out + b * rows;
         atomic_init(&job.next, 0);
         endor_parallel(threads, product_chunks, &job);
     }
     free(operand);
+    free(arranged);
     return atomic_load(&job.status);
 }
