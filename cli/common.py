@@ -30,6 +30,18 @@ def json_option(command: Command) -> Command:
     return click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")(command)
 
 
+def kv_option(command: Command) -> Command:
+    """Add `--kv`."""
+    return click.option(
+        "--kv",
+        type=click.Choice(["auto", "device", "ram", "disk"]),
+        default="auto",
+        show_default=True,
+        help="Where keys and values stay: where the model computes, in RAM beside a device, or on "
+        "disk; auto takes the first that fits.",
+    )(command)
+
+
 def output_options(command: Command) -> Command:
     """Add `--resume`, `--overwrite` and `--threads`."""
     for option in (

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from endor.cli.common import MODEL
+from endor.cli.common import MODEL, kv_option
 
 if TYPE_CHECKING:
     from endor.hf.generation import Generation
@@ -35,14 +35,7 @@ if TYPE_CHECKING:
     show_default=True,
     help="The dense model's bits, or products straight from the packed form.",
 )
-@click.option(
-    "--kv",
-    type=click.Choice(["auto", "device", "ram", "disk"]),
-    default="auto",
-    show_default=True,
-    help="Where keys and values stay: where the model computes, in RAM beside a device, or on "
-    "disk; auto takes the first that fits.",
-)
+@kv_option
 @click.option("--temperature", default=0.0, show_default=True, help="0 takes the likeliest token.")
 @click.option("--top-p", default=1.0, show_default=True, help="Probability that sampling keeps.")
 @click.option("--seed", type=int, help="Makes sampling repeatable.")

@@ -7,10 +7,12 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from endor.cli.common import kv_option
 from endor.cli.tables import table
 
 if TYPE_CHECKING:
     from endor.hf.outline import Outline, Planned
+    from endor.offload.kv_plan import KVSetting
     from endor.offload.planner import Plan
 
 TIERS = {
@@ -32,6 +34,7 @@ TIERS = {
 @click.option(
     "--fast", is_flag=True, help="Multiply from the packed form: sums in another order, faster."
 )
+@kv_option
 @click.option("--remeasure", is_flag=True, help="Measure machine and disk again.")
 @click.option("--explain", is_flag=True, help="Print the arithmetic.")
 @click.option(
@@ -49,6 +52,7 @@ def plan_command(
     prompt: int,
     batch: int,
     fast: bool,
+    kv: "KVSetting",
     remeasure: bool,
     explain: bool,
     plot: Path | None,
@@ -67,7 +71,7 @@ def plan_command(
         packed,
         ram_bytes=parse_bytes(ram, "--ram") if ram else available_bytes(),
         vram_bytes=parse_bytes(vram, "--vram") if vram else 0,
-        workload=Workload(batch, min(prompt, context), context, "direct" if fast else "exact"),
+        workload=Workload(batch, min(prompt, context), context, "direct" if fast else "exact", kv),
         remeasure=remeasure,
     )
     found, result = planned.outline, planned.plan

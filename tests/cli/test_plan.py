@@ -75,3 +75,11 @@ def test_json_holds_the_tier_of_every_unit(packed, tmp_path):
 def test_too_little_memory_is_refused_with_the_least(packed):
     with pytest.raises(BudgetError, match="must be at least"):
         run(packed, "--ram", "1KiB")
+
+
+def test_keys_and_values_on_disk_leave_memory_to_weights(packed):
+    def cache(*arguments):
+        found = json.loads(run(packed, "--ram", "100MB", "--context", "4096", "--json", *arguments))
+        return sum(item["nbytes"] for item in found["reservations"] if "keys" in item["what"])
+
+    assert 0 < cache("--kv", "disk") < cache("--kv", "device") == cache()
