@@ -212,7 +212,7 @@ class TensorSpec:
         return span - (1 << self.k) if self.dtype.signed else span - 1
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, weakref_slot=True)
 class Encoded:
     """A stored tensor on the host: its spec and its arrays.
 

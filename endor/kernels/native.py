@@ -6,6 +6,8 @@ and an install without a C compiler simply has no library.
 
 import ctypes
 import functools
+import operator
+import weakref
 from pathlib import Path
 
 import numpy as np
@@ -156,6 +158,30 @@ def tensor(spec: TensorSpec, arrays: dict[str, np.ndarray]) -> Tensor:
     return out
 
 
+_Seen = tuple["weakref.ref[Encoded]", tuple[np.ndarray, ...], Tensor]
+
+_views: dict[int, _Seen] = {}
+"""By id, the last view of each live `Encoded`: making one takes longer than a small product."""
+
+
 def view(encoded: Encoded) -> Tensor:
-    """Return the library's view of `encoded`, which must outlive it."""
-    return tensor(encoded.spec, dict(encoded.arrays))
+    """Return the library's view of `encoded`, which must outlive it; errors as for `tensor`.
+
+    The view is kept as long as `encoded` lives and holds the same arrays.
+    """
+    key, arrays = id(encoded), encoded.arrays
+    seen = _views.get(key)
+    if (
+        seen is not None
+        and seen[0]() is encoded
+        and len(seen[1]) == len(arrays)
+        and all(map(operator.is_, seen[1], arrays.values()))
+    ):
+        return seen[2]
+    made = tensor(encoded.spec, dict(arrays))
+    _views[key] = (
+        weakref.ref(encoded, lambda _: _views.pop(key, None)),
+        tuple(arrays.values()),
+        made,
+    )
+    return made

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from endor import codecs, kernels
 from endor.codecs import DTYPES, DType, Encoded
 from endor.errors import ConfigError, DTypeError, FormatError, ShapeError
+from endor.kernels import native
 
 from .conftest import STYLES, elements, need
 
@@ -240,6 +241,24 @@ def test_arrays_that_miss_their_spec(compiled: str) -> None:
         del short[suffix]
         with pytest.raises(ShapeError, match=suffix):
             kernels.decode(Encoded(encoded.spec, short), bits.copy(), kernel=compiled)
+
+
+def test_views_follow_the_arrays(compiled: str, rng: np.random.Generator) -> None:
+    """What is kept between calls must not outlive the tensor, nor hide that its arrays changed."""
+    item = DTYPES["BF16"]
+    first, second = (elements(rng, item, 5000, 1.0, "window") for _ in range(2))
+    arrays = dict(codecs.encode(first, item, codec="raw").arrays)
+    encoded = Encoded(codecs.encode(first, item, codec="raw").spec, arrays)
+    assert_decodes(encoded, first, compiled, 0, 5000, 0)
+    assert native.view(encoded) is native.view(encoded)
+    arrays["values"] = codecs.encode(second, item, codec="raw").arrays["values"]
+    assert_decodes(encoded, second, compiled, 0, 5000, 0)
+    del arrays["values"]
+    with pytest.raises(ShapeError, match="values"):
+        native.view(encoded)
+    held = len(native._views)
+    del encoded
+    assert len(native._views) == held - 1
 
 
 def test_contradictions_are_noticed(compiled: str, rng: np.random.Generator) -> None:
