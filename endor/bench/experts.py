@@ -97,7 +97,7 @@ def record_routing(model: Any, ids: torch.Tensor) -> RoutingTrace:
     ]
     try:
         with torch.no_grad():
-            for window in torch.split(ids, WINDOW):  # type: ignore[no-untyped-call]
+            for window in torch.split(ids, WINDOW):
                 model(window[None].to(model.device))
     finally:
         for handle in handles:
