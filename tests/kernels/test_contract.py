@@ -176,7 +176,7 @@ def test_scratch_is_reused(compiled: str, rng: np.random.Generator) -> None:
 
 
 def test_concurrent_callers(compiled: str, rng: np.random.Generator) -> None:
-    bits = elements(rng, DTYPES["BF16"], 300_000, 0.5, "outliers")
+    bits = elements(rng, DTYPES["BF16"], 550_000, 0.5, "outliers")
     encoded = codecs.encode(bits, DTYPES["BF16"], codec="exp")
 
     def one(_: int) -> bool:

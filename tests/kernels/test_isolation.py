@@ -97,7 +97,7 @@ print("ok")
 """
 
 FORK = """
-bits = rng.integers(0, 3, 400_000).astype(np.uint16)
+bits = rng.integers(0, 3, 600_000).astype(np.uint16)
 encoded = codecs.encode(bits, DTYPES["BF16"], codec="raw")
 
 def good():

@@ -109,6 +109,20 @@ def test_threads_do_not_change_the_sum(compiled: str, name: str, codec: str, bat
             assert all(np.array_equal(outs[0], out) for out in outs)
 
 
+@pytest.mark.parametrize("codec", ["raw", "exp"])
+def test_threads_share_the_rows(compiled: str, codec: str, rng: np.random.Generator) -> None:
+    """Enough work that sleeping threads are woken for it."""
+    item = DTYPES["BF16"]
+    weight = weights(rng, item, 1101, 1024, 0.5)
+    encoded = codecs.encode(weight, item, codec=codec)  # type: ignore[arg-type]
+    x = rounded(rng.standard_normal((3, 1024)).astype(np.float32), item)
+    outs = [
+        assert_product(encoded, weight, x, threads=threads, kernel=compiled)
+        for threads in (1, 2, 4, 4, 4)
+    ]
+    assert all(np.array_equal(outs[0], out) for out in outs)
+
+
 @pytest.mark.parametrize("density", [0.1, 0.5, 0.75, 0.95])
 @pytest.mark.parametrize("outliers", [0, 0.0005, 0.02])
 @pytest.mark.parametrize(("code_bits", "base"), [(1, 120), (2, 120), (2, 121), (3, 119), (8, 0)])

@@ -74,6 +74,6 @@ ENDOR_API uint64_t endor_probe(int kernel, void *dst, const void *src, uint64_t 
     if (!job.ops) return 0;
     atomic_init(&job.next, 0);
     atomic_init(&job.sum, 0);
-    endor_parallel(threads, probe_pieces, &job);
+    endor_parallel(threads, nbytes, probe_pieces, &job);
     return atomic_load(&job.sum);
 }

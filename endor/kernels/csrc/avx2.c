@@ -3,18 +3,12 @@
 #include "endor.h"
 
 #if defined(__x86_64__)
-#include <immintrin.h>
+#include "avx2.h"
+
 #include <pthread.h>
 
-#define TARGET __attribute__((target("avx2,bmi,bmi2,fma,f16c,popcnt")))
-#define INLINE static inline __attribute__((always_inline))
-
-/* For eight bitmap bits: where each of eight places finds its element (0x80: nowhere), and the inverse. As bytes, and
- * as the two bytes of 16-bit elements. */
-static struct {
-    uint64_t place[256], gather[256];
-    uint8_t place16[256][16], gather16[256][16];
-} tables ENDOR_ALIGNED;
+endor_avx2_controls endor_avx2_tables ENDOR_ALIGNED;
+#define tables endor_avx2_tables
 
 static void fill_tables(void) {
     for (int m = 0; m < 256; m++) {
@@ -31,12 +25,11 @@ static void fill_tables(void) {
             tables.place16[m][i] = place[i / 2] & 0x80 ? 0x80 : (uint8_t)(2 * place[i / 2] + (i & 1));
             tables.gather16[m][i] = gather[i / 2] & 0x80 ? 0x80 : (uint8_t)(2 * gather[i / 2] + (i & 1));
         }
+        for (int i = 0; i < 32; i++) {
+            tables.place_bf16[m][i] = i & 2 ? tables.place16[m][i / 4 * 2 + (i & 1)] : 0x80;
+        }
     }
 }
-
-INLINE TARGET __m128i load128(const void *p) { return _mm_loadu_si128(p); }
-INLINE TARGET __m256i load256(const void *p) { return _mm256_loadu_si256(p); }
-INLINE TARGET uint32_t count(uint64_t m) { return (uint32_t)_mm_popcnt_u64(m); }
 
 INLINE TARGET void store128(void *p, __m128i x, int streaming) {
     if (streaming) _mm_stream_si128(p, x);
@@ -267,53 +260,6 @@ static TARGET uint64_t read_words(const void *src, size_t nbytes) {
 
 static TARGET void fence(void) { _mm_sfence(); }
 
-INLINE TARGET __m256 floats_of(const uint8_t *w, uint64_t i, int kind) {
-    if (kind == ENDOR_X_F32) return _mm256_loadu_ps((const float *)(w + 4 * i));
-    __m128i x = load128(w + 2 * i);
-    if (kind == ENDOR_X_F16) return _mm256_cvtph_ps(x);
-    return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(x), 16));
-}
-
-INLINE TARGET void dot_of(const uint8_t *w, const endor_operand *x, uint64_t column, uint64_t len, float *acc, int kind) {
-    uint64_t whole = len / 16 * 16, itemsize = kind == ENDOR_X_F32 ? 4 : 2;
-    for (int b0 = 0; b0 < x->batch; b0 += 4) { /* eight sums fit the registers */
-        int batch = x->batch - b0 < 4 ? x->batch - b0 : 4;
-        const float *row[4];
-        __m256 sum[4][2];
-        for (int b = 0; b < 4; b++) {
-            int at = b0 + (b < batch ? b : 0);
-            row[b] = (const float *)x->x + (uint64_t)at * x->stride + column;
-            sum[b][0] = _mm256_loadu_ps(acc + 16 * at);
-            sum[b][1] = _mm256_loadu_ps(acc + 16 * at + 8);
-        }
-        if (batch == 1) {
-            for (uint64_t i = 0; i < whole; i += 16) {
-                sum[0][0] = _mm256_fmadd_ps(floats_of(w, i, kind), _mm256_loadu_ps(row[0] + i), sum[0][0]);
-                sum[0][1] = _mm256_fmadd_ps(floats_of(w, i + 8, kind), _mm256_loadu_ps(row[0] + i + 8), sum[0][1]);
-            }
-        } else {
-            for (uint64_t i = 0; i < whole; i += 16) {
-                __m256 w0 = floats_of(w, i, kind), w1 = floats_of(w, i + 8, kind);
-                for (int b = 0; b < 4; b++) {
-                    sum[b][0] = _mm256_fmadd_ps(w0, _mm256_loadu_ps(row[b] + i), sum[b][0]);
-                    sum[b][1] = _mm256_fmadd_ps(w1, _mm256_loadu_ps(row[b] + i + 8), sum[b][1]);
-                }
-            }
-        }
-        for (int b = 0; b < batch; b++) {
-            _mm256_storeu_ps(acc + 16 * (b0 + b), sum[b][0]);
-            _mm256_storeu_ps(acc + 16 * (b0 + b) + 8, sum[b][1]);
-        }
-    }
-    if (whole < len) endor_scalar_ops()->dot(w + whole * itemsize, x, column + whole, len - whole, acc);
-}
-
-static TARGET void dot(const void *w, const endor_operand *x, uint64_t column, uint64_t len, float *acc) {
-    if (x->weight == ENDOR_X_BF16) dot_of(w, x, column, len, acc, ENDOR_X_BF16);
-    else if (x->weight == ENDOR_X_F16) dot_of(w, x, column, len, acc, ENDOR_X_F16);
-    else dot_of(w, x, column, len, acc, ENDOR_X_F32);
-}
-
 static endor_ops ops = {
     .name = "avx2",
     .expand = {expand8, expand16, expand32},
@@ -323,7 +269,10 @@ static endor_ops ops = {
     .copy_streaming = copy_streaming,
     .read = read_words,
     .fence = fence,
-    .dot = dot,
+    .dot = endor_avx2_dot,
+    .rows = endor_avx2_rows,
+    .row_runs = endor_avx2_row_runs,
+    .popcount = endor_avx2_popcount,
 };
 
 static int supported;

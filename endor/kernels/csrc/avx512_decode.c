@@ -76,6 +76,7 @@ INLINE TARGET void stream_bf16(const endor_stream *s, uint64_t word, uint64_t wo
     const uint8_t *bits = s->planes + 8 * word, *bytes = s->bytes + 64 * word;
     for (; words; words--, out += 64, bits += 8, bytes += 64) {
         __m512i rest = _mm512_loadu_si512(bytes), low, high;
+        _mm_prefetch((const char *)bytes + PREFETCH, _MM_HINT_NTA);
         __mmask64 lowest = load64(bits);
         if (odd) {
             low = _mm512_mask_sub_epi8(_mm512_or_si512(rest, top), lowest, _mm512_or_si512(rest, top), top);

@@ -178,7 +178,6 @@ ENDOR_API int endor_decode(int kernel, const endor_tensor *tensor, void *out, ui
     job.chunk = share < 1 ? 1 : min64(share, 64);
     atomic_init(&job.next, first);
     atomic_init(&job.status, ENDOR_OK);
-    if (job.end_tile - first < 16) threads = 1;
-    endor_parallel(threads, decode_chunks, &job);
+    endor_parallel(threads, 2 * (stop - start) * (uint64_t)tensor->itemsize, decode_chunks, &job);
     return atomic_load(&job.status);
 }

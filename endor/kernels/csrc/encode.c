@@ -77,7 +77,7 @@ ENDOR_API uint64_t endor_scan(int kernel, const void *src, uint64_t n, int items
     if (!job.ops) return UNKNOWN;
     for (int i = 0; i < 256; i++) atomic_init(&hist[i], 0);
     atomic_init(&job.next, 0);
-    endor_parallel(job.chunks < 2 ? 1 : threads, scan_chunks, &job);
+    endor_parallel(threads, 4 * n * (uint64_t)itemsize, scan_chunks, &job);
     store32(tile_offsets, 0);
     for (uint64_t t = 1; t <= tiles; t++) {
         total += load32(tile_offsets + 4 * t);
@@ -148,7 +148,7 @@ ENDOR_API uint64_t endor_pack_raw(int kernel, const void *src, uint64_t n, int i
     for (uint64_t c = 0; c <= chunks; c++) atomic_init(&job.ends[c], c ? UNKNOWN : 0);
     atomic_init(&job.next, 0);
     store32(tile_offsets, 0);
-    endor_parallel(chunks < 2 ? 1 : threads, pack_chunks, &job);
+    endor_parallel(threads, 4 * n * (uint64_t)itemsize, pack_chunks, &job);
     uint64_t nnz = atomic_load(&job.ends[chunks]);
     free(job.ends);
     return nnz;
@@ -305,7 +305,7 @@ ENDOR_API int endor_pack_exp(int kernel, const endor_tensor *tensor, const void 
     atomic_init(&job.status, ENDOR_OK);
     job.lists = calloc(job.chunks ? job.chunks : 1, sizeof *job.lists);
     if (!job.lists) return ENDOR_NO_MEMORY;
-    endor_parallel(job.chunks < 2 ? 1 : threads, emit_chunks, &job);
+    endor_parallel(threads, 4 * tensor->numel * (uint64_t)tensor->itemsize, emit_chunks, &job);
     int status = atomic_load(&job.status);
     if (status == ENDOR_OK) status = merge_patches(&job);
     for (uint64_t c = 0; c < job.chunks; c++) free(job.lists[c].items);

@@ -167,8 +167,9 @@ const endor_ops *endor_avx512_ops(void);
 const endor_ops *endor_ops_of(int kernel); /* NULL when this CPU lacks it */
 
 /* Runs fn(context) on up to `threads` threads, the caller's included, and returns when all have left it. fn takes its
- * work from a counter in the context, so it is right with any number of them. */
-void endor_parallel(int threads, void (*fn)(void *), void *context);
+ * work from a counter in the context, so it is right with any number of them. `nbytes` says how much work it is, as
+ * bytes read or written: little is not shared, and what would be done before a thread is awake wakes none. */
+void endor_parallel(int threads, uint64_t nbytes, void (*fn)(void *), void *context);
 
 /* decode.c, used by the product as well */
 void endor_stream_of(const endor_tensor *t, endor_stream *s);

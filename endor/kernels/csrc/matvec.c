@@ -263,7 +263,6 @@ ENDOR_API int endor_matvec(int kernel, const endor_tensor *tensor, int weight_ki
     }
     uint64_t share = rows / (8 * (uint64_t)(threads > 0 ? threads : 1));
     job.chunk = share < 1 ? 1 : share;
-    if (tensor->numel < 32 * ENDOR_TILE) threads = 1;
     atomic_init(&job.status, ENDOR_OK);
     for (uint64_t b = 0; b < batch && atomic_load(&job.status) == ENDOR_OK; b += ENDOR_MAX_BATCH) {
         job.x.batch = (int)min64(ENDOR_MAX_BATCH, batch - b);
@@ -273,7 +272,7 @@ ENDOR_API int endor_matvec(int kernel, const endor_tensor *tensor, int weight_ki
         job.arranged.x = in_place ? arranged + offset : NULL;
         job.out = out + b * rows;
         atomic_init(&job.next, 0);
-        endor_parallel(threads, product_chunks, &job);
+        endor_parallel(threads, 2 * rows * cols, product_chunks, &job);
     }
     free(operand);
     free(arranged);

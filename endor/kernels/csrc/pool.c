@@ -2,7 +2,8 @@
  * regions and would fight a second runtime for the same cores.
  *
  * The caller always takes part, so nothing waits for a thread to start: a worker that wakes late finds the job closed
- * and goes back to sleep. A second caller, while the pool is busy, does its whole job alone.
+ * and goes back to sleep. A second caller, while the pool is busy, does its whole job alone. Threads that sleep are woken
+ * for large work only.
  */
 #define _GNU_SOURCE
 #include "endor.h"
@@ -13,7 +14,9 @@
 #include <stdatomic.h>
 
 #define MAX_WORKERS 63
-#define SPINS 2000
+#define SPINS 8000        /* about 0.1 ms: from one product of a model to the next */
+#define SHARED (1u << 16) /* bytes of work that threads which spin help with */
+#define WAKING (2u << 20) /* bytes that are worth a wake-up, which takes the caller up to 60 us in a virtual machine */
 #define CLOSED (1u << 31)
 #define SLOT (1u << 16) /* bits 16..30: workers that may still join; bits 0..15: workers inside */
 
@@ -97,19 +100,19 @@ static void grow(int wanted) {
     pthread_sigmask(SIG_SETMASK, &old, NULL);
 }
 
-void endor_parallel(int threads, void (*fn)(void *), void *context) {
+void endor_parallel(int threads, uint64_t nbytes, void (*fn)(void *), void *context) {
     pthread_once(&once, register_fork);
-    if (threads <= 1 || pthread_mutex_trylock(&busy)) {
+    if (threads <= 1 || nbytes < SHARED || pthread_mutex_trylock(&busy)) {
         fn(context);
         return;
     }
-    grow(threads - 1);
+    if (nbytes >= WAKING) grow(threads - 1);
     int helpers = threads - 1 < workers ? threads - 1 : workers;
     job = fn;
     job_context = context;
     atomic_store_explicit(&gate, (unsigned)helpers * SLOT, memory_order_release);
     atomic_fetch_add(&generation, 1);
-    if (atomic_load(&sleepers)) {
+    if (nbytes >= WAKING && atomic_load(&sleepers)) {
         pthread_mutex_lock(&sleep_lock);
         pthread_cond_broadcast(&wake);
         pthread_mutex_unlock(&sleep_lock);
