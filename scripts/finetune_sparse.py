@@ -40,7 +40,7 @@ def loss_of(model: Any, teacher: Any, ids: torch.Tensor) -> torch.Tensor:
 
 def train(model: Any, teacher: Any, windows: torch.Tensor, chosen: argparse.Namespace) -> None:
     """Take `chosen.steps` steps of AdamW; prints the mean loss of every tenth of them."""
-    optimizer = torch.optim.AdamW(model.parameters(), lr=chosen.rate, weight_decay=0.0)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=chosen.rate, weight_decay=0.0, fused=True)
     generator = torch.Generator().manual_seed(chosen.seed)
     order = torch.randperm(len(windows), generator=generator)
     recent: list[float] = []
