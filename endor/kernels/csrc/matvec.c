@@ -1,10 +1,11 @@
 /* out[b, r] = sum over c of W[r, c] * x[b, c], in float, W packed, straight from the packed arrays.
  *
  * Two ways, the same for any number of threads (a row's sum has one order):
- *   rows   cols a multiple of 64, an instruction set that has it: weights are placed in registers and multiplied
- *          there, several runs of rows in lockstep, which share the loads of x. A run finds its first stored element by
- *          its tile's offset and at most 15 popcounts, and carries its place on. Raw values come from where they
- *          are, whole rows at a time; an exp stream is decoded into L1, a span of weights at a time.
+ *   rows   a bitmap, cols a multiple of 64, an instruction set that has it: weights are placed in registers and
+ *          multiplied there, several runs of rows in lockstep, which share the loads of x. A run finds its first stored
+ *          element by its tile's offset and at most 15 popcounts, and carries its place on. Raw values, and bf16 in
+ *          an exp stream where patches are rare, are taken from where they are; else, and near the end of the arrays,
+ *          the stored elements of a span of weights are first brought into L1.
  *   tiles  everything else: a tile is decoded into L1, and each piece of it that lies in one row is multiplied.
  *          Threads own runs of rows; a tile that two threads share is decoded by both.
  */
@@ -28,9 +29,6 @@ typedef struct {
 /* Patches are applied word by word where there is at most one in so many stored elements. */
 #define RARE 256
 #define AHEAD 4096 /* stored elements, and weights */
-#define F8 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff
-#define F64 F8, F8, F8, F8, F8, F8, F8, F8
-#define ONES F64, F64, F64, F64
 
 static float total_of(const float *lanes) {
     float sum[8];
@@ -76,14 +74,14 @@ typedef struct {
 
 static void start(const product_job *job, uint64_t row, endor_run *run, source *from) {
     const endor_tensor *t = job->tensor;
-    uint64_t flat = row * job->cols, tile = flat / ENDOR_TILE, rank = t->bitmap ? endor_rank_of_tile(t, tile) : flat;
-    for (uint64_t w = tile * ENDOR_WORDS; t->bitmap && w < flat / 64; w++) {
+    uint64_t flat = row * job->cols, tile = flat / ENDOR_TILE, rank = endor_rank_of_tile(t, tile);
+    for (uint64_t w = tile * ENDOR_WORDS; w < flat / 64; w++) {
         rank += (uint64_t)__builtin_popcountll(load64(t->bitmap + 8 * w));
     }
     from->flat = flat;
     from->rank = run->rank = min64(rank, t->nnz);
     run->patches = endor_patches_at(t, tile, from->rank);
-    run->bitmap = t->bitmap ? t->bitmap + flat / 8 : NULL;
+    run->bitmap = t->bitmap + flat / 8;
     run->values = t->values ? t->values + from->rank * (uint64_t)t->itemsize : NULL;
     run->out = job->out + row;
 }
@@ -96,18 +94,17 @@ static void prefetch(const uint8_t *at, uint64_t nbytes) {
 static void look_ahead(const product_job *job, const source *from, uint64_t weights, uint64_t count) {
     const endor_stream *s = &job->stream;
     uint64_t rank = from->rank + AHEAD;
-    if (job->tensor->bitmap) prefetch(job->tensor->bitmap + (from->flat + AHEAD) / 8, weights / 8);
+    prefetch(job->tensor->bitmap + (from->flat + AHEAD) / 8, weights / 8);
     for (int j = 0; j < s->bit_planes; j++) prefetch(s->planes + (uint64_t)j * s->plane_stride + rank / 8, count / 8);
     for (int j = 0; j < s->byte_planes; j++) prefetch(s->bytes + (uint64_t)j * s->byte_stride + rank, count);
 }
 
 /* Bring the stored elements of the next `weights` weights into the buffer. */
 static void fill(const product_job *job, source *from, endor_run *run, uint64_t weights) {
-    static const uint8_t ones[SPAN / 8] = {ONES};
     const endor_tensor *t = job->tensor;
     uint64_t itemsize = (uint64_t)t->itemsize;
-    run->bitmap = t->bitmap ? t->bitmap + from->flat / 8 : ones;
-    uint64_t count = t->bitmap ? job->ops->popcount(run->bitmap, weights / 64) : weights;
+    run->bitmap = t->bitmap + from->flat / 8;
+    uint64_t count = job->ops->popcount(run->bitmap, weights / 64);
     uint64_t last = min64(from->rank + count, t->nnz);
     from->flat += weights;
     run->values = from->buffer;
@@ -192,7 +189,7 @@ static void product_of_rows(const product_job *job, uint64_t row, uint64_t end_r
 
 static void product_chunks(void *context) {
     product_job *job = context;
-    int direct = job->ops->rows && job->cols % 64 == 0;
+    int direct = job->ops->rows && job->tensor->bitmap && job->cols % 64 == 0;
     for (;;) {
         uint64_t row = atomic_fetch_add_explicit(&job->next, job->chunk, memory_order_relaxed);
         if (row >= job->rows || atomic_load_explicit(&job->status, memory_order_relaxed)) return;
