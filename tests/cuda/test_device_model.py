@@ -218,6 +218,7 @@ def test_ranges_of_layers_on_several_devices(devices, checkpoint, mode):
 
 def test_a_map_over_several_devices(devices, checkpoint):
     path, dense = checkpoint
+    others = set(threading.enumerate())
     model = AutoModelForCausalLM.from_pretrained(
         path,
         device_map={
@@ -236,7 +237,10 @@ def test_a_map_over_several_devices(devices, checkpoint):
     assert {name.split(".")[2] for name in second.weights} == {"1"}
     assert set(second.device_placement.tiers.values()) == {"vram"}
     check(model, dense)
-    before = {thread for thread in threading.enumerate() if thread.name.startswith("endor-")}
+    started = {
+        thread for thread in set(threading.enumerate()) - others if thread.name.startswith("endor-")
+    }
+    assert started
     gc.collect()
     gc.disable()
     try:
@@ -244,7 +248,7 @@ def test_a_map_over_several_devices(devices, checkpoint):
         assert [device.allocated_bytes for device in devices] == [0, 0]
     finally:
         gc.enable()
-    assert not [thread for thread in before if thread.is_alive()]
+    assert not [thread for thread in started if thread.is_alive()]
 
 
 class Clock(FakeDevice):
