@@ -22,7 +22,7 @@ from endor import __version__, kernels
 from endor.errors import ConfigError
 from endor.offload import probes
 
-CACHE_VERSION = 1
+CACHE_VERSION = 2
 Facts = Mapping[str, Any]
 
 

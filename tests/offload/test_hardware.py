@@ -54,7 +54,7 @@ def test_another_machine_measures_again(quick, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "damage", ["", "[]", "not json", '{"version": 99}', '{"version": 1, "machines": 3}']
+    "damage", ["", "[]", "not json", '{"version": 99}', '{"version": 2, "machines": 3}']
 )
 def test_a_damaged_cache_is_replaced(quick, damage):
     hardware.machine("BF16")
