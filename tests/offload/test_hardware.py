@@ -61,7 +61,7 @@ def test_a_damaged_cache_is_replaced(quick, damage):
     hardware.cache_path().write_text(damage)
     hardware.machine("BF16")
     assert len(quick) == 2
-    assert json.loads(hardware.cache_path().read_text())["version"] == 1
+    assert json.loads(hardware.cache_path().read_text())["version"] == hardware.CACHE_VERSION
 
 
 def test_an_entry_of_another_version_is_replaced(quick):
