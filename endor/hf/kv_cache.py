@@ -12,7 +12,7 @@ import torch
 from transformers.cache_utils import CacheLayerMixin, DynamicCache, DynamicLayer
 
 from endor.errors import ConfigError, ShapeError
-from endor.hf.model import _Method
+from endor.hf.model import OwnedMethod
 from endor.offload.device import CudaDevice, Device
 from endor.offload.device_group import DeviceGroup
 from endor.offload.device_store import DeviceStore
@@ -298,7 +298,7 @@ def keep_kv(
         )
     limit = 0 if setting == "disk" else ram_bytes
     prepare = partial(_prepare_cache, limit, FileAccess(directory))
-    model._prepare_cache_for_generation = _Method(prepare, model)
+    model._prepare_cache_for_generation = OwnedMethod(prepare, model)
 
 
 def new_cache(

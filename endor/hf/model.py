@@ -35,10 +35,10 @@ def adopt(model: "PreTrainedModel", store: Store, plan: "Plan | None" = None) ->
         ("get_memory_footprint", get_memory_footprint),
         ("_apply", _apply),
     ):
-        setattr(model, name, _Method(function, model))
+        setattr(model, name, OwnedMethod(function, model))
 
 
-class _Method:
+class OwnedMethod:
     """A method of one model that does not keep the model alive.
 
     A bound method in the model's own attributes would be a cycle: `del model` would then leave
@@ -54,10 +54,10 @@ class _Method:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self._function(self._owner(), *args, **kwargs)
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> "_Method":
+    def __deepcopy__(self, memo: dict[int, Any]) -> "OwnedMethod":
         """Return the method of the model's copy, which is being made."""
         owner = self._owner()
-        return _Method(self._function, memo.get(id(owner), owner))
+        return OwnedMethod(self._function, memo.get(id(owner), owner))
 
 
 def parameter_bytes(model: "PreTrainedModel") -> int:

@@ -180,11 +180,9 @@ class FileHome:
 
     def close(self) -> None:
         """Give the file back; may be called twice."""
-        if self._file >= 0:
+        if getattr(self, "_file", -1) >= 0:  # none was made when opening it failed
             os.close(self._file)
             self._file = -1
 
     def __del__(self) -> None:
-        if getattr(self, "_file", -1) >= 0:
-            os.close(self._file)
-            self._file = -1
+        self.close()
