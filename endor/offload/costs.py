@@ -230,9 +230,7 @@ def unit_costs(units: Sequence[Unit], machine: Machine, shape: ModelShape) -> tu
                 dense_bytes=dense_bytes,
                 weights=weights,
                 expand_s=expand,
-                linear_s=(weights * shape.itemsize or unit.dense_nbytes)
-                / machine.linear_gbps
-                / 1e9,
+                linear_s=dense_bytes / machine.linear_gbps / 1e9,
                 product_s=product,
                 use=1.0 if unit.scheduled else shape.expert_use,
                 scheduled=unit.scheduled,
