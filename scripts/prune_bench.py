@@ -4,7 +4,8 @@
 
 Each cell runs `endor pack --prune` in a child process (time and peak memory are the child's), then
 `endor eval` on each text, against the dense model. One JSON line a cell is appended to OUT.jsonl;
-cells that are there already are skipped, so that an interrupted run goes on.
+cells that are there already are skipped, so that an interrupted run goes on. --plot draws what
+OUT.jsonl has with the same options: perplexity on the first text against bits per weight.
 """
 
 import argparse
@@ -66,6 +67,26 @@ def measure(chosen: argparse.Namespace, method: str, cell: str) -> dict[str, Any
     return record
 
 
+def plot(records: list[dict[str, Any]], text: str, path: Path) -> None:
+    """Draw a line for each method through its sparsities, which the highest line names."""
+    from endor.bench.plot import Point, quality
+
+    records = [record for record in records if ":" not in record["cell"]]
+    records.sort(key=lambda record: -record[text]["perplexity"])
+    points = [
+        Point(
+            f"{float(record['cell']):.0%}" if record["method"] == records[0]["method"] else "",
+            record["bits_per_weight"],
+            record[text]["perplexity"],
+            record["method"],
+        )
+        for record in records
+    ]
+    first = records[0][text]
+    title = f"{text}: {first['tokens']} tokens, windows of {first['window']}"
+    quality(points, path, title=title)
+
+
 def main() -> None:
     """Measure what OUT.jsonl does not have yet."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -76,11 +97,10 @@ def main() -> None:
     parser.add_argument("--cells", nargs="+", default=["0.5", "0.6", "0.7", "2:4"])
     parser.add_argument("--texts", nargs="+", required=True, help="FILE:WINDOWS")
     parser.add_argument("--options", default="", help="further words for endor pack")
+    parser.add_argument("--plot", type=Path, help="picture to draw at the end (.svg, .png, .pdf)")
     chosen = parser.parse_args()
     chosen.options = chosen.options.split()
-    have = []
-    if chosen.out.exists():
-        have = [json.loads(line) for line in chosen.out.read_text().splitlines()]
+    have = records(chosen.out)
     done = {(entry["method"], entry["cell"], tuple(entry["options"])) for entry in have}
     for cell in chosen.cells:
         for method in chosen.methods:
@@ -88,6 +108,14 @@ def main() -> None:
                 record = measure(chosen, method, cell)
                 with chosen.out.open("a") as file:
                     file.write(json.dumps(record) + "\n")
+    if chosen.plot:
+        alike = [one for one in records(chosen.out) if one["options"] == chosen.options]
+        plot(alike, Path(chosen.texts[0].rpartition(":")[0]).stem, chosen.plot)
+
+
+def records(path: Path) -> list[dict[str, Any]]:
+    """Return the records of a file, none if it is not there."""
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
 if __name__ == "__main__":

@@ -27,11 +27,15 @@ class Bar:
 
 @dataclass(frozen=True, slots=True)
 class Point:
-    """One model in `quality`: bits per weight, perplexity, and what to call it."""
+    """One model in `quality`: bits per weight, perplexity, and what to call it.
+
+    Points of one series are joined and named in a legend; a label then says what differs in it.
+    """
 
     label: str
     bits_per_weight: float
     perplexity: float
+    series: str = ""
 
 
 def rates(records: Sequence[BenchRecord], path: Path) -> None:
@@ -91,15 +95,30 @@ def quality(points: Sequence[Point], path: Path, *, title: str) -> None:
     if not points:
         raise ConfigError("nothing to plot: no models")
     figure, (axes,) = _figure(path, [10])
-    for point in points:
-        axes.scatter(point.bits_per_weight, point.perplexity, color=OURS, s=36, zorder=3)
-        axes.annotate(
-            point.label,
-            (point.bits_per_weight, point.perplexity),
-            xytext=(6, 5),
-            textcoords="offset points",
-            fontsize=8,
+    names = list(dict.fromkeys(point.series for point in points))
+    for name in names:
+        series = sorted((p for p in points if p.series == name), key=lambda p: p.bits_per_weight)
+        axes.plot(
+            [point.bits_per_weight for point in series],
+            [point.perplexity for point in series],
+            color=OURS if names == [""] else None,
+            linestyle="-" if name else "",
+            linewidth=1,
+            marker="o",
+            markersize=6,
+            label=name,
+            zorder=3,
         )
+        for point in series:
+            axes.annotate(
+                point.label,
+                (point.bits_per_weight, point.perplexity),
+                xytext=(6, 5),
+                textcoords="offset points",
+                fontsize=8,
+            )
+    if any(names):
+        axes.legend(fontsize=8, frameon=False)
     axes.set_yscale("log")
     ticker = import_module("matplotlib.ticker")
     axes.yaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
