@@ -15,7 +15,8 @@ DENSITIES = (0.5, 0.3)
 
 def kernels(out: Path) -> int:
     """Measure expansion, products and the link; each record is written as soon as there is one."""
-    from endor.bench import gpu
+    from endor.bench import gpu, gpu_link
+    from endor.bench.gpu_case import GpuCase
     from endor.bench.records import BenchRecord, write_json_lines
 
     path = out / "kernels.jsonl"
@@ -27,10 +28,10 @@ def kernels(out: Path) -> int:
             write_json_lines([record], path)
             print(line(record.to_dict()), flush=True)
 
-    keep(gpu.link(gpu.GpuCase(repeats=7)))
+    keep(gpu_link.link(GpuCase(repeats=7)))
     for density in DENSITIES:
         for rows, cols in SHAPES:
-            case = gpu.GpuCase(rows, cols, density)
+            case = GpuCase(rows, cols, density)
             for measure in (gpu.expansion, gpu.products):
                 try:
                     keep(measure(case))

@@ -3,11 +3,12 @@
 import pytest
 
 from endor.bench import gpu as bench
-from endor.bench import gpu_model
+from endor.bench import gpu_link, gpu_model
+from endor.bench.gpu_case import GpuCase
 
 pytestmark = pytest.mark.gpu
 
-TOY = bench.GpuCase(rows=256, cols=1056, repeats=3)
+TOY = GpuCase(rows=256, cols=1056, repeats=3)
 
 
 def test_expansion():
@@ -25,7 +26,7 @@ def test_products():
 
 
 def test_link():
-    records = list(bench.link(TOY, sizes=(1 << 20,)))
+    records = list(gpu_link.link(TOY, sizes=(1 << 20,)))
     assert records[0].subject == "pinned copy of 1 MiB"
     assert sum(record.subject.startswith("streamed") for record in records) == 2
 
