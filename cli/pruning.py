@@ -112,6 +112,14 @@ def calibration_options(command: Command) -> Command:
             help="Calibration windows.",
         ),
         click.option(
+            "--passes",
+            type=click.IntRange(1),
+            default=defaults.passes,
+            show_default=True,
+            help="How often auto goes over the windows while it re-trains a layer: more are "
+            "better and slower.",
+        ),
+        click.option(
             "--chat-template",
             is_flag=True,
             help="Render JSONL conversations with the tokenizer's chat template.",

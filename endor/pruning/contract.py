@@ -76,6 +76,7 @@ class PruneOptions:
         seed: Chooses and orders the windows.
         dampening: Ridge added to the Gram matrix, as a share of its mean diagonal.
         block_size: Columns that SparseGPT decides at a time.
+        passes: How often "auto" goes over the windows while it re-trains a layer's survivors.
         calibration: Text or JSONL files, which take turns window by window; empty means the texts
             shipped with the package. `endor.pruning.calibration.shipped_texts` names one of them.
         chat_template: Render JSONL conversations with the tokenizer's chat template.
@@ -99,6 +100,7 @@ class PruneOptions:
     seed: int = 0
     dampening: float = 0.01
     block_size: int = 128
+    passes: int = 2
     calibration: tuple[Path, ...] = ()
     chat_template: bool = False
     device: str = "auto"
@@ -117,7 +119,7 @@ class PruneOptions:
                 f"sparsity: must be in [0, 1), got {self.sparsity}; 0.5 means half zeros"
             )
         Pattern.parse(self.pattern)
-        for field in ("samples", "seq_len", "block_size"):
+        for field in ("samples", "seq_len", "block_size", "passes"):
             if getattr(self, field) < 1:
                 raise ConfigError(f"{field}: must be at least 1, got {getattr(self, field)}")
         if not self.dampening >= 0.0:

@@ -28,13 +28,13 @@ class Schedule:
     """How long and how fast the survivors are trained.
 
     Attributes:
-        epochs: Passes over the calibration windows.
+        passes: Over the calibration windows.
         rate: Adam's step at its largest, relative to the root mean square of a parameter's
             survivors: weights of different models and matrices differ in scale.
         warmup: Steps over which the rate rises; then it falls as a cosine.
     """
 
-    epochs: int = 2
+    passes: int = 2
     rate: float = 0.03
     warmup: int = 4
 
@@ -66,14 +66,14 @@ def finetune(
     """
     schedule = schedule or Schedule()
     spans = list(batches(windows, max(1, BATCH_TOKENS // inputs.shape[1])))
-    steps = schedule.epochs * len(spans)
+    steps = schedule.passes * len(spans)
     parameters = list({id(matrix.parameter): matrix.parameter for matrix in matrices}.values())
     masks = _masks(parameters, matrices)
     device = parameters[0].device
     generator = torch.Generator().manual_seed(seed)
     order = [
         spans[at]
-        for _ in range(schedule.epochs)
+        for _ in range(schedule.passes)
         for at in torch.randperm(len(spans), generator=generator).tolist()
     ]
     for parameter in parameters:

@@ -22,7 +22,7 @@ from endor.pruning.activations import Activations, batches
 from endor.pruning.allocation import layer_sparsities, outlier_share
 from endor.pruning.calibration import calibration_windows
 from endor.pruning.contract import METHODS, LayerPruner, PruneOptions
-from endor.pruning.finetune import finetune
+from endor.pruning.finetune import Schedule, finetune
 from endor.pruning.heap import reused_blocks
 from endor.pruning.layer import LayerMatrices
 from endor.pruning.skeleton import Call, Skeleton
@@ -144,6 +144,7 @@ class LayerStream:
                 self.windows,
                 matrices.all,
                 self._options.seed + index,
+                Schedule(passes=self._options.passes),
             )
         for matrix in matrices.all:
             # What is stored is what the layers behind must see.

@@ -51,7 +51,7 @@ def test_the_error_falls_and_zeros_and_the_unselected_stay(problem):
     before = error(block, inputs, targets)
     masks = [matrix.weight == 0 for matrix in matrices]
     rest = block.down.weight[8:].clone()
-    schedule = Schedule(epochs=30, rate=0.05)
+    schedule = Schedule(passes=30, rate=0.05)
     finetune(block, Call((), {}), inputs, targets, 12, matrices, 0, schedule)
     assert error(block, inputs, targets) < 0.7 * before
     for matrix, mask in zip(matrices, masks, strict=True):

@@ -115,6 +115,18 @@ def test_same_seed_same_bits_and_spilling_changes_nothing(tmp_path, save, text):
         assert torch.equal(first[name], second[name]), name
 
 
+def test_passes_train_the_survivors_of_auto_alone(tmp_path, save, text):
+    save(tmp_path, "llama")
+    once, _ = run(tmp_path, small(text, method="auto", passes=1))
+    often, _ = run(tmp_path, small(text, method="auto", passes=3))
+    assert any(not torch.equal(once[name], often[name]) for name in once)
+    once, _ = run(tmp_path, small(text, method="admm", passes=1))
+    often, _ = run(tmp_path, small(text, method="admm", passes=3))
+    assert all(torch.equal(once[name], often[name]) for name in once)
+    with pytest.raises(ConfigError, match="passes: must be at least 1, got 0"):
+        small(text, method="auto", passes=0)
+
+
 def test_a_second_run_goes_on_from_the_finished_layers(tmp_path, save, text):
     save(tmp_path / "model", "llama", torch.bfloat16)
     options = small(text, method="auto", scratch=tmp_path / "scratch")
