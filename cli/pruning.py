@@ -116,8 +116,7 @@ def calibration_options(command: Command) -> Command:
             type=click.IntRange(1),
             default=defaults.passes,
             show_default=True,
-            help="How often auto goes over the windows while it re-trains a layer: more are "
-            "better and slower.",
+            help="How often auto goes over the windows while it re-trains a layer.",
         ),
         click.option(
             "--chat-template",

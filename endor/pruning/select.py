@@ -27,30 +27,11 @@ def keep_mask(score: torch.Tensor, zeros: int) -> torch.Tensor:
     return keep_mask_rows(flat, counts).reshape(score.shape)
 
 
-def keep_largest(values: torch.Tensor, zeros: int, work: torch.Tensor) -> torch.Tensor:
-    """Return the mask that drops exactly the `zeros` values nearest zero, as `keep_mask` would.
-
-    For loops that select again and again: `work`, of the shape of `values` and overwritten, takes
-    the place of new memory, whose first touch costs more than the selection.
-    """
-    if zeros == 0:
-        return torch.ones_like(values, dtype=torch.bool)
-    flat = torch.abs(values, out=work).reshape(1, -1)
-    if flat.device.type == "cpu":
-        parted = flat.numpy()[0]
-        parted.partition(zeros - 1)
-        threshold = flat[:, zeros - 1 : zeros].clone()
-        torch.abs(values, out=work)
-    else:
-        threshold = _kth_lowest(flat, zeros)
-    return _dropped(flat, threshold, zeros).logical_not_().reshape(values.shape)
-
-
 def keep_mask_rows(score: torch.Tensor, zeros: torch.Tensor) -> torch.Tensor:
     """Return the mask that drops exactly the `zeros[i]` lowest scores of each row i.
 
     Args:
-        score: `(rows, cols)`, not negative, no NaN.
+        score: `(rows, cols)`, no NaN.
         zeros: int64 `(rows,)`, each in 0..cols.
     """
     rows = score.shape[0]
@@ -61,44 +42,23 @@ def keep_mask_rows(score: torch.Tensor, zeros: torch.Tensor) -> torch.Tensor:
             continue
         chosen = (zeros == count).nonzero().squeeze(1)
         part = score if len(chosen) == rows else score[chosen]
-        keep[chosen] = ~_dropped(part, _kth_lowest(part, count), count)
+        threshold = _kth_lowest(part, count)
+        drop = part <= threshold
+        if bool((drop.sum(1) != count).any()):  # ties at the threshold, not all of which go
+            below = part < threshold
+            tied = drop & ~below
+            room = count - below.sum(1, keepdim=True)
+            drop = below | (tied & (tied.cumsum(1, dtype=torch.int32) <= room))
+        keep[chosen] = ~drop
     return keep
-
-
-def _dropped(score: torch.Tensor, threshold: torch.Tensor, count: int) -> torch.Tensor:
-    """Return which `count` scores of each row go, given the largest of them `(rows, 1)`."""
-    drop = score <= threshold
-    if bool((drop.sum(1) != count).any()):  # ties at the threshold, not all of which go
-        below = score < threshold
-        tied = drop & ~below
-        room = count - below.sum(1, keepdim=True)
-        drop = below | (tied & (tied.cumsum(1, dtype=torch.int32) <= room))
-    return drop
 
 
 def _kth_lowest(score: torch.Tensor, count: int) -> torch.Tensor:
     """Return the `count`-th lowest value of each row, `(rows, 1)`; `count` is at least 1.
 
-    On a CPU numpy's vectorised selection takes a fifth of the time of torch's. On a device torch
-    has one block of threads work on a row, so that a single long row is searched by counting.
+    numpy's vectorised selection takes a fifth of the time of torch's on a CPU.
     """
-    if score.device.type == "cpu":
-        parted = np.partition(score.numpy(), count - 1, axis=1)
-        return torch.from_numpy(parted[:, count - 1 : count])
-    if score.shape[0] == 1 and score.dtype == torch.float32:
-        return kth_by_counting(score, count)
-    return score.kthvalue(count, dim=1, keepdim=True).values
-
-
-def kth_by_counting(score: torch.Tensor, count: int) -> torch.Tensor:
-    """Return the `count`-th lowest of one row of non-negative float32, `(1, 1)`, exactly.
-
-    The bits of such numbers order as they do: their value is found bit by bit, from the top, by
-    counting in 31 passes over the row.
-    """
-    bits = (score + 0.0).view(torch.int32)  # -0.0 becomes +0.0
-    value = torch.zeros((), dtype=torch.int32, device=score.device)
-    for bit in reversed(range(31)):
-        above = value + (1 << bit)
-        value = torch.where((bits < above).sum() < count, above, value)
-    return value.view(torch.float32).reshape(1, 1)
+    if score.device.type != "cpu":
+        return score.kthvalue(count, dim=1, keepdim=True).values
+    parted = np.partition(score.numpy(), count - 1, axis=1)
+    return torch.from_numpy(parted[:, count - 1 : count])

@@ -7,7 +7,6 @@ import torch
 from torch import nn
 
 from endor.pruning.contract import Statistics
-from endor.pruning.heap import reused_blocks
 
 
 class StopLayer(Exception):
@@ -86,8 +85,7 @@ def collect(
             except StopLayer:
                 continue
 
-    with reused_blocks():
-        _with_hooks({name: modules[name] for name in leaders}, watch, run_all)
+    _with_hooks({name: modules[name] for name in leaders}, watch, run_all)
     return {name: total / max(tokens[name], 1) for name, total in sums.items()}
 
 

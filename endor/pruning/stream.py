@@ -23,7 +23,6 @@ from endor.pruning.allocation import layer_sparsities, outlier_share
 from endor.pruning.calibration import calibration_windows
 from endor.pruning.contract import METHODS, LayerPruner, PruneOptions
 from endor.pruning.finetune import Schedule, finetune
-from endor.pruning.heap import reused_blocks
 from endor.pruning.layer import LayerMatrices
 from endor.pruning.skeleton import Call, Skeleton
 from endor.pruning.statistics import collect
@@ -165,10 +164,9 @@ class LayerStream:
 
     def _advance(self, layer: nn.Module, index: int, hidden: Activations) -> None:
         """Replace hidden states before the layer by those after it."""
-        with reused_blocks():
-            for start, stop in batches(self.windows, self._batch):
-                out = self._forward(layer, index, hidden.read(start, stop).to(self._device))
-                hidden.write(start, out)
+        for start, stop in batches(self.windows, self._batch):
+            out = self._forward(layer, index, hidden.read(start, stop).to(self._device))
+            hidden.write(start, out)
 
     def _forward(self, layer: nn.Module, index: int, given: torch.Tensor) -> torch.Tensor:
         """Run a layer; in bfloat16 when survivors are re-trained so afterwards, else in float32."""
