@@ -97,26 +97,12 @@ def calibration_options(command: Command) -> Command:
             help="Ridge on the Gram matrix, as a share of its mean diagonal.",
         ),
         click.option("--seed", default=defaults.seed, show_default=True, help="Of the windows."),
-        click.option(
-            "--seq-len",
-            type=click.IntRange(1),
-            default=defaults.seq_len,
-            show_default=True,
-            help="Tokens of a calibration window.",
-        ),
-        click.option(
-            "--samples",
-            type=click.IntRange(1),
-            default=defaults.samples,
-            show_default=True,
-            help="Calibration windows.",
-        ),
-        click.option(
+        _count("--seq-len", defaults.seq_len, "Tokens of a calibration window."),
+        _count("--samples", defaults.samples, "Calibration windows."),
+        _count(
             "--passes",
-            type=click.IntRange(1),
-            default=defaults.passes,
-            show_default=True,
-            help="How often auto goes over the windows while it re-trains a layer.",
+            defaults.passes,
+            "How often auto goes over the windows while it re-trains a layer.",
         ),
         click.option(
             "--chat-template",
@@ -150,6 +136,11 @@ def calibration_options(command: Command) -> Command:
     ):
         command = option(command)
     return command
+
+
+def _count(name: str, default: int, help: str) -> Callable[[Command], Command]:
+    """Return an option that takes a whole number from 1."""
+    return click.option(name, type=click.IntRange(1), default=default, show_default=True, help=help)
 
 
 @contextmanager

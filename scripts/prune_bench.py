@@ -100,7 +100,7 @@ def main() -> None:
     parser.add_argument("--plot", type=Path, help="picture to draw at the end (.svg, .png, .pdf)")
     chosen = parser.parse_args()
     chosen.options = chosen.options.split()
-    have = records(chosen.out)
+    have = load(chosen.out)
     done = {(entry["method"], entry["cell"], tuple(entry["options"])) for entry in have}
     for cell in chosen.cells:
         for method in chosen.methods:
@@ -109,11 +109,11 @@ def main() -> None:
                 with chosen.out.open("a") as file:
                     file.write(json.dumps(record) + "\n")
     if chosen.plot:
-        alike = [one for one in records(chosen.out) if one["options"] == chosen.options]
+        alike = [one for one in load(chosen.out) if one["options"] == chosen.options]
         plot(alike, Path(chosen.texts[0].rpartition(":")[0]).stem, chosen.plot)
 
 
-def records(path: Path) -> list[dict[str, Any]]:
+def load(path: Path) -> list[dict[str, Any]]:
     """Return the records of a file, none if it is not there."""
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 

@@ -27,13 +27,13 @@ class Schedule:
     """How long and how fast the survivors are trained.
 
     Attributes:
-        passes: Over the calibration windows.
+        passes: How often the calibration windows are gone over.
         rate: Adam's step at its largest, relative to the root mean square of a parameter's
             survivors: weights of different models and matrices differ in scale.
         warmup: Steps over which the rate rises; then it falls as a cosine.
     """
 
-    passes: int = 2
+    passes: int
     rate: float = 0.03
     warmup: int = 4
 
@@ -46,7 +46,7 @@ def finetune(
     windows: int,
     matrices: Sequence[Matrix],
     seed: int,
-    schedule: Schedule | None = None,
+    schedule: Schedule,
 ) -> None:
     """Train the non-zero elements of `matrices` in place; zeros stay zero.
 
@@ -63,7 +63,6 @@ def finetune(
         seed: Orders the batches.
         schedule: See `Schedule`.
     """
-    schedule = schedule or Schedule()
     spans = list(batches(windows, max(1, BATCH_TOKENS // inputs.shape[1])))
     steps = schedule.passes * len(spans)
     parameters = list({id(matrix.parameter): matrix.parameter for matrix in matrices}.values())
