@@ -50,9 +50,6 @@ def finetune(
 ) -> None:
     """Train the non-zero elements of `matrices` in place; zeros stay zero.
 
-    The loss of a token is the squared error of its hidden state relative to the square of the dense
-    one: without the division the few tokens with massive activations would decide alone.
-
     Args:
         layer: The decoder layer that holds `matrices`.
         call: How the model calls it.
@@ -91,8 +88,7 @@ def finetune(
                 wanted = targets.read(start, stop).to(device)
                 with torch.autocast(device.type, torch.bfloat16):
                     found = call.run(layer, inputs.read(start, stop).to(device))
-                error = (found.float() - wanted).square().sum(-1)
-                loss = (error / wanted.square().sum(-1).clamp_min(1e-12)).mean()
+                loss = token_loss(found.float(), wanted)
                 optimizer.zero_grad(set_to_none=True)
                 loss.backward()  # type: ignore[no-untyped-call]
                 for parameter, mask in zip(parameters, masks, strict=True):
@@ -103,6 +99,19 @@ def finetune(
         for parameter in parameters:
             parameter.requires_grad_(False)
             parameter.grad = None
+
+
+def token_loss(found: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
+    """Return how far hidden states `(windows, tokens, features)` are from wanted ones, a scalar.
+
+    Each token's squared error relative to the square of its wanted length, weighted by how many
+    times the median that length is. Without the division the few tokens with massive activations
+    (arXiv 2402.17762) would decide alone; without the weight they would be lost among the many, and
+    with them what the attention of the layers behind leans on.
+    """
+    norm = torch.linalg.vector_norm(wanted, dim=-1).clamp_min(1e-6)
+    error = (found - wanted).square().sum(-1)
+    return (error / (norm * norm.median())).mean()
 
 
 def _scale(parameter: torch.Tensor, mask: torch.Tensor) -> float:

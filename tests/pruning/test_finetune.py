@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from endor.pruning.activations import Activations
-from endor.pruning.finetune import Schedule, finetune
+from endor.pruning.finetune import Schedule, finetune, token_loss
 from endor.pruning.layer import Matrix
 from endor.pruning.names import Part
 from endor.pruning.skeleton import Call
@@ -72,3 +72,23 @@ def test_the_same_seed_gives_the_same_bits(problem):
         results.append(block.up.weight.clone())
     assert torch.equal(*results)
     assert not torch.equal(results[0], start[0])
+
+
+def test_a_token_weighs_what_its_size_is_among_the_others():
+    directions = nn.functional.normalize(torch.randn(2, 8, 16), dim=-1)
+    wanted = 3.0 * directions
+    wanted[0, 0] *= 100  # a massive activation
+    lost = []
+    for token in ((0, 0), (1, 3)):
+        found = wanted.clone()
+        found[token] = 0.0
+        lost.append(float(token_loss(found, wanted)))
+    assert lost == pytest.approx([100 / 16, 1 / 16])
+    found = wanted + torch.randn_like(wanted)
+    assert float(token_loss(7 * found, 7 * wanted)) == pytest.approx(
+        float(token_loss(found, wanted))
+    )
+
+
+def test_a_hidden_state_of_zeros_gives_a_finite_loss():
+    assert torch.isfinite(token_loss(torch.ones(1, 2, 4), torch.zeros(1, 2, 4)))
