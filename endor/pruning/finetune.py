@@ -109,7 +109,7 @@ def token_loss(found: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
     (arXiv 2402.17762) would decide alone; without the weight they would be lost among the many, and
     with them what the attention of the layers behind leans on.
     """
-    norm = torch.linalg.vector_norm(wanted, dim=-1).clamp_min(1e-6)
+    norm: torch.Tensor = torch.linalg.vector_norm(wanted, dim=-1).clamp_min(1e-6)
     error = (found - wanted).square().sum(-1)
     return (error / (norm * norm.median())).mean()
 
