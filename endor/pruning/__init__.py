@@ -4,9 +4,11 @@ Start at `contract.py`: options, the table of methods, and the two protocols the
 
 Modules (who needs what):
 - contract     Pattern, PruneOptions, Method, METHODS; no torch
-- select       exact counts with ties broken by index: `keep_mask`, `keep_mask_rows`
+- select       exact counts with ties broken by index: `keep_mask`, `keep_mask_rows`, `keep_largest`
 - nm           N:M groups: `nm_mask(score, kept, group) -> bool tensor, True = keep`
 - magnitude, wanda, sparsegpt, admm, alps    one method each
+- linalg, splitting    damped factors; the iteration that admm and alps share
+- finetune     a pruned layer's survivors, trained to do what the dense layer did
 - allocation   a sparsity for each layer
 - calibration  text to token windows
 - masks        masks in a file, and held while survivors are trained; `mask_writer` writes them

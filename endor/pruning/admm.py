@@ -9,8 +9,7 @@ import torch
 
 from endor.pruning.contract import PruneOptions
 from endor.pruning.linalg import ScaledProblem
-from endor.pruning.nm import nm_mask
-from endor.pruning.select import keep_mask, zero_count
+from endor.pruning.splitting import SplitIteration
 
 STEPS = 20
 MASK_STEPS = 15
@@ -28,22 +27,11 @@ class Admm:
         """Return the pruned weight, survivors re-fitted."""
         problem = ScaledProblem(weight, statistic, self._dampening)
         inverse = problem.inverse(PENALTY)
-        target = problem.weight @ problem.gram  # rows are independent problems
-        fitted = problem.weight
-        dual = torch.zeros_like(fitted)
-        keep = torch.ones_like(fitted, dtype=torch.bool)
+        iteration = SplitIteration(problem, self._pattern)
+        keep = torch.ones_like(weight, dtype=torch.bool)
         for step in range(STEPS):
-            proposal = fitted + dual
             if step < MASK_STEPS:
-                keep = self._mask(proposal, sparsity, (step + 1) / MASK_STEPS)
-            sparse = torch.where(keep, proposal, 0.0)
-            dual = proposal - sparse
-            fitted = (target + PENALTY * (sparse - dual)) @ inverse
-        return problem.unscale(fitted + dual, keep)
-
-    def _mask(self, proposal: torch.Tensor, sparsity: float, progress: float) -> torch.Tensor:
-        score = proposal.abs()
-        if self._pattern.structured:
-            return nm_mask(score, self._pattern.kept, self._pattern.group)
-        reached = sparsity * (1 - (1 - progress) ** 3)
-        return keep_mask(score, zero_count(score.numel(), reached))
+                left = 1 - (step + 1) / MASK_STEPS
+                keep = iteration.choose(sparsity * (1 - left**3))
+            iteration.step(keep, inverse, PENALTY)
+        return problem.unscale(iteration.proposal, keep)

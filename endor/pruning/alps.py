@@ -8,8 +8,7 @@ import torch
 
 from endor.pruning.contract import PruneOptions
 from endor.pruning.linalg import ScaledProblem
-from endor.pruning.nm import nm_mask
-from endor.pruning.select import keep_mask, zero_count
+from endor.pruning.splitting import SplitIteration
 
 PENALTY = 0.1
 EVERY = 3
@@ -31,34 +30,25 @@ class Alps:
     def solve(self, weight: torch.Tensor, statistic: torch.Tensor, sparsity: float) -> torch.Tensor:
         """Return the pruned weight, survivors at their least squares values."""
         problem = ScaledProblem(weight, statistic, self._dampening)
-        target = problem.weight @ problem.gram
-        penalty = PENALTY
-        fitted = problem.weight
-        dual = torch.zeros_like(fitted)  # scaled by the penalty it was made with
-        keep = self._mask(fitted, sparsity)
+        iteration = SplitIteration(problem, self._pattern)
+        keep = iteration.choose(sparsity)
         survivors = max(1, int(keep.sum()))
+        penalty = PENALTY
         for _ in range(MOST_ROUNDS):
             inverse = problem.inverse(penalty)
             before = keep
-            for _ in range(EVERY):
-                proposal = fitted + dual
-                keep = self._mask(proposal, sparsity)
-                sparse = torch.where(keep, proposal, 0.0)
-                dual = proposal - sparse
-                fitted = (target + penalty * (sparse - dual)) @ inverse
-            changed = int((keep & ~before).sum()) / survivors
-            if changed == 0:
+            growth = 1.0
+            for left in reversed(range(EVERY)):
+                keep = iteration.choose(sparsity)
+                if not left:
+                    changed = int((keep & ~before).sum()) / survivors
+                    growth = next((factor for least, factor in _GROWTH if changed > least), 1.0)
+                iteration.step(keep, inverse, penalty, growth)
+            if growth == 1.0:
                 break
-            factor = next(factor for least, factor in _GROWTH if changed > least)
-            penalty *= factor
-            dual = dual / factor
-        return problem.unscale(fit_survivors(fitted, target, problem.gram, keep), keep)
-
-    def _mask(self, proposal: torch.Tensor, sparsity: float) -> torch.Tensor:
-        score = proposal.abs()
-        if self._pattern.structured:
-            return nm_mask(score, self._pattern.kept, self._pattern.group)
-        return keep_mask(score, zero_count(score.numel(), sparsity))
+            penalty *= growth
+        found = fit_survivors(iteration.fitted, iteration.target, problem.gram, keep)
+        return problem.unscale(found, keep)
 
 
 def fit_survivors(

@@ -89,6 +89,64 @@ def plain_sparsegpt(weight, gram, sparsity, block, dampening, kept=0, group=0):
     return weight
 
 
+def plain_scaled(weight, gram, dampening=0.01):
+    """Return the weight, a Gram matrix of unit diagonal and the norms that made it so."""
+    norm = gram.double().diagonal().sqrt()
+    scaled = gram.double() / torch.outer(norm, norm)
+    scaled += dampening * torch.eye(len(norm), dtype=torch.float64)
+    return weight.double() * norm, scaled, norm
+
+
+def plain_choice(values, zeros):
+    """Drop the `zeros` smallest magnitudes, by a sort."""
+    keep = torch.ones(values.numel(), dtype=torch.bool)
+    keep[values.abs().flatten().argsort(stable=True)[:zeros]] = False
+    return keep.view(values.shape)
+
+
+def plain_admm(weight, gram, sparsity):
+    """Twenty steps of the paper's algorithm 1, the mask growing as a cube over fifteen."""
+    dense, scaled, norm = plain_scaled(weight, gram)
+    fitted, dual = dense.clone(), torch.zeros_like(dense)
+    for step in range(20):
+        if step < 15:
+            share = sparsity * (1 - (1 - (step + 1) / 15) ** 3)
+            keep = plain_choice(fitted + dual, int(dense.numel() * share + 0.5))
+        sparse = torch.where(keep, fitted + dual, 0.0)
+        dual = fitted + dual - sparse
+        right = (dense @ scaled + sparse - dual).T
+        fitted = torch.linalg.solve(scaled + torch.eye(len(norm)), right).T
+    return torch.where(keep, fitted + dual, 0.0) / norm
+
+
+def plain_alps(weight, gram, sparsity):
+    """The mask by a penalty that grows every three steps; survivors by least squares, row by row.
+
+    The dual is kept as the paper has it, not divided by the penalty.
+    """
+    dense, scaled, norm = plain_scaled(weight, gram)
+    zeros, eye = int(dense.numel() * sparsity + 0.5), torch.eye(len(norm))
+    fitted, dual, penalty = dense.clone(), torch.zeros_like(dense), 0.1
+    last = plain_choice(dense, zeros)
+    for _ in range(20):
+        for _ in range(3):
+            keep = plain_choice(fitted + dual / penalty, zeros)
+            sparse = torch.where(keep, fitted + dual / penalty, 0.0)
+            dual = dual + penalty * (fitted - sparse)
+            right = (dense @ scaled + penalty * sparse - dual).T
+            fitted = torch.linalg.solve(scaled + penalty * eye, right).T
+        changed = int((keep & ~last).sum()) / int(keep.sum())
+        last = keep
+        if not changed:
+            break
+        penalty *= 1.3 if changed > 0.1 else 1.2 if changed > 0.005 else 1.1
+    out = torch.zeros_like(dense)
+    for row in range(len(dense)):
+        at = keep[row]
+        out[row, at] = torch.linalg.solve(scaled[at][:, at], (scaled @ dense[row])[at])
+    return out / norm
+
+
 @pytest.mark.parametrize("sparsity", SPARSITIES)
 def test_wanda_is_the_plain_one(sparsity):
     weight, gram = problem()
@@ -113,6 +171,16 @@ def test_sparsegpt_in_groups_is_the_plain_one(kept, group):
     wanted = plain_sparsegpt(weight, gram, 0, 16, 0.01, kept, group)
     assert torch.equal(found == 0, wanted == 0)
     torch.testing.assert_close(found.double(), wanted, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("sparsity", [0.3, 0.5, 0.8])
+@pytest.mark.parametrize(("method", "plain"), [("admm", plain_admm), ("alps", plain_alps)])
+def test_splitting_is_the_plain_one(method, plain, sparsity):
+    weight, gram = problem()
+    found = solve(method, weight, gram, sparsity)
+    wanted = plain(weight, gram, sparsity)
+    assert torch.equal(found == 0, wanted == 0)
+    torch.testing.assert_close(found.double(), wanted, rtol=1e-2, atol=2e-3)
 
 
 @pytest.mark.parametrize("sparsity", SPARSITIES)
