@@ -12,6 +12,7 @@ Modules (who needs what):
 - allocation   a sparsity for each layer
 - calibration  text to token windows
 - masks        masks in a file, and held while survivors are trained; `mask_writer` writes them
+- heap         how malloc serves all this
 - stream       layer by layer through a checkpoint that does not fit; `source` hands its tensors out
 """
 

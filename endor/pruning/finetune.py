@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from endor.pruning.activations import Activations, batches
+from endor.pruning.heap import reused_blocks
 from endor.pruning.layer import Matrix
 from endor.pruning.skeleton import Call
 
@@ -79,7 +80,7 @@ def finetune(
     ]
     optimizer = torch.optim.Adam(groups, lr=schedule.rate, betas=(0.9, 0.95), fused=True)
     try:
-        with torch.enable_grad():
+        with torch.enable_grad(), reused_blocks():
             for step, (start, stop) in enumerate(order):
                 warm = min(1.0, (step + 1) / schedule.warmup)
                 for group in optimizer.param_groups:

@@ -1,6 +1,5 @@
 """A transformers model without weights, whose decoder layers are filled one at a time."""
 
-import ctypes
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -14,12 +13,8 @@ from endor.checkpoint.tensors import CheckpointSource
 from endor.errors import BackendError, CheckpointError, PruningError
 from endor.packed import tensor_of
 from endor.pruning.activations import batches
+from endor.pruning.heap import map_large_blocks, return_memory
 from endor.pruning.names import Part, map_parts
-
-_M_MMAP_THRESHOLD = -3
-"""glibc's number of the option, from malloc.h."""
-
-_LARGE_BYTES = 1 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,7 +49,7 @@ class Skeleton:
     """
 
     def __init__(self, source: CheckpointSource, device: torch.device) -> None:
-        _map_large_blocks()
+        map_large_blocks()
         self._source = source
         self._device = device
         self._model = _empty_model(source)
@@ -80,7 +75,7 @@ class Skeleton:
     def drop_layer(self, layer: int) -> None:
         """Give up the weights of a layer."""
         _drop(self.layers[layer], "")
-        _return_memory()
+        return_memory()
 
     def trace(
         self, ids: torch.Tensor, batch: int, sink: Callable[[int, torch.Tensor], None]
@@ -115,7 +110,7 @@ class Skeleton:
                     sink(start, self._record(body, ids[start:stop], [0], False)[0][0])
         finally:
             _drop(body, layers_at)
-            _return_memory()
+            return_memory()
         return [call for _, call in found]
 
     def _record(
@@ -205,24 +200,6 @@ def _drop(module: nn.Module, skip: str) -> None:
             owner = module.get_submodule(name.rpartition(".")[0])
             empty = torch.empty(value.shape, dtype=value.dtype, device="meta")
             setattr(owner, name.rpartition(".")[2], nn.Parameter(empty, requires_grad=False))
-
-
-def _map_large_blocks() -> None:
-    """Have every large block of memory mapped by itself, and given back when it is freed.
-
-    glibc otherwise learns to cut blocks of up to 32 MiB out of its heap, where the matrices of a
-    layer and their statistics leave gaps that add up to more than they take.
-    """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt is not None:
-        mallopt(_M_MMAP_THRESHOLD, _LARGE_BYTES)
-
-
-def _return_memory() -> None:
-    """Give freed small blocks back to the system as well."""
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
-    if trim is not None:
-        trim(0)
 
 
 def _empty_model(source: CheckpointSource) -> Any:

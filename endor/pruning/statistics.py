@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from endor.pruning.contract import Statistics
+from endor.pruning.heap import reused_blocks
 
 
 class StopLayer(Exception):
@@ -85,7 +86,8 @@ def collect(
             except StopLayer:
                 continue
 
-    _with_hooks({name: modules[name] for name in leaders}, watch, run_all)
+    with reused_blocks():
+        _with_hooks({name: modules[name] for name in leaders}, watch, run_all)
     return {name: total / max(tokens[name], 1) for name, total in sums.items()}
 
 

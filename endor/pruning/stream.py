@@ -23,6 +23,7 @@ from endor.pruning.allocation import layer_sparsities, outlier_share
 from endor.pruning.calibration import calibration_windows
 from endor.pruning.contract import METHODS, LayerPruner, PruneOptions
 from endor.pruning.finetune import Schedule, finetune
+from endor.pruning.heap import reused_blocks
 from endor.pruning.layer import LayerMatrices
 from endor.pruning.skeleton import Call, Skeleton
 from endor.pruning.statistics import collect
@@ -164,9 +165,10 @@ class LayerStream:
 
     def _advance(self, layer: nn.Module, index: int, hidden: Activations) -> None:
         """Replace hidden states before the layer by those after it."""
-        for start, stop in batches(self.windows, self._batch):
-            out = self._forward(layer, index, hidden.read(start, stop).to(self._device))
-            hidden.write(start, out)
+        with reused_blocks():
+            for start, stop in batches(self.windows, self._batch):
+                out = self._forward(layer, index, hidden.read(start, stop).to(self._device))
+                hidden.write(start, out)
 
     def _forward(self, layer: nn.Module, index: int, given: torch.Tensor) -> torch.Tensor:
         """Run a layer; in bfloat16 when survivors are re-trained so afterwards, else in float32."""
