@@ -115,9 +115,9 @@ def calibration_options(command: Command) -> Command:
             multiple=True,
             metavar="FILE",
             callback=lambda _ctx, _param, texts: tuple(path for text in texts for path in text),
-            help="Text or JSONL like what the model will see, or a shipped text: wiki, austen, or "
-            "mix (the default) for both. May be repeated: texts take turns, window by window. It "
-            "matters more than the method.",
+            help="Text or JSONL like what the model will see, or a shipped text: wiki, austen, "
+            "python, web, or mix (the default) for all. May be repeated: texts take turns, window "
+            "by window. It matters more than the method.",
         ),
         click.option(
             "--pattern",

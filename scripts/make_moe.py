@@ -139,7 +139,7 @@ def main() -> None:
     transformers.logging.set_verbosity_error()
     tokenizer = AutoTokenizer.from_pretrained(options.dense)
     dense = AutoModelForCausalLM.from_pretrained(options.dense).eval()
-    text = "".join(path.read_text(encoding="utf-8") for path in shipped_texts())
+    text = shipped_texts("wiki")[0].read_text(encoding="utf-8")
     ids = tokenizer(text, return_tensors="pt").input_ids[0]
     model = convert(dense, ids[:TOKENS], options.experts, options.top_k)
     model.save_pretrained(options.out)

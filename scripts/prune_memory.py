@@ -34,7 +34,7 @@ finally:
 
 def layer_tensors(layer: int) -> dict[str, torch.Tensor]:
     """Return one random decoder layer."""
-    torch.manual_seed(layer)
+    torch.manual_seed(layer + 1)
     prefix = f"model.layers.{layer}"
     shapes = {f"self_attn.{name}_proj": (HIDDEN, HIDDEN) for name in "qkvo"}
     shapes |= {"mlp.gate_proj": (INNER, HIDDEN), "mlp.up_proj": (INNER, HIDDEN)}
@@ -51,6 +51,7 @@ def layer_tensors(layer: int) -> dict[str, torch.Tensor]:
 def make(folder: Path, nbytes: int) -> int:
     """Write the checkpoint and return its size in bytes."""
     folder.mkdir(parents=True, exist_ok=True)
+    torch.manual_seed(0)
     ends = {
         "model.embed_tokens.weight": (torch.randn(VOCAB, HIDDEN) * 0.02).bfloat16(),
         "model.norm.weight": torch.ones(HIDDEN, dtype=torch.bfloat16),

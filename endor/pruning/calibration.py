@@ -11,7 +11,12 @@ from endor.pruning.contract import PruneOptions
 if TYPE_CHECKING:
     import torch
 
-SHIPPED = {"wiki": "data/wiki_calib.txt", "austen": "data/austen_mansfield.txt"}
+SHIPPED = {
+    "wiki": "data/wiki_calib.txt",
+    "austen": "data/austen_mansfield.txt",
+    "python": "data/python_manual.txt",
+    "web": "data/web_prose.txt",
+}
 """Texts that come with the package; see `data/ORIGIN.md`."""
 
 MIX = "mix"

@@ -54,7 +54,8 @@ def test_calibration_is_a_file_or_the_name_of_a_shipped_text(tmp_path):
 
 def test_a_text_that_is_not_there_is_refused(model, tmp_path):
     output = invoke("prune", model, tmp_path / "out", "--calibration", "no.txt", code=2)
-    assert "a file or one of wiki, austen, mix, got 'no.txt'" in " ".join(output.split())
+    told = " ".join(output.split())
+    assert "a file or one of wiki, austen, python, web, mix, got 'no.txt'" in told
 
 
 def test_texts_add_up(model, tmp_path, monkeypatch):

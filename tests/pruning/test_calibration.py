@@ -8,7 +8,12 @@ from transformers import AutoTokenizer
 
 from endor.errors import CheckpointError, ConfigError
 from endor.pruning import PruneOptions
-from endor.pruning.calibration import calibration_windows, read_documents, shipped_texts
+from endor.pruning.calibration import (
+    SHIPPED,
+    calibration_windows,
+    read_documents,
+    shipped_texts,
+)
 
 
 @pytest.fixture(scope="module")
@@ -134,12 +139,13 @@ def test_a_text_too_short_among_others_is_named(model, text, tmp_path):
         windows(model, text, tmp_path / "short.txt", seq_len=16)
 
 
-def test_the_shipped_texts_are_the_default_half_and_half(model):
-    wiki, austen = (calibration_windows(model, shipped(name, 3)) for name in ("wiki", "austen"))
-    mixed = calibration_windows(model, shipped("mix", 6))
-    assert torch.equal(mixed[::2], wiki)
-    assert torch.equal(mixed[1::2], austen)
-    assert torch.equal(mixed, calibration_windows(model, PruneOptions(samples=6, seq_len=64)))
+def test_the_shipped_texts_are_the_default_in_equal_shares(model):
+    names = list(SHIPPED)
+    assert names == ["wiki", "austen", "python", "web"]
+    mixed = calibration_windows(model, shipped("mix", 12))
+    for turn, name in enumerate(names):
+        assert torch.equal(mixed[turn::4], calibration_windows(model, shipped(name, 3)))
+    assert torch.equal(mixed, calibration_windows(model, PruneOptions(samples=12, seq_len=64)))
 
 
 def shipped(name, samples):
@@ -147,7 +153,7 @@ def shipped(name, samples):
 
 
 def test_a_name_that_is_no_shipped_text_is_refused():
-    with pytest.raises(ConfigError, match="one of wiki, austen, mix, got 'latin'"):
+    with pytest.raises(ConfigError, match="one of wiki, austen, python, web, mix, got 'latin'"):
         shipped_texts("latin")
     with pytest.raises(ConfigError, match="tuple of paths"):
         PruneOptions(calibration=shipped_texts("wiki")[0])
@@ -161,6 +167,12 @@ def test_the_shipped_texts_and_their_origin_come_with_the_package():
     assert "CC BY-SA" in origin
     assert all(path.name in origin for path in texts)
     assert (folder / "wiki_calib.sources.tsv").read_text().count("wikipedia.org") >= 60
+    sources = (folder / "web_prose.sources.tsv").read_text().splitlines()
+    prose = (folder / "web_prose.txt").read_text()
+    assert len(sources) >= 80
+    assert all(line.split("\t")[2] in prose for line in sources)
+    licence = (folder / "python_manual.LICENSE.txt").read_text()
+    assert "PYTHON SOFTWARE FOUNDATION LICENSE" in licence
 
 
 def test_calibration_and_evaluation_share_no_ten_words():
@@ -170,6 +182,9 @@ def test_calibration_and_evaluation_share_no_ten_words():
         words = re.findall(r"[a-z0-9']+", path.read_text().lower())
         return {tuple(words[i : i + 10]) for i in range(len(words) - 9)}
 
-    held_out = runs(shipped_text())
-    assert len(held_out) > 40_000
-    assert all(held_out.isdisjoint(runs(path)) for path in shipped_texts())
+    seen = runs(shipped_text())
+    assert len(seen) > 40_000
+    for path in shipped_texts():
+        found = runs(path)
+        assert seen.isdisjoint(found), path
+        seen |= found
