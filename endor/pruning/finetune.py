@@ -3,7 +3,7 @@
 After the mask is found, the survivors of all matrices of one decoder layer are trained together:
 the pruned layer, on the inputs it really gets (from pruned layers before it), must give the outputs
 of the dense layer on dense inputs. The error of the layers before is thus corrected as well. Only
-one layer's gradients exist at a time, so this streams like everything else. The idea of matching
+one matrix's gradient exists at a time, so this streams like everything else. The idea of matching
 dense block outputs is that of BESA (arXiv 2402.16880) and Wanda++ (arXiv 2503.04992).
 """
 
@@ -72,34 +72,65 @@ def finetune(
         for _ in range(schedule.passes)
         for at in torch.randperm(len(spans), generator=generator).tolist()
     ]
-    for parameter in parameters:
-        parameter.requires_grad_(True)
-    groups = [
-        {"params": [parameter], "scale": _scale(parameter, mask)}
+    updates = [
+        _Update(parameter, mask, schedule.rate)
         for parameter, mask in zip(parameters, masks, strict=True)
     ]
-    optimizer = torch.optim.Adam(groups, lr=schedule.rate, betas=(0.9, 0.95), fused=True)
     try:
         with torch.enable_grad(), reused_blocks():
             for step, (start, stop) in enumerate(order):
                 warm = min(1.0, (step + 1) / schedule.warmup)
-                for group in optimizer.param_groups:
-                    cosine = (1 + math.cos(math.pi * step / steps)) / 2
-                    group["lr"] = schedule.rate * group["scale"] * warm * cosine
+                fall = (1 + math.cos(math.pi * step / steps)) / 2
+                for update in updates:
+                    update.pace(warm, fall)
                 wanted = targets.read(start, stop).to(device)
                 with torch.autocast(device.type, torch.bfloat16):
                     found = call.run(layer, inputs.read(start, stop).to(device))
                 loss = token_loss(found.float(), wanted)
-                optimizer.zero_grad(set_to_none=True)
                 loss.backward()  # type: ignore[no-untyped-call]
-                for parameter, mask in zip(parameters, masks, strict=True):
-                    if parameter.grad is not None:
-                        parameter.grad.mul_(mask)
-                optimizer.step()
     finally:
-        for parameter in parameters:
-            parameter.requires_grad_(False)
-            parameter.grad = None
+        for update in updates:
+            update.close()
+
+
+class _Update:
+    """Adam on the survivors of one parameter, as soon as their gradient is there.
+
+    The gradient is given up at once: of a layer's gradients only one exists at a time.
+
+    Args:
+        parameter: Changed in place by every backward until `close`.
+        mask: What of it may change; the gradient elsewhere is set to zero, and so Adam's step is
+            zero exactly.
+        rate: The step, relative to the root mean square of what may change.
+    """
+
+    def __init__(self, parameter: nn.Parameter, mask: torch.Tensor, rate: float) -> None:
+        self._parameter = parameter
+        self._mask = mask
+        self._rate = rate * _scale(parameter, mask)
+        parameter.requires_grad_(True)
+        self._optimizer = torch.optim.Adam(
+            [parameter], lr=self._rate, betas=(0.9, 0.95), fused=True
+        )
+        hooked = parameter.register_post_accumulate_grad_hook
+        self._hook = hooked(self._step)  # type: ignore[no-untyped-call]
+
+    def pace(self, warm: float, fall: float) -> None:
+        """Set the next step to these two shares of the largest."""
+        self._optimizer.param_groups[0]["lr"] = self._rate * warm * fall
+
+    def close(self) -> None:
+        """Leave the parameter as it was found, but for its values."""
+        self._hook.remove()
+        self._parameter.requires_grad_(False)
+        self._parameter.grad = None
+
+    def _step(self, parameter: torch.Tensor) -> None:
+        assert parameter.grad is not None
+        parameter.grad.mul_(self._mask)
+        self._optimizer.step()
+        parameter.grad = None
 
 
 def token_loss(found: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
@@ -122,10 +153,7 @@ def _scale(parameter: torch.Tensor, mask: torch.Tensor) -> float:
 
 
 def _masks(parameters: Sequence[nn.Parameter], matrices: Sequence[Matrix]) -> list[torch.Tensor]:
-    """Return what may change of each parameter: the survivors of the matrices in it.
-
-    Elsewhere the gradient is set to zero, and so Adam's step is zero exactly.
-    """
+    """Return what may change of each parameter: the survivors of the matrices in it."""
     masks = {
         id(parameter): torch.zeros_like(parameter, dtype=torch.bool) for parameter in parameters
     }
