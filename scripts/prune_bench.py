@@ -12,33 +12,10 @@ import argparse
 import json
 import os
 import shutil
-import subprocess
-import sys
-import time
 from pathlib import Path
 from typing import Any
 
-CHILD = """
-import sys
-from endor.cli.main import main
-try:
-    main()
-finally:
-    peak = [line for line in open("/proc/self/status") if line.startswith("VmHWM")][0]
-    print("VmHWM_kB", peak.split()[1], file=sys.stderr)
-"""
-
-
-def endor(words: list[str | Path]) -> tuple[dict[str, Any], float, float]:
-    """Run an `endor` command with --json; return its object, seconds and peak memory in bytes."""
-    began = time.perf_counter()
-    command = [sys.executable, "-c", CHILD, *map(str, words), "--json"]
-    done = subprocess.run(command, check=False, capture_output=True, text=True)
-    seconds = time.perf_counter() - began
-    if done.returncode:
-        sys.exit(f"endor {' '.join(map(str, words))}\n{done.stderr[-3000:]}")
-    peak = int(done.stderr.rpartition("VmHWM_kB")[2].split()[0]) * 1024
-    return json.loads(done.stdout.strip().splitlines()[-1]), seconds, peak
+from endor_child import run_endor
 
 
 def measure(chosen: argparse.Namespace, method: str, cell: str) -> dict[str, Any]:
@@ -47,7 +24,7 @@ def measure(chosen: argparse.Namespace, method: str, cell: str) -> dict[str, Any
     shutil.rmtree(packed, ignore_errors=True)
     amount = ["--pattern", cell] if ":" in cell else ["--sparsity", cell]
     words = ["pack", chosen.model, packed, "--prune", method, "--overwrite", *amount]
-    report, seconds, peak = endor([*words, *chosen.options])
+    report, seconds, peak = run_endor([*words, *chosen.options])
     record = {
         "method": method,
         "cell": cell,
@@ -61,7 +38,7 @@ def measure(chosen: argparse.Namespace, method: str, cell: str) -> dict[str, Any
     for text in chosen.texts:
         path, _, windows = text.rpartition(":")
         words = ["eval", packed, "--text", path, "--max-windows", windows]
-        found, _, _ = endor([*words, "--dtype", "float32", "--against", chosen.model])
+        found, _, _ = run_endor([*words, "--dtype", "float32", "--against", chosen.model])
         record[Path(path).stem] = found
     shutil.rmtree(packed)
     return record

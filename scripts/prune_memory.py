@@ -10,26 +10,16 @@ Exits with 1 when the peak exceeds the limit.
 import argparse
 import json
 import os
-import subprocess
 import sys
-import time
 from pathlib import Path
 
 import torch
+from endor_child import run_endor
 from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, PreTrainedTokenizerFast
 
 HIDDEN, INNER, VOCAB = 1536, 4096, 8192
-CHILD = """
-import sys
-from endor.cli.main import main
-try:
-    main()
-finally:
-    peak = [line for line in open("/proc/self/status") if line.startswith("VmHWM")][0]
-    print("VmHWM_kB", peak.split()[1], file=sys.stderr)
-"""
 
 
 def layer_tensors(layer: int) -> dict[str, torch.Tensor]:
@@ -103,23 +93,16 @@ def main() -> int:
     size = make(model, int(chosen.gigabytes * 1e9))
     words = ["pack", model, chosen.folder / "packed", "--prune", chosen.method, "--overwrite"]
     words += ["--samples", chosen.samples, "--seq-len", chosen.seq_len]
-    words += ["--memory", chosen.memory, "--scratch", chosen.folder / "scratch", "--json"]
-    began = time.perf_counter()
-    done = subprocess.run(
-        [sys.executable, "-c", CHILD, *map(str, words)], check=False, capture_output=True, text=True
-    )
-    if done.returncode:
-        print(done.stderr[-2000:], file=sys.stderr)
-        return 1
-    peak = 1000 * int(done.stderr.rpartition("VmHWM_kB")[2].split()[0]) * 1.024
+    words += ["--memory", chosen.memory, "--scratch", chosen.folder / "scratch"]
+    report, seconds, peak = run_endor(words)
     record = {
         "method": chosen.method,
         "checkpoint_bytes": size,
-        "peak_bytes": int(peak),
+        "peak_bytes": peak,
         "limit_bytes": int(chosen.limit * 1e9),
-        "seconds": round(time.perf_counter() - began, 1),
+        "seconds": round(seconds, 1),
         "cpus": os.cpu_count(),
-        "report": json.loads(done.stdout.strip().splitlines()[-1]),
+        "report": report,
     }
     print(json.dumps(record))
     return int(peak > chosen.limit * 1e9)
