@@ -95,7 +95,7 @@ class PruneOptions:
     method: str = "auto"
     sparsity: float = 0.5
     pattern: str = "unstructured"
-    samples: int = 128
+    samples: int = 192
     seq_len: int = 512
     seed: int = 0
     dampening: float = 0.01
