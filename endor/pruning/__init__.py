@@ -4,7 +4,7 @@ Start at `contract.py`: options, the table of methods, and the two protocols the
 
 Modules (who needs what):
 - contract     Pattern, PruneOptions, Method, METHODS; no torch
-- select       exact counts with ties broken by index: `keep_mask`, `keep_mask_rows`, `keep_largest`
+- select       exact counts with ties broken by index: `keep_mask`, `keep_mask_rows`
 - nm           N:M groups: `nm_mask(score, kept, group) -> bool tensor, True = keep`
 - magnitude, wanda, sparsegpt, admm, alps    one method each
 - linalg, splitting    damped factors; the iteration that admm and alps share

@@ -36,14 +36,12 @@ class Alps:
         penalty = PENALTY
         for _ in range(MOST_ROUNDS):
             inverse = problem.inverse(penalty)
-            before = keep
-            growth = 1.0
-            for left in reversed(range(EVERY)):
-                keep = iteration.choose(sparsity)
-                if not left:
-                    changed = int((keep & ~before).sum()) / survivors
-                    growth = next((factor for least, factor in _GROWTH if changed > least), 1.0)
-                iteration.step(keep, inverse, penalty, growth)
+            for _ in range(EVERY - 1):
+                iteration.step(iteration.choose(sparsity), inverse, penalty)
+            before, keep = keep, iteration.choose(sparsity)
+            changed = int((keep & ~before).sum()) / survivors
+            growth = next((factor for least, factor in _GROWTH if changed > least), 1.0)
+            iteration.step(keep, inverse, penalty, growth)
             if growth == 1.0:
                 break
             penalty *= growth

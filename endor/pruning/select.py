@@ -27,25 +27,6 @@ def keep_mask(score: torch.Tensor, zeros: int) -> torch.Tensor:
     return keep_mask_rows(flat, counts).reshape(score.shape)
 
 
-def keep_largest(values: torch.Tensor, zeros: int, work: torch.Tensor) -> torch.Tensor:
-    """Return the mask that drops exactly the `zeros` values nearest zero, as `keep_mask` would.
-
-    For loops that select again and again: `work`, of the shape of `values` and overwritten, takes
-    the place of new memory, whose first touch costs more than the selection.
-    """
-    if zeros == 0:
-        return torch.ones_like(values, dtype=torch.bool)
-    flat = torch.abs(values, out=work).reshape(1, -1)
-    if flat.device.type == "cpu":
-        parted = flat.numpy()[0]
-        parted.partition(zeros - 1)
-        threshold = flat[:, zeros - 1 : zeros].clone()
-        torch.abs(values, out=work)
-    else:
-        threshold = _kth_lowest(flat, zeros)
-    return _dropped(flat, threshold, zeros).logical_not_().reshape(values.shape)
-
-
 def keep_mask_rows(score: torch.Tensor, zeros: torch.Tensor) -> torch.Tensor:
     """Return the mask that drops exactly the `zeros[i]` lowest scores of each row i.
 
@@ -61,19 +42,15 @@ def keep_mask_rows(score: torch.Tensor, zeros: torch.Tensor) -> torch.Tensor:
             continue
         chosen = (zeros == count).nonzero().squeeze(1)
         part = score if len(chosen) == rows else score[chosen]
-        keep[chosen] = ~_dropped(part, _kth_lowest(part, count), count)
+        threshold = _kth_lowest(part, count)
+        drop = part <= threshold
+        if bool((drop.sum(1) != count).any()):  # ties at the threshold, not all of which go
+            below = part < threshold
+            tied = drop & ~below
+            room = count - below.sum(1, keepdim=True)
+            drop = below | (tied & (tied.cumsum(1, dtype=torch.int32) <= room))
+        keep[chosen] = ~drop
     return keep
-
-
-def _dropped(score: torch.Tensor, threshold: torch.Tensor, count: int) -> torch.Tensor:
-    """Return which `count` scores of each row go, given the largest of them `(rows, 1)`."""
-    drop = score <= threshold
-    if bool((drop.sum(1) != count).any()):  # ties at the threshold, not all of which go
-        below = score < threshold
-        tied = drop & ~below
-        room = count - below.sum(1, keepdim=True)
-        drop = below | (tied & (tied.cumsum(1, dtype=torch.int32) <= room))
-    return drop
 
 
 def _kth_lowest(score: torch.Tensor, count: int) -> torch.Tensor:

@@ -5,15 +5,15 @@ import torch
 from endor.pruning.contract import Pattern
 from endor.pruning.linalg import ScaledProblem
 from endor.pruning.nm import nm_mask
-from endor.pruning.select import keep_largest, zero_count
+from endor.pruning.select import keep_mask, zero_count
 
 
 class SplitIteration:
     """Weights that fit the outputs against weights that are sparse, made to agree step by step.
 
     With w the fitted weights and u the dual, a step takes the sparse half's choice s among w + u,
-    renews u = w + u - s, and fits anew: w = (target + penalty (s - u)) inverse. After the first,
-    steps allocate nothing but masks: the first touch of new memory costs more than they do.
+    renews u = w + u - s, and fits anew: w = (target + penalty (s - u)) inverse. That happens in
+    three matrices made once; only choosing takes new memory.
 
     Args:
         problem: Whose `weight` is taken over.
@@ -38,11 +38,10 @@ class SplitIteration:
         Args:
             sparsity: Share of zeros, of no effect on an N:M pattern.
         """
+        score = torch.abs(self.proposal, out=self._work)
         if self._pattern.structured:
-            score = torch.abs(self.proposal, out=self._work)
             return nm_mask(score, self._pattern.kept, self._pattern.group)
-        zeros = zero_count(self.proposal.numel(), sparsity)
-        return keep_largest(self.proposal, zeros, self._work)
+        return keep_mask(score, zero_count(score.numel(), sparsity))
 
     def step(
         self, keep: torch.Tensor, inverse: torch.Tensor, penalty: float, growth: float = 1.0
