@@ -5,7 +5,7 @@ import os
 from endor.errors import BackendError, ConfigError
 from endor.kernels import native
 
-CHOICES = ("auto", "avx512", "avx2", "scalar", "numpy")
+CHOICES = ("auto", "avx512", "avx2", "neon", "scalar", "numpy")
 
 MAX_THREADS = 64
 

@@ -15,8 +15,8 @@ import numpy as np
 from endor.codecs import Encoded, TensorSpec
 from endor.errors import BackendError, FormatError, ShapeError
 
-KERNELS = ("scalar", "avx2", "avx512")
-"""Instruction sets by their number in the library, each better than the one before."""
+KERNELS = ("scalar", "avx2", "avx512", "neon")
+"""Instruction sets by their number in the library; of those one CPU has, the last is the best."""
 
 WEIGHT_KINDS = {"BF16": 0, "F16": 1, "F32": 2}
 """Element types that a product takes, by their number in the library."""

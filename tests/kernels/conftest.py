@@ -23,7 +23,7 @@ def need(name: str) -> None:
     pytest.skip(f"this CPU does not run {name}")
 
 
-@pytest.fixture(params=["avx512", "avx2", "scalar", "numpy"])
+@pytest.fixture(params=["avx512", "avx2", "neon", "scalar", "numpy"])
 def kernel(request: pytest.FixtureRequest) -> str:
     """Each kernel, the reference included."""
     name: str = request.param
@@ -31,7 +31,7 @@ def kernel(request: pytest.FixtureRequest) -> str:
     return name
 
 
-@pytest.fixture(params=["avx512", "avx2", "scalar"])
+@pytest.fixture(params=["avx512", "avx2", "neon", "scalar"])
 def compiled(request: pytest.FixtureRequest) -> str:
     """Each compiled kernel."""
     name: str = request.param

@@ -44,7 +44,7 @@ def assert_decodes(
     assert (buffer[pad + stop - start :] == CANARY).all()
 
 
-@pytest.mark.parametrize("kernel", ["avx512", "avx2", "scalar", "numpy"])
+@pytest.mark.parametrize("kernel", ["avx512", "avx2", "neon", "scalar", "numpy"])
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(
     seed=st.integers(0, 2**32 - 1),

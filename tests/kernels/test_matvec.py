@@ -56,7 +56,7 @@ def assert_product(
     return out
 
 
-@pytest.mark.parametrize("kernel", ["avx512", "avx2", "scalar", "numpy"])
+@pytest.mark.parametrize("kernel", ["avx512", "avx2", "neon", "scalar", "numpy"])
 @settings(max_examples=60, deadline=None)
 @given(
     seed=st.integers(0, 2**32 - 1),

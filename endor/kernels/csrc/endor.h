@@ -33,7 +33,7 @@
 
 enum { ENDOR_OK = 0, ENDOR_CORRUPT = 1, ENDOR_NO_MEMORY = 2, ENDOR_UNSUPPORTED = 3 };
 enum { ENDOR_DENSE = 0, ENDOR_RAW = 1, ENDOR_EXP = 2 };
-enum { ENDOR_SCALAR = 0, ENDOR_AVX2 = 1, ENDOR_AVX512 = 2, ENDOR_KERNELS = 3 };
+enum { ENDOR_SCALAR = 0, ENDOR_AVX2 = 1, ENDOR_AVX512 = 2, ENDOR_NEON = 3, ENDOR_KERNELS = 4 };
 enum { ENDOR_X_BF16 = 0, ENDOR_X_F16 = 1, ENDOR_X_F32 = 2 };
 
 #define ENDOR_API __attribute__((visibility("default")))
@@ -164,6 +164,7 @@ typedef struct {
 const endor_ops *endor_scalar_ops(void);
 const endor_ops *endor_avx2_ops(void);
 const endor_ops *endor_avx512_ops(void);
+const endor_ops *endor_neon_ops(void);
 const endor_ops *endor_ops_of(int kernel); /* NULL when this CPU lacks it */
 
 /* Runs fn(context) on up to `threads` threads, the caller's included, and returns when all have left it. fn takes its
