@@ -191,6 +191,9 @@ static endor_ops ops = {
     .stream = stream,
     .scan = {endor_avx2_scan8, endor_avx2_scan16, endor_avx2_scan32},
     .compress = {endor_avx2_compress8, endor_avx2_compress16, endor_avx2_compress32},
+    .histogram = endor_avx2_histogram,
+    .split = endor_avx2_split,
+    .split_words = endor_avx2_split_words,
     .copy_streaming = copy_streaming,
     .read = read_words,
     .fence = fence,
@@ -205,8 +208,6 @@ static int supported;
 static void probe(void) {
     supported = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("bmi2") && __builtin_cpu_supports("fma") &&
                 __builtin_cpu_supports("f16c") && __builtin_cpu_supports("popcnt");
-    ops.histogram = endor_scalar_ops()->histogram;
-    ops.split = endor_scalar_ops()->split;
     fill_tables();
     endor_avx2_fill_gather();
 }
