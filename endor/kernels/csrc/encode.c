@@ -92,7 +92,7 @@ ENDOR_API uint64_t endor_scan(int kernel, const void *src, uint64_t n, int items
 }
 
 #define PACK_TILES 16 /* tiles in a chunk */
-#define STAGE 4096    /* bytes of values that leave L1 together */
+#define STAGE 16384   /* bytes of values that leave L1 together */
 
 static void put(const scan_job *job, uint8_t *dst, const uint8_t *src, uint64_t nbytes) {
     if (job->streaming) job->ops->copy_streaming(dst, src, nbytes);
