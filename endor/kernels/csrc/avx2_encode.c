@@ -189,53 +189,73 @@ INLINE TARGET uint32_t max_byte(__m256i x) {
     return 0xff ^ (uint32_t)_mm_extract_epi16(_mm_minpos_epu16(z), 0);
 }
 
-/* As in avx512_encode.c: the highest 12 exponents of the tile by comparison, two at a time so that each vector is loaded
- * half as often, zeros as what is left, the few between one by one. */
+/* Sums of the bytes of a and of b, each at most 65535. */
+INLINE TARGET uint64_t sums8(__m256i a, __m256i b) { /* the first in the lower half */
+    const __m256i zero = _mm256_setzero_si256();
+    __m256i sums = _mm256_packus_epi32(_mm256_sad_epu8(a, zero), _mm256_sad_epu8(b, zero));
+    __m128i sum = _mm_add_epi32(_mm256_castsi256_si128(sums), _mm256_extracti128_si256(sums, 1));
+    sum = _mm_add_epi32(sum, _mm_srli_epi64(sum, 32)); /* words 0 and 4 */
+    return (uint32_t)_mm_extract_epi16(sum, 0) | (uint64_t)(uint32_t)_mm_extract_epi16(sum, 4) << 32;
+}
+
+/* Whole bytes are spread: one by one, in four tables. */
+static void count_bytes(const uint8_t *src, uint32_t *hist) {
+    for (size_t i = 0; i < ENDOR_TILE; i += 8) {
+        uint64_t x = load64(src + i);
+        for (int j = 0; j < 8; j++) hist[256 * (j & 3) + (x >> 8 * j & 0xff)]++;
+    }
+}
+
+/* As in avx512_encode.c, the highest exponents of the tile are counted by comparison: two at a time, each vector being
+ * loaded for both, until few elements are left. Those are counted one by one, zeros beforehand. */
 #define COMPARED 12
+#define FEW 16
 TARGET void endor_avx2_histogram(const void *src, int itemsize, int exponent_bits, int mantissa_bits, uint32_t *hist) {
     enum { VECTORS = ENDOR_TILE / 32 };
+    if (itemsize == 1 && !mantissa_bits) {
+        count_bytes(src, hist);
+        return;
+    }
     const __m256i zero = _mm256_setzero_si256();
-    __m256i x[VECTORS], most = zero;
+    __m256i x[VECTORS], most = zero, zeros = zero;
     for (size_t i = 0; i < VECTORS; i++) {
         x[i] = exponents((const uint8_t *)src + 32 * i * (size_t)itemsize, itemsize, exponent_bits, mantissa_bits);
         most = _mm256_max_epu8(most, x[i]);
+        zeros = _mm256_sub_epi8(zeros, _mm256_cmpeq_epi8(x[i], zero)); /* at most VECTORS a byte */
     }
-    uint32_t top = max_byte(most), left = ENDOR_TILE, compared = top < COMPARED ? top : COMPARED;
-    for (uint32_t c = 0; c < compared; c += 2) {
-        const __m256i first = _mm256_set1_epi8((char)(top - c)), second = _mm256_set1_epi8((char)(top - c - 1));
-        __m256i a = zero, b = zero; /* at most VECTORS a byte */
+    uint32_t top = max_byte(most), none = (uint32_t)sums8(zeros, zero), left = ENDOR_TILE - none;
+    uint32_t most_compared = top < COMPARED ? top : COMPARED, compared = 0;
+    hist[0] += none;
+    for (; compared < most_compared && left > FEW; compared += 2) {
+        const __m256i first = _mm256_set1_epi8((char)(top - compared));
+        const __m256i second = _mm256_set1_epi8((char)(top - compared - 1));
+        __m256i a = zero, b = zero;
         for (size_t i = 0; i < VECTORS; i++) {
             a = _mm256_sub_epi8(a, _mm256_cmpeq_epi8(x[i], first));
             b = _mm256_sub_epi8(b, _mm256_cmpeq_epi8(x[i], second));
         }
-        __m256i sums = _mm256_packus_epi32(_mm256_sad_epu8(a, zero), _mm256_sad_epu8(b, zero));
-        __m128i sum = _mm_add_epi32(_mm256_castsi256_si128(sums), _mm256_extracti128_si256(sums, 1));
-        sum = _mm_add_epi32(sum, _mm_srli_epi64(sum, 32));
-        uint32_t found = (uint32_t)_mm_extract_epi16(sum, 0);
-        hist[top - c] += found;
-        left -= found;
-        if (c + 1 == compared) break;
-        found = (uint32_t)_mm_extract_epi16(sum, 4);
-        hist[top - c - 1] += found;
-        left -= found;
+        uint64_t found = sums8(a, b);
+        hist[top - compared] += (uint32_t)found;
+        left -= (uint32_t)found;
+        if (top - compared == 1) break; /* the second was zero */
+        hist[top - compared - 1] += (uint32_t)(found >> 32);
+        left -= (uint32_t)(found >> 32);
     }
-    const __m256i low = _mm256_set1_epi8((char)(top - compared));
+    if (!left) return;
+    const __m256i above = _mm256_set1_epi8((char)(top - compared + 1)); /* counted, from here on */
     uint32_t *more = hist + 256;
     for (size_t i = 0; i < VECTORS; i++) {
-        __m256i above = _mm256_cmpeq_epi8(_mm256_max_epu8(x[i], low), x[i]); /* x >= low, those counted among them */
-        __m256i rest = _mm256_or_si256(_mm256_andnot_si256(_mm256_cmpeq_epi8(x[i], low), above),
-                                       _mm256_cmpeq_epi8(x[i], zero));
-        uint32_t m = ~(uint32_t)_mm256_movemask_epi8(rest);
+        __m256i done = _mm256_cmpeq_epi8(_mm256_max_epu8(x[i], above), x[i]);
+        if (!compared) done = zero;
+        uint32_t m = ~(uint32_t)_mm256_movemask_epi8(_mm256_or_si256(done, _mm256_cmpeq_epi8(x[i], zero)));
         if (!m) continue;
         uint8_t e[32];
         _mm256_storeu_si256((__m256i *)e, x[i]);
-        left -= count(m);
         for (; m; m &= m - 1) {
             more[e[__builtin_ctz(m)]]++;
             more = more == hist + 768 ? hist + 256 : more + 256;
         }
     }
-    hist[0] += left;
 }
 
 /* What splitting needs of a stream, as vectors. */

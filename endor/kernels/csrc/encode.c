@@ -203,15 +203,18 @@ static void add_patches(exp_job *job, patch_list *list, uint64_t outside, uint64
         list->items = items;
         list->room = room;
     }
+    const uint32_t field = (1u << s->exponent_bits) - 1;
+    uint64_t *items = list->items + list->count;
     for (; outside; outside &= outside - 1) {
-        unsigned i = (unsigned)__builtin_ctzll(outside);
-        uint32_t x = 0;
-        memcpy(&x, elements + i * (size_t)s->itemsize, (size_t)s->itemsize);
-        uint32_t exponent = x >> s->mantissa_bits & ((1u << s->exponent_bits) - 1);
-        list->items[list->count++] = (rank + i) << 8 | exponent;
+        const unsigned i = (unsigned)__builtin_ctzll(outside);
+        const uint8_t *p = elements + i * (size_t)s->itemsize;
+        const uint32_t x = s->itemsize == 2 ? load16(p) : s->itemsize == 4 ? load32(p) : *p;
+        const uint32_t exponent = x >> s->mantissa_bits & field;
+        *items++ = (rank + i) << 8 | exponent;
         counts->outside[exponent]++;
         counts->zeros += !x;
     }
+    list->count = (size_t)(items - list->items);
 }
 
 #define EMIT_WORDS 64 /* plane words that are split at a time */
