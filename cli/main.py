@@ -3,12 +3,14 @@
 import os
 import signal
 import sys
+import warnings
 from importlib import import_module
+from typing import TextIO
 
 import click
 
 from endor import __version__
-from endor.errors import EndorError
+from endor.errors import EndorError, SlowWarning
 
 COMMANDS = {
     "pack": "Pack a Hugging Face checkpoint, pruning it first if asked.",
@@ -58,6 +60,7 @@ def main() -> None:
     debug = "--debug" in sys.argv[1:]
     # Torch's idle threads spin by default and take the cores from the packed kernels' own threads.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    warnings.showwarning = _show_warning
     try:
         code = cli.main(prog_name="endor", standalone_mode=False)
     except click.exceptions.Exit as exit_:
@@ -85,6 +88,24 @@ def _one_line(error: Exception) -> str:
         where = f"{error.filename}: " if error.filename else ""
         return f"{where}{error.strerror}"
     return str(error) or type(error).__name__
+
+
+_show_other = warnings.showwarning
+
+
+def _show_warning(
+    message: Warning | str,
+    category: type[Warning],
+    filename: str,
+    lineno: int,
+    file: TextIO | None = None,
+    line: str | None = None,
+) -> None:
+    """Our own warnings on one line; those of others as Python shows them."""
+    if issubclass(category, SlowWarning):
+        _say(f"warning: {message}")
+    else:
+        _show_other(message, category, filename, lineno, file, line)
 
 
 def _say(message: str) -> None:

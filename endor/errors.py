@@ -14,7 +14,8 @@ EndorError
 ├── PruningError           a pruning run cannot go on
 └── ConfigError            an option or combination of options makes no sense
 
-A message says where, the rule, what was found and the next step.
+A message says where, the rule, what was found and the next step. One warning stands beside them:
+`SlowWarning`, given once, for what works but at a fraction of the speed.
 """
 
 
@@ -68,3 +69,7 @@ class PruningError(EndorError):
 
 class ConfigError(EndorError):
     """An option, or a combination of options, makes no sense."""
+
+
+class SlowWarning(UserWarning):
+    """Something works, but far slower than it could: the message says why and what helps."""

@@ -106,7 +106,7 @@ class Packer:
         return nnz, histogram.astype(np.int64)
 
     def guess(self, codec: CodecChoice, bitmap: bool | None) -> Plan | None:
-        """Return the plan that fits a sample, if the tensor can be packed and counted by it at once.
+        """Return the plan that fits a sample, if it lets the tensor be packed and counted at once.
 
         None for what is small, for float32, whose byte planes would have to be moved when their
         length is known, and for plans that are not `exp`.

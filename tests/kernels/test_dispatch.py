@@ -1,12 +1,16 @@
 """Which kernel runs, and what happens where none was compiled."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 
 from endor import kernels
 from endor.codecs import DTYPES
-from endor.errors import BackendError, ConfigError
+from endor.errors import BackendError, ConfigError, SlowWarning
 from endor.kernels import dispatch, native
+
+from ..conftest import need
 
 
 def test_describe_names_what_runs(compiled: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -16,6 +20,8 @@ def test_describe_names_what_runs(compiled: str, monkeypatch: pytest.MonkeyPatch
     assert found["compiled"] is True
     assert found["kernel"] == compiled
     assert found["threads"] == 3
+    assert (found["slow"] is None) == (compiled != "scalar")
+    assert Path(str(found["library"])).is_file()
     assert compiled in str(found["reason"])
 
 
@@ -43,8 +49,13 @@ def test_without_a_compiler(monkeypatch: pytest.MonkeyPatch, rng: np.random.Gene
     assert found["compiled"] is False
     assert found["kernel"] == "numpy"
     assert found["reason"] == "no compiled library"
+    assert "slower" in str(found["slow"])
     bits = (rng.integers(0, 3, 3000) * 0x3F00).astype(np.uint16)
-    encoded = kernels.encode(bits, DTYPES["BF16"])
+    dispatch._warn_once.cache_clear()
+    with pytest.warns(SlowWarning, match="no compiled library.*slower") as caught:
+        encoded = kernels.encode(bits, DTYPES["BF16"])
+    assert Path(caught[0].filename).name in (Path(__file__).name, "dispatch.py")
+    kernels.encode(bits, DTYPES["BF16"])  # not again
     out = np.empty_like(bits)
     assert np.array_equal(kernels.decode(encoded, out), bits)
     with pytest.raises(BackendError, match="no compiled library"):
@@ -64,6 +75,24 @@ def test_thread_count(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv("ENDOR_THREADS", text)
         with pytest.raises(ConfigError):
             kernels.thread_count()
+
+
+def test_a_cpu_without_vectors_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    need("scalar")
+    monkeypatch.delenv("ENDOR_KERNEL", raising=False)
+    monkeypatch.setattr(native, "available", lambda: ("scalar",))
+    found = kernels.describe()
+    assert found["kernel"] == "scalar"
+    assert "no instruction set" in str(found["reason"])
+    assert "slower" in str(found["slow"])
+
+
+def test_numpy_on_request_is_no_surprise(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(native, "available", lambda: ())
+    dispatch._warn_once.cache_clear()
+    assert kernels.select("numpy") is None
+    monkeypatch.setenv("ENDOR_KERNEL", "numpy")
+    assert kernels.select() is None
 
 
 def test_unknown_status() -> None:
