@@ -201,8 +201,9 @@ TARGET uint64_t endor_avx512_split(const endor_stream *s, const void *src, endor
     return split(s, src, slots);
 }
 
-TARGET void endor_avx512_split_words(const endor_stream *s, const void *src, uint64_t word, uint64_t words,
+TARGET void endor_avx512_split_words(const endor_stream *s, const void *src, int cached, uint64_t word, uint64_t words,
                                      uint64_t *outside, uint64_t *counts) {
+    (void)cached;
     const uint64_t word_bytes = 64 * (uint64_t)s->itemsize;
     for (uint64_t i = 0; i < words; i++) {
         endor_slots slots;

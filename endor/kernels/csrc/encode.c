@@ -221,7 +221,7 @@ static void add_patches(exp_job *job, patch_list *list, uint64_t outside, uint64
 
 /* Store `words` plane words from `word` on; they are whole. */
 static void emit_words(exp_job *job, patch_list *list, uint64_t word, uint64_t words, const uint8_t *elements,
-                       exp_counts *counts) {
+                       int cached, exp_counts *counts) {
     const endor_stream *s = &job->stream;
     const int below = s->rest_bits % 8;
     const uint64_t word_bytes = 64 * (uint64_t)s->itemsize;
@@ -230,7 +230,7 @@ static void emit_words(exp_job *job, patch_list *list, uint64_t word, uint64_t w
         step = min64(words - done, EMIT_WORDS);
         const uint8_t *src = elements + done * word_bytes;
         if (job->ops->split_words) {
-            job->ops->split_words(s, src, word + done, step, outside, sets);
+            job->ops->split_words(s, src, cached, word + done, step, outside, sets);
         } else {
             for (uint64_t i = 0; i < step; i++) {
                 endor_slots slots;
@@ -281,7 +281,7 @@ static void emit_last(exp_job *job, patch_list *list, uint64_t word, uint64_t va
 static void emit_dense(exp_job *job, uint64_t c, exp_counts *counts) {
     uint64_t n = job->tensor.numel, itemsize = (uint64_t)job->tensor.itemsize;
     uint64_t first = c * PACK_TILES * ENDOR_WORDS, last = min64(first + PACK_TILES * ENDOR_WORDS, n / 64);
-    if (last > first) emit_words(job, &job->lists[c], first, last - first, job->src + 64 * first * itemsize, counts);
+    if (last > first) emit_words(job, &job->lists[c], first, last - first, job->src + 64 * first * itemsize, 0, counts);
     if (c + 1 == job->chunks && n % 64) {
         uint64_t word = n / 64;
         emit_last(job, &job->lists[c], word, n % 64, job->src + 64 * word * itemsize, counts);
@@ -323,7 +323,7 @@ static void emit_sparse(exp_job *job, uint64_t c, exp_counts *counts) {
             memcpy(end->elements, rest, (size_t)(held - rest));
             atomic_store_explicit(&end->rank, rank + count, memory_order_release);
         }
-        emit_words(job, &job->lists[c], word, words, from, counts);
+        emit_words(job, &job->lists[c], word, words, from, 1, counts);
         word += words;
         from = rest;
     }

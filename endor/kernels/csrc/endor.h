@@ -142,9 +142,9 @@ typedef struct {
     /* 64 elements to planes; returns the mask of elements outside the exponent window. */
     uint64_t (*split)(const endor_stream *s, const void *src, endor_slots *slots);
     /* Optional: the same for `words` whole words from `word` on, into the arrays of s. outside[i]: the mask of word
-     * word + i. counts, unless NULL: see endor_tally. */
-    void (*split_words)(const endor_stream *s, const void *src, uint64_t word, uint64_t words, uint64_t *outside,
-                        uint64_t *counts);
+     * word + i. counts, unless NULL: see endor_tally. cached: src is, so that nothing need be fetched ahead. */
+    void (*split_words)(const endor_stream *s, const void *src, int cached, uint64_t word, uint64_t words,
+                        uint64_t *outside, uint64_t *counts);
     /* memcpy, past the caches where the destination allows it. */
     void (*copy_streaming)(void *dst, const void *src, size_t nbytes);
     uint64_t (*read)(const void *src, size_t nbytes);
