@@ -159,7 +159,7 @@ class Begun:
             ctypes.byref(nnz),
             packer.threads,
         )
-        if self._job is None:
+        if not self._job:
             raise MemoryError
         self.nnz, self.histogram = nnz.value, counts.astype(np.int64)
 
@@ -189,8 +189,11 @@ class Begun:
         arrays = {}
         for array in spec.arrays:
             found = self._arrays.get(array.suffix)
-            if found is None or (array.suffix == "planes" and found.shape != array.shape):
+            if found is None:
                 found = packer.new(array.suffix, array.shape, array.dtype.uint)
+            elif array.suffix == "planes" and found.shape != array.shape:
+                room, found = found, packer.new("planes", array.shape, array.dtype.uint)
+                np.copyto(found, room[:, : array.shape[1]])
             elif array.suffix == "bytes" and found.shape != array.shape:  # one plane, or none
                 found = packer.trimmed(found.reshape(-1), array.nbytes).reshape(array.shape)
             arrays[array.suffix] = found

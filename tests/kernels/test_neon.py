@@ -12,6 +12,7 @@ from endor.kernels import native
 
 from .aarch64 import remote
 from .test_contract import (  # noqa: F401
+    test_a_good_guess_reads_once,
     test_clustered_elements,
     test_contradictions_are_noticed,
     test_dense_only_types,

@@ -419,19 +419,12 @@ ENDOR_API exp_job *endor_exp_start(int kernel, const endor_tensor *tensor, const
     return job;
 }
 
-/* Fill the patch arrays of `t`, and its planes where they are not the arrays that endor_exp_start filled. */
+/* Fill the patch arrays of `t`, the tensor that endor_exp_start packed, from its tile_offsets: nothing else of it is used. */
 ENDOR_API int endor_exp_finish(const exp_job *job, const endor_tensor *t) {
     uint64_t groups = (tiles_of(t->numel) + ENDOR_GROUP - 1) / ENDOR_GROUP, group = 0, at = 0;
     uint8_t *offsets = (uint8_t *)t->patch_offsets, *ranks = (uint8_t *)t->patch_ranks;
     uint8_t *exponents = (uint8_t *)t->patch_exponents;
-    const endor_stream *s = &job->stream;
     if (job->stored != t->nnz) return ENDOR_CORRUPT; /* the source changed since it was scanned */
-    if (t->planes != s->planes) {
-        uint64_t plane = (t->nnz + 63) / 64 * 8;
-        for (uint64_t j = 0; j < (uint64_t)s->bit_planes; j++) {
-            memcpy((uint8_t *)t->planes + j * plane, s->planes + j * s->plane_stride, plane);
-        }
-    }
     for (uint64_t c = 0; c < job->chunks; c++) {
         for (size_t i = 0; i < job->lists[c].count; i++, at++) {
             if (at == t->patches) return ENDOR_CORRUPT;

@@ -196,16 +196,26 @@ class Remote:
             (_INT, threads),
         )
 
-    def endor_pack_exp(self, kernel: int, view: Any, src: int, threads: int) -> int:
+    def endor_exp_start(
+        self, kernel: int, view: Any, src: int, histogram: int | None, nnz: Any, threads: int
+    ) -> int:
         tensor = view._obj
-        written = ("bytes", "planes", "patch_offsets", "patch_ranks", "patch_exponents")
-        return self._status(
+        return self._call(
             5,
             (_INT, kernel),
-            *self._tensor(tensor, written),
+            *self._tensor(tensor, ("tile_offsets", "bitmap", "bytes", "planes")),
             (_READ, (src, tensor.numel * tensor.itemsize)),
+            (_INT, 0) if histogram is None else (_WRITTEN, (histogram, 8 * 256)),
+            (_WRITTEN, (ctypes.addressof(nnz._obj), 8)),
             (_INT, threads),
         )
+
+    def endor_exp_finish(self, job: int, view: Any) -> int:
+        written = ("patch_offsets", "patch_ranks", "patch_exponents")
+        return self._status(8, (_INT, job), *self._tensor(view._obj, written))
+
+    def endor_exp_free(self, job: int) -> None:
+        self._call(9, (_INT, job))
 
     def endor_matvec(
         self,

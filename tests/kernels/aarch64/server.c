@@ -25,7 +25,9 @@ int endor_has_bf16_pairs(int);
 int endor_decode(int, const endor_tensor *, void *, uint64_t, uint64_t, int, int);
 uint64_t endor_scan(int, const void *, uint64_t, int, int, int, uint8_t *, uint8_t *, uint64_t *, int);
 uint64_t endor_pack_raw(int, const void *, uint64_t, int, uint8_t *, uint8_t *, uint8_t *, int);
-int endor_pack_exp(int, const endor_tensor *, const void *, int);
+void *endor_exp_start(int, const endor_tensor *, const void *, uint64_t *, uint64_t *, int);
+int endor_exp_finish(const void *, const endor_tensor *);
+void endor_exp_free(void *);
 int endor_matvec(int, const endor_tensor *, int, uint64_t, uint64_t, const void *, int, uint64_t, float *, int);
 uint64_t endor_probe(int, void *, const void *, uint64_t, int);
 
@@ -73,10 +75,12 @@ static uint64_t call(uint32_t function, argument *a) {
     case 2: return (uint64_t)endor_decode(INT(0), PTR(9), PTR(10), U64(11), U64(12), INT(13), INT(14));
     case 3: return endor_scan(INT(0), PTR(1), U64(2), INT(3), INT(4), INT(5), PTR(6), PTR(7), PTR(8), INT(9));
     case 4: return endor_pack_raw(INT(0), PTR(1), U64(2), INT(3), PTR(4), PTR(5), PTR(6), INT(7));
-    case 5: return (uint64_t)endor_pack_exp(INT(0), PTR(9), PTR(10), INT(11));
+    case 5: return (uintptr_t)endor_exp_start(INT(0), PTR(9), PTR(10), PTR(11), PTR(12), INT(13));
     case 6:
         return (uint64_t)endor_matvec(INT(0), PTR(9), INT(10), U64(11), U64(12), PTR(13), INT(14), U64(15), PTR(16), INT(17));
     case 7: return endor_probe(INT(0), PTR(1), PTR(2), U64(3), INT(4));
+    case 8: return (uint64_t)endor_exp_finish((void *)(uintptr_t)U64(0), PTR(9));
+    case 9: endor_exp_free((void *)(uintptr_t)U64(0)); return 0;
     default: exit(2);
     }
 }
