@@ -35,7 +35,7 @@ def info_command(as_json: bool) -> None:
         click.echo(f"{section}")
         width = max((len(key) for key in rows), default=0)
         for key, value in rows.items():
-            click.echo(f"  {key:<{width}}  {value}")
+            click.echo(f"  {key:<{width}}  {'-' if value is None else value}")
 
 
 def collect() -> dict[str, dict[str, object]]:

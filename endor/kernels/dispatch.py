@@ -93,15 +93,20 @@ def describe() -> dict[str, object]:
     requested = os.environ.get("ENDOR_KERNEL") or "auto"
     number = select("numpy" if requested == "auto" and not native.available() else None)
     selected = "numpy" if number is None else native.KERNELS[number]
+    features = loaded.endor_cpu_features().decode().split() if loaded is not None else []
     if requested != "auto":
         reason = f"ENDOR_KERNEL={requested}"
     elif loaded is None:
         reason = where
     elif selected == "scalar":
-        reason = f"this {platform.machine()} CPU has no instruction set that a faster one is for"
+        lacking = [name for name in ("avx2", "bmi2", "fma") if name not in features]
+        reason = "no faster one is for this CPU: " + (
+            f"it lacks {', '.join(lacking) or 'F16C'}"
+            if platform.machine() in ("x86_64", "AMD64")
+            else f"{platform.machine()}"
+        )
     else:
         reason = "the best this CPU runs"
-    features = loaded.endor_cpu_features().decode() if loaded is not None else ""
     return {
         "compiled": loaded is not None,
         "library": where if loaded is not None else None,
@@ -109,7 +114,7 @@ def describe() -> dict[str, object]:
         "reason": reason,
         "slow": {"numpy": NUMPY_SLOWDOWN, "scalar": SCALAR_SLOWDOWN}.get(selected),
         "available": [*reversed(native.available()), "numpy"],
-        "cpu_features": features.split(),
+        "cpu_features": features,
         "bf16_products": bool(number is not None and native.library().endor_has_bf16_pairs(number)),
         "threads": thread_count(),
     }

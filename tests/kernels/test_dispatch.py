@@ -83,7 +83,7 @@ def test_a_cpu_without_vectors_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(native, "available", lambda: ("scalar",))
     found = kernels.describe()
     assert found["kernel"] == "scalar"
-    assert "no instruction set" in str(found["reason"])
+    assert "no faster one is for this CPU" in str(found["reason"])
     assert "slower" in str(found["slow"])
 
 
