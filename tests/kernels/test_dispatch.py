@@ -1,5 +1,8 @@
 """Which kernel runs, and what happens where none was compiled."""
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -102,3 +105,21 @@ def test_unknown_status() -> None:
         native.check(3)
     with pytest.raises(BackendError, match="99"):
         native.check(99)
+
+
+def test_a_kernel_that_no_test_ran_fails_the_run() -> None:
+    if len(native.available()) < 2:
+        pytest.skip("one kernel here")
+    best = native.available()[-1]
+    tests = Path(__file__).parent / "test_threshold.py"
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", str(tests), "-k", f"wide and {best}"],
+        env={**os.environ, "ENDOR_REQUIRE_NATIVE": "1"},
+        cwd=Path(__file__).parents[2],
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 1, done.stdout
+    assert f"endor kernels that ran: {best} (1 tests)" in done.stdout
+    assert "endor kernels of this CPU that did not: " in done.stdout
