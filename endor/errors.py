@@ -71,5 +71,9 @@ class ConfigError(EndorError):
     """An option, or a combination of options, makes no sense."""
 
 
-class SlowWarning(UserWarning):
+class EndorWarning(UserWarning):
+    """Something that the caller should know and that changes no result."""
+
+
+class SlowWarning(EndorWarning):
     """Something works, but far slower than it could: the message says why and what helps."""

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from endor.checkpoint.index import read_packed_index
+from endor.checkpoint.index import check_shards, read_packed_index
 from endor.checkpoint.report import Sizes
 from endor.codecs import TensorSpec
 from endor.storage import FileLayout
@@ -73,7 +73,9 @@ def inspect_checkpoint(packed_dir: Path | str) -> Inspection:
         FormatError: the index or a header is damaged.
     """
     path = Path(packed_dir)
-    layouts = [FileLayout.read(path / file) for file in read_packed_index(path).files]
+    index = read_packed_index(path)
+    layouts = [FileLayout.read(path / file) for file in index.files]
+    check_shards(path, index, layouts)
     rows = tuple(
         TensorRow(entry.name, entry.spec, entry.record, layout.path.name)
         for layout in layouts

@@ -11,6 +11,7 @@ from endor import kernels
 from endor.checkpoint.index import (
     PackedIndex,
     build_index,
+    check_shards,
     index_text,
     read_packed_index,
     shard_name,
@@ -135,8 +136,15 @@ def _check_index(path: Path, index: PackedIndex, layouts: list[FileLayout]) -> I
     elif set(stored) != set(index.dense_files):
         odd = min(set(stored) ^ set(index.dense_files))
         yield f"{where}: {odd} must be both in the index and in a shard"
-    elif index_text(build_index(layouts, index.dense_files)) != where.read_bytes():
-        yield f"{where}: does not describe the shards; restore or re-make the checkpoint"
+    else:
+        try:
+            check_shards(path, index, layouts)
+        except EndorError as error:
+            yield str(error)
+            return
+        document = build_index(layouts, index.dense_files, index.companions)
+        if index_text(document) != where.read_bytes():
+            yield f"{where}: does not describe the shards; restore or re-make the checkpoint"
 
 
 class _ContentCheck:

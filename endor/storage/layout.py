@@ -1,7 +1,7 @@
 """Where everything lies in a packed file."""
 
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from difflib import get_close_matches
 from pathlib import Path
 
@@ -21,7 +21,7 @@ from endor.storage.directory import (
     align_up,
     array_key,
 )
-from endor.storage.header import DIRECTORY_KEY, RESERVED_METADATA, Header
+from endor.storage.header import CHECKSUM_KEY, DIRECTORY_KEY, RESERVED_METADATA, Header
 
 __all__ = [
     "ALIGN",
@@ -48,6 +48,7 @@ class FileLayout:
         tensors: Tensor per name, in file order.
         records: Record per name, in file order; they cover the file from `data_start` to its end.
         metadata: The user's own metadata.
+        checksum: That of the header, which holds those of the records.
     """
 
     path: Path
@@ -56,6 +57,7 @@ class FileLayout:
     tensors: Mapping[str, TensorEntry]
     records: Mapping[str, Record]
     metadata: Mapping[str, str]
+    checksum: str = field(compare=False)
 
     @classmethod
     def read(cls, path: Path | str) -> "FileLayout":
@@ -91,6 +93,7 @@ class FileLayout:
             tensors,
             records,
             metadata,
+            header.metadata[CHECKSUM_KEY],
         )
 
     def tensor(self, name: str) -> TensorEntry:

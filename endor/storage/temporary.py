@@ -7,7 +7,7 @@ import os
 import re
 from pathlib import Path
 
-_NAME = re.compile(r"\..+\.\d+\.\d+\.tmp")
+TEMPORARY_NAME = re.compile(r"\..+\.\d+\.\d+\.tmp")
 _NAME_LIMIT = 200
 
 
@@ -83,7 +83,7 @@ def remove_stale_temporaries(directory: Path) -> list[Path]:
     """
     removed = []
     for path in sorted(directory.iterdir()):
-        if not _NAME.fullmatch(path.name):
+        if not TEMPORARY_NAME.fullmatch(path.name):
             continue
         try:
             fd = os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
