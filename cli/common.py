@@ -1,6 +1,6 @@
 """What several commands share: options, progress bars, sizes in words."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
@@ -116,6 +116,13 @@ def human(nbytes: float) -> str:
             return f"{nbytes:.0f} {unit}" if unit == "B" else f"{nbytes:.2f} {unit}"
         nbytes /= 1000
     return f"{nbytes:.2f} TB"
+
+
+def left_out_line(names: Sequence[str]) -> None:
+    """Say on stderr what was not carried over, if anything was not."""
+    if names:
+        shown = ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+        click.echo(f"left out (other weights, folders that no config names): {shown}", err=True)
 
 
 MODEL = click.Path(path_type=Path)

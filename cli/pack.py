@@ -1,6 +1,7 @@
 """`endor pack`: a dense checkpoint to a packed one, pruned on the way if asked."""
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any, get_args
 
@@ -12,6 +13,7 @@ from endor.cli.common import (
     calibration_progress,
     human,
     json_option,
+    left_out_line,
     output_options,
     progress_bar,
     selection_options,
@@ -70,14 +72,27 @@ def pack_command(
     pruned, or compressed-tensors sparse-bitmask) or a .safetensors file. Without --prune nothing
     is lost: `endor unpack` gives back every bit.
     """
-    from endor.checkpoint import pack_checkpoint
-    from endor.checkpoint.companions import source_quantization
+    from endor.checkpoint.output import check_output
+
+    check = partial(check_output, out, resume=resume, overwrite=overwrite)
+    check(model)
+    from endor.checkpoint import CheckpointSource, pack_checkpoint
+    from endor.checkpoint.companions import QUANTIZATION_KEY, quantization_name
+    from endor.checkpoint.convert import pack_writes
+
+    def ready(source: CheckpointSource) -> None:
+        check(source.path, writes=pack_writes(source))
 
     with (
         calibration_progress() as watch,
-        pruned(model, prune, options, include, exclude, watch) as (source, pruner, description),
+        pruned(model, prune, options, include, exclude, watch, ready) as (
+            source,
+            pruner,
+            description,
+        ),
         progress_bar("pack") as progress,
     ):
+        quantized = (source.config() or {}).get(QUANTIZATION_KEY)
         report = pack_checkpoint(
             source,
             out,
@@ -100,14 +115,13 @@ def pack_command(
         f"{out}: {human(sizes.dense_bytes)} -> {human(sizes.packed_bytes)}, "
         f"{sizes.ratio:.2f}x smaller, {report.seconds:.1f} s, {report.gbps:.2f} GB/s"
     )
-    config = report.path / "config.json"
-    section = json.loads(config.read_text()).get("quantization_config") if config.exists() else {}
-    method = source_quantization(section)
-    if method is not None:
+    if quantized is not None:
         click.echo(
-            f"its weights are quantized ({method}): packed for storage; unpack it to run it",
+            f"its weights are quantized ({quantization_name(quantized)}): packed for storage; "
+            "unpack it to run it",
             err=True,
         )
+    left_out_line(report.left_out)
     click.echo(
         f"{sizes.packed_tensors} of {sizes.tensors} tensors packed: density {sizes.density:.4f}, "
         f"{sizes.bits_per_weight:.3f} bits a weight with all metadata and padding"

@@ -1,6 +1,7 @@
 """`endor prune`: a dense checkpoint to a dense one with zeros in it, or to masks."""
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from endor.cli.common import (
     calibration_progress,
     human,
     json_option,
+    left_out_line,
     output_options,
     progress_bar,
     selection_options,
@@ -55,12 +57,28 @@ def prune_command(
 
     The zeros take as much room as before: `endor pack` is the step that makes the files smaller.
     """
-    from endor.checkpoint import DenseReport, prune_checkpoint
-    from endor.pruning.mask_writer import MaskReport, write_masks
+    from endor.checkpoint.output import check_output
+
+    check = partial(check_output, out, resume=resume, overwrite=overwrite)
+    if not mask_only:
+        check(model)
+    from endor.checkpoint import CheckpointSource, DenseReport, prune_checkpoint
+    from endor.checkpoint.dense import dense_writes
+    from endor.pruning.mask_writer import MaskReport, check_mask_target, write_masks
+
+    def ready(source: CheckpointSource) -> None:
+        if mask_only:
+            check_mask_target(out, source.path, overwrite=overwrite)
+        else:
+            check(source.path, writes=dense_writes(source))
 
     with (
         calibration_progress() as watch,
-        pruned(model, method, options, include, exclude, watch) as (source, pruner, description),
+        pruned(model, method, options, include, exclude, watch, ready) as (
+            source,
+            pruner,
+            description,
+        ),
         progress_bar("prune") as progress,
     ):
         report: DenseReport | MaskReport
@@ -103,3 +121,4 @@ def prune_command(
             f"{human(report.dense_bytes)} before and after; to make it smaller: "
             f"endor pack {out} PACKED"
         )
+        left_out_line(report.left_out)

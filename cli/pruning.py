@@ -151,6 +151,7 @@ def pruned(
     include: Sequence[str],
     exclude: Sequence[str],
     watch: Callable[[int, int, str], None],
+    ready: Callable[["CheckpointSource"], None],
 ) -> Iterator[tuple["CheckpointSource", "WeightPruner | None", dict[str, Any]]]:
     """Yield what to convert: a source, a pruner for it (or None), and a description of both.
 
@@ -164,6 +165,7 @@ def pruned(
         include: Patterns of tensors to prune besides the default ones.
         exclude: Patterns of tensors to leave alone.
         watch: Called with layers done, layers in total, and what goes on.
+        ready: Called with the opened checkpoint, before the calibration begins.
     """
     from contextlib import closing
     from typing import cast
@@ -173,6 +175,7 @@ def pruned(
 
     with ExitStack() as stack:
         source = stack.enter_context(closing(open_source(model)))
+        ready(source)
         if name == "none":
             yield source, None, {}
             return

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import click
 
-from endor.cli.common import MODEL, human, json_option, output_options, progress_bar
+from endor.cli.common import MODEL, human, json_option, left_out_line, output_options, progress_bar
 
 
 @click.command("unpack")
@@ -20,6 +20,9 @@ def unpack_command(
 
     Every checksum is checked on the way.
     """
+    from endor.checkpoint.output import check_output
+
+    check_output(out, packed, resume=resume, overwrite=overwrite)
     from endor.checkpoint import unpack_checkpoint
 
     with progress_bar("unpack") as progress:
@@ -38,3 +41,4 @@ def unpack_command(
         f"{out}: {report.tensors} tensors, {human(report.dense_bytes)} in {report.files} file(s), "
         f"{report.seconds:.1f} s, {report.gbps:.2f} GB/s"
     )
+    left_out_line(report.left_out)

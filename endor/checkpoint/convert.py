@@ -16,12 +16,14 @@ from typing import Any
 
 from endor import kernels
 from endor.checkpoint.companions import (
+    Companions,
     copy_companions,
     find_companions,
     packed_config,
     planned_files,
 )
 from endor.checkpoint.index import build_index, dense_file_names, index_text, shard_name
+from endor.checkpoint.manifest import Writes
 from endor.checkpoint.output import OutputDirectory
 from endor.checkpoint.pipeline import OrderedWork, ScratchPool
 from endor.checkpoint.plan import Unit, plan_units
@@ -89,7 +91,7 @@ def convert(
     config = packed_config(source.config(), _describe(options))
     dense_files = dense_file_names(source.tensors.values())
     companions = find_companions(source)
-    writes = planned_files(companions, config, PACKED_INDEX_NAME)
+    writes = _writes(companions, config)
     with OutputDirectory(
         out,
         identity=identity,
@@ -115,6 +117,15 @@ def convert(
         converted_bytes=run.converted_bytes,
         left_out=companions.left_out,
     )
+
+
+def pack_writes(source: CheckpointSource) -> Writes:
+    """Return what packing `source` writes besides shards, for `check_output`."""
+    return _writes(find_companions(source), source.config())
+
+
+def _writes(companions: Companions, config: Mapping[str, Any] | None) -> Writes:
+    return planned_files(companions, config, PACKED_INDEX_NAME)
 
 
 def _describe(options: PackOptions) -> dict[str, Any]:

@@ -17,8 +17,9 @@ import numpy as np
 import xxhash
 
 from endor import kernels
-from endor.checkpoint.companions import copy_companions, find_companions, planned_files
+from endor.checkpoint.companions import Companions, copy_companions, find_companions, planned_files
 from endor.checkpoint.index import DEFAULT_DENSE_FILE, dense_file_names
+from endor.checkpoint.manifest import Writes
 from endor.checkpoint.output import OutputDirectory
 from endor.checkpoint.pipeline import OrderedWork
 from endor.checkpoint.plan import plan_units
@@ -62,10 +63,8 @@ def write_dense(
     }
     config = source.config()
     names = dense_file_names(source.tensors.values())
-    files = sorted(set(names.values()))
-    index = () if _is_whole(files) else (SAFETENSORS_INDEX_NAME,)
     companions = find_companions(source)
-    writes = planned_files(companions, config, *files, *index)
+    writes = _writes(companions, config, names)
     with OutputDirectory(
         out,
         identity=identity,
@@ -78,7 +77,7 @@ def write_dense(
         run = _Run(source, output, names, selected, pruner, progress or no_progress)
         run.write(kernels.thread_count(threads))
         copy_companions(companions, output.folder, config)
-        if index:
+        if SAFETENSORS_INDEX_NAME in writes:
             _write_index(output.folder, list(source.tensors.values()), names)
         output.publish(writes.keys())
     return DenseReport(
@@ -93,6 +92,20 @@ def write_dense(
         seconds=time.perf_counter() - began,
         left_out=companions.left_out,
     )
+
+
+def dense_writes(source: CheckpointSource) -> Writes:
+    """Return what writing `source` in dense form writes, for `check_output`."""
+    names = dense_file_names(source.tensors.values())
+    return _writes(find_companions(source), source.config(), names)
+
+
+def _writes(
+    companions: Companions, config: Mapping[str, Any] | None, names: Mapping[str, str]
+) -> Writes:
+    files = sorted(set(names.values()))
+    index = () if _is_whole(files) else (SAFETENSORS_INDEX_NAME,)
+    return planned_files(companions, config, *files, *index)
 
 
 def _is_whole(files: Sequence[str]) -> bool:

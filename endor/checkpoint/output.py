@@ -54,7 +54,8 @@ class OutputDirectory:
         out: The directory to make; a link to an empty directory stands for that directory.
         identity: What the result depends on, as JSON values; a resumed run must have the same.
         source: The directory or file that is read; it must not be replaced.
-        writes: What will be written to `folder`, besides shards.
+        writes: What will be written to `folder`, besides shards; None if that is not known yet, as
+            it may be for `check`.
         resume: Go on with what an earlier run left, if there is any.
         overwrite: Replace OUT, and drop what an earlier run left.
 
@@ -87,6 +88,7 @@ class OutputDirectory:
         self.finished: list[dict[str, Any]] = []
         self._identity = _HEAD | json.loads(json.dumps(identity))
         self._source = source
+        self._planned = writes is not None
         self._writes = dict(writes or {})
         self._known: set[str] = set(self._writes)
         self._resume = resume
@@ -112,7 +114,8 @@ class OutputDirectory:
         """Raise what entering would raise now, short of the identity; begin nothing."""
         try:
             self._look()
-            check_target(self.out, self._writes, overwrite=self._overwrite)
+            if self._planned or not self._overwrite:
+                check_target(self.out, self._writes, overwrite=self._overwrite)
             if self._journal >= 0:
                 self._check_unfinished(self._read()[0])
         finally:

@@ -5,6 +5,7 @@ import fcntl
 import itertools
 import os
 import re
+import stat
 from pathlib import Path
 
 TEMPORARY_NAME = re.compile(r"\..+\.\d+\.\d+\.tmp")
@@ -76,23 +77,34 @@ def sync_directory(directory: Path) -> None:
         os.close(fd)
 
 
-def remove_stale_temporaries(directory: Path) -> list[Path]:
+def remove_stale_temporaries(directory: Path, target: str | None = None) -> list[Path]:
     """Remove what killed writers left in `directory`, and return the removed paths.
 
-    A file that a living process is still writing stays, and so does one of another user.
+    A file that a living process is still writing stays, and so does one of another user, or one
+    with a second name.
+
+    Args:
+        directory: Where to look.
+        target: Only what was to become the file of this name.
     """
+    start = None if target is None else f".{target[:_NAME_LIMIT]}."
     removed = []
     for path in sorted(directory.iterdir()):
         if not TEMPORARY_NAME.fullmatch(path.name):
             continue
+        if start is not None and not path.name.startswith(start):
+            continue
         try:
-            fd = os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
+            fd = os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
         except OSError:
             continue
         try:
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            path.unlink()
-            removed.append(path)
+            found = os.fstat(fd)
+            ours = stat.S_ISREG(found.st_mode) and found.st_uid == os.geteuid()
+            if ours and found.st_nlink == 1:
+                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                path.unlink()
+                removed.append(path)
         except OSError:
             pass
         finally:

@@ -90,7 +90,16 @@ def test_only_what_the_dead_left_is_removed(tmp_path: Path) -> None:
             path.touch()
         link = tmp_path / ".link.1.2.tmp"
         link.symlink_to(others[0])
+        pipe = tmp_path / ".pipe.1.2.tmp"
+        os.mkfifo(pipe)
+        second = tmp_path / ".second.1.2.tmp"
+        second.hardlink_to(others[0])
+        assert remove_stale_temporaries(tmp_path, "other") == []
+        assert remove_stale_temporaries(tmp_path, "dead") == [dead_path]
+        dead_path.touch()
         assert remove_stale_temporaries(tmp_path) == [dead_path]
+        assert pipe.exists()
+        assert second.exists()
         assert living_path.exists()
         assert mine.path.exists()
         assert link.is_symlink()
@@ -99,6 +108,7 @@ def test_only_what_the_dead_left_is_removed(tmp_path: Path) -> None:
         for child in (living, dead):
             child.communicate()
         mine.discard()
+    (tmp_path / ".second.1.2.tmp").unlink()
     assert remove_stale_temporaries(tmp_path) == [living_path]
     assert remove_stale_temporaries(tmp_path) == []
 
