@@ -14,8 +14,11 @@ EndorError
 ├── PruningError           a pruning run cannot go on
 └── ConfigError            an option or combination of options makes no sense
 
-A message says where, the rule, what was found and the next step. One warning stands beside them:
-`SlowWarning`, given once, for what works but at a fraction of the speed.
+Two warnings stand beside them, for the library prints nothing: `EndorWarning` is what a caller should
+know that changes no weight, and `SlowWarning`, of that kind and given once, is for what works but at
+a fraction of the speed.
+
+A message says where, the rule, what was found and the next step.
 """
 
 
@@ -72,7 +75,7 @@ class ConfigError(EndorError):
 
 
 class EndorWarning(UserWarning):
-    """Something that the caller should know and that changes no result."""
+    """Something that a caller should know, and that changes no weight."""
 
 
 class SlowWarning(EndorWarning):

@@ -22,7 +22,7 @@ from endor.checkpoint.index import SHARD_NAME
 from endor.checkpoint.source import CONFIG_NAME
 from endor.checkpoint.tensors import CheckpointSource
 from endor.errors import CheckpointError, EndorError
-from endor.storage.header import parse_json
+from endor.jsontext import parse
 from endor.storage.layout import FORMAT_VERSION
 
 QUANTIZATION_KEY = "quantization_config"
@@ -167,8 +167,8 @@ def _named_folders(root: Path, files: Mapping[str, Path]) -> set[str]:
         if path.stat().st_size <= _MAX_CONFIG_BYTES:
             with path.open("rb") as file:
                 text = file.read(_MAX_CONFIG_BYTES)
-            try:  # a list is allowed here, and an object everywhere
-                document = parse_json(b'{"all":' + text + b"}", str(path))
+            try:
+                document = parse(text, str(path), lenient=True)
             except EndorError:
                 continue
             named |= {value.removeprefix("./").partition("/")[0] for value in _strings(document)}

@@ -10,9 +10,10 @@ from typing import Any
 
 import xxhash
 
-from endor.checkpoint.source import PACKED_INDEX_NAME, read_json
+from endor.checkpoint.source import PACKED_INDEX_NAME
 from endor.checkpoint.tensors import SourceTensor
 from endor.errors import CheckpointError, ChecksumError, EndorWarning, FormatError
+from endor.jsontext import read_object
 from endor.storage import FileLayout
 from endor.storage.layout import FORMAT_VERSION, array_key
 
@@ -202,7 +203,7 @@ def dense_file_names(tensors: Iterable[SourceTensor]) -> dict[str, str]:
 
 def _parse(path: Path) -> PackedIndex:
     """Return the index at `path`, its checksum and its names checked; not whether shards exist."""
-    document = read_json(path)
+    document = read_object(path)
     try:
         entry = document["metadata"]["endor"]
         version, names = entry["format_version"], entry["dense_files"]

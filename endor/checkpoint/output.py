@@ -28,7 +28,7 @@ from typing import Any, Self
 
 from endor.checkpoint.manifest import Writes, name_some, replaceable
 from endor.errors import CheckpointError, EndorError, EndorWarning, OutputExistsError
-from endor.storage.header import parse_json
+from endor.jsontext import parse_object
 from endor.storage.temporary import TEMPORARY_NAME, sync_directory
 from endor.storage.tree import list_tree, open_directory, remove_tree
 
@@ -357,7 +357,7 @@ class OutputDirectory:
             if not line.endswith(b"\n"):
                 break
             try:
-                lines.append(parse_json(line, str(self._path(JOURNAL_NAME))))
+                lines.append(parse_object(line, str(self._path(JOURNAL_NAME))))
             except EndorError:
                 break
             nbytes += len(line)
