@@ -78,7 +78,7 @@ def refused(out, source, match, kind=EndorError, **options):
     for variant in variants:
         for start in (enter, check_output):
             with pytest.raises(kind, match=match):
-                start(out, source, **variant)
+                start(out, source, **({"writes": {}} | variant))
             assert tree(source.parent) == before
 
 
