@@ -37,7 +37,7 @@ class PackedIndex:
     Attributes:
         files: Shards, in order.
         dense_files: Per tensor the dense file that it came from, and goes back to.
-        headers: Per shard the checksum of its header; None in an index of Endor 0.1.
+        headers: Per shard the checksum of its header; None in an older index.
         companions: What was published besides shards and index; None as `headers`.
     """
 
@@ -57,7 +57,7 @@ def build_index(
     Args:
         layouts: The shards, in order.
         dense_files: Per tensor the dense file it goes back to.
-        companions: What is published besides; None for an index as Endor 0.1 wrote it.
+        companions: What is published besides; None for an index as older versions wrote it.
     """
     weight_map: dict[str, str] = {}
     total = 0
@@ -137,7 +137,7 @@ def check_shards(directory: Path, index: PackedIndex, layouts: Iterable[FileLayo
     shards of another packing, which are whole in themselves, are noticed here and nowhere else.
 
     Warns:
-        EndorWarning: The index is of Endor 0.1 and holds no checksums of headers.
+        EndorWarning: The index is an older one and holds no checksums of headers.
 
     Raises:
         ChecksumError: A shard is another one.

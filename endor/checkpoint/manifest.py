@@ -1,8 +1,8 @@
 """Which files of a directory Endor wrote: what `--overwrite` may replace, and nothing else.
 
 The index of a packed checkpoint lists every file that was published with it. A dense checkpoint has
-no such list, for it equals byte for byte what other tools write, and neither have packed ones of
-Endor 0.1: there a file is taken for ours by its name, the usual names of checkpoints, and what the
+no such list, for it equals byte for byte what other tools write, and neither have older packed
+ones: there a file is taken for ours by its name, the usual names of checkpoints, and what the
 present run writes again with the same content.
 """
 

@@ -106,7 +106,7 @@ def edit_index(packed: Path, change: Callable[[dict[str, Any]], None]) -> None:
 
 
 def make_old(packed: Path) -> None:
-    """Give a packed checkpoint the index that Endor 0.1 wrote."""
+    """Give a packed checkpoint the index that older versions wrote."""
 
     def change(document: dict[str, Any]) -> None:
         del document["metadata"]["endor"]["headers"]

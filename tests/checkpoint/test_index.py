@@ -1,7 +1,9 @@
 """The index holds shards together, and cannot name what it has no business with."""
 
+import json
 import shutil
 from contextlib import closing
+from pathlib import Path
 
 import pytest
 
@@ -134,3 +136,9 @@ def test_a_file_without_the_usual_ending(tmp_path, model):
     assert found.read_bytes() == (tmp_path / "weights").read_bytes()
     with closing(open_source(tmp_path / "dense")) as source:
         assert source.tensors
+
+
+def test_the_documentation_names_every_member(packed):
+    text = (Path(__file__).parents[2] / "docs" / "format.md").read_text()
+    document = json.loads((packed / "endor.safetensors.index.json").read_text())
+    assert all(f"| `{member}` |" in text for member in document["metadata"]["endor"])
