@@ -46,9 +46,7 @@ def output_options(command: Command) -> Command:
     """Add `--resume`, `--overwrite` and `--threads`."""
     for option in (
         click.option("--threads", type=click.IntRange(1), help="Workers; every CPU when omitted."),
-        click.option(
-            "--overwrite", is_flag=True, help="Replace OUT if Endor wrote all of it."
-        ),
+        click.option("--overwrite", is_flag=True, help="Replace OUT if Endor wrote all of it."),
         click.option("--resume", is_flag=True, help="Go on with an interrupted run."),
     ):
         command = option(command)

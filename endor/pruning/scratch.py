@@ -10,7 +10,7 @@ from pathlib import Path
 
 PREFIX = "endor-prune-"
 _LOCK_NAME = ".lock"
-_OURS = re.compile(r"\.lock|layer-\d{5}\.(safetensors|partial)|tmp\w+")
+_OURS = re.compile(r"\.lock|layer-\d{5}\.safetensors|tmp\w+")
 _OLD_SECONDS = 3600.0
 
 

@@ -6,7 +6,10 @@ import itertools
 import os
 import re
 import stat
+import warnings
 from pathlib import Path
+
+from endor.errors import EndorWarning
 
 TEMPORARY_NAME = re.compile(r"\..+\.\d+\.\d+\.tmp")
 _NAME_LIMIT = 200
@@ -49,11 +52,24 @@ class TemporaryFile:
             return False
 
     def commit(self) -> None:
-        """Give the file its final name, so that it survives a power cut; then close it."""
+        """Give the file its final name, so that it survives a power cut; then close it.
+
+        Warns:
+            EndorWarning: The file is complete, but its name may not survive a power cut.
+        """
         os.fsync(self.fd)
         self.path.replace(self.target)
-        sync_directory(self.target.parent)
-        self.close()
+        try:
+            sync_directory(self.target.parent)
+        except OSError as error:
+            warnings.warn(
+                f"{self.target}: is complete, but its directory could not be flushed to the disk "
+                f"({error})",
+                EndorWarning,
+                stacklevel=2,
+            )
+        with contextlib.suppress(OSError):  # flushed before
+            self.close()
 
     def discard(self) -> None:
         """Remove the file; does nothing after a commit."""

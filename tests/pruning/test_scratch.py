@@ -15,7 +15,7 @@ import sys
 from endor.pruning.scratch import ScratchFolder
 folder = ScratchFolder()
 (folder.path / "layer-00000.safetensors").write_text("x")
-(folder.path / "layer-00001.partial").write_text("x")
+(folder.path / "tmp0_ab12").write_text("x")
 print(folder.path, flush=True)
 sys.stdin.read()
 """

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from endor.errors import EndorWarning
 from endor.storage import TemporaryFile, remove_stale_temporaries
 
 MAKE = """
@@ -52,6 +53,19 @@ def test_permissions_follow_the_umask(tmp_path: Path) -> None:
     finally:
         os.umask(old)
     assert (tmp_path / "x").stat().st_mode & 0o777 == 0o640
+
+
+def test_a_complete_file_is_a_success(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What fails after the rename is a warning: the file is there, and whole."""
+    from endor.storage import temporary
+
+    def fail(directory: Path) -> None:
+        raise OSError(5, "Input/output error", str(directory))
+
+    monkeypatch.setattr(temporary, "sync_directory", fail)
+    with pytest.warns(EndorWarning, match="is complete, but"):
+        TemporaryFile(tmp_path / "x").commit()
+    assert [path.name for path in tmp_path.iterdir()] == ["x"]
 
 
 def test_two_for_one_target(tmp_path: Path) -> None:
