@@ -87,7 +87,11 @@ def find_companions(source: CheckpointSource) -> Companions:
             files |= _files_below(folder, root)
         else:
             left_out.append(f"{folder.name}/")
-    return Companions(files, tuple(sorted(left_out)))
+    for name in [name for name in files if not _is_unicode(name)]:
+        del files[name]  # no index and no journal could name it
+        left_out.append(name)
+    shown = (name.encode(errors="backslashreplace").decode() for name in left_out)
+    return Companions(files, tuple(sorted(shown)))
 
 
 def planned_files(
@@ -137,6 +141,14 @@ def _blobs(home: Path) -> Iterator[Path]:
     for folder in (home, *home.parents):
         if folder.parent.name == "snapshots" and "--" in folder.parent.parent.name:
             yield folder.parent.parent / "blobs"
+
+
+def _is_unicode(name: str) -> bool:
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _files_below(folder: Path, root: Path) -> dict[str, Path]:

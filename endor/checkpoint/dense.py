@@ -243,7 +243,7 @@ class _Run:
         finished = set()
         for entry in self.output.finished:
             name = entry.get("file")
-            if name not in self.files:
+            if not isinstance(name, str) or name not in self.files:
                 raise CheckpointError(
                     f"{self.output.partial}: the journal names {name!r}, which is no file of this "
                     "checkpoint; start again with --overwrite"

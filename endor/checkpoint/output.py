@@ -201,8 +201,7 @@ class OutputDirectory:
         if lines[0].get("endor journal") != 1:
             raise self._foreign(f"{JOURNAL_NAME} is not Endor's")
         for line in lines[1:]:
-            writes = line.get("writes")
-            self._known.update(writes if isinstance(writes, list) else ())
+            self._known |= _names(line.get("writes"))
         strangers = sorted(names - {JOURNAL_NAME, CONTENT_NAME, REPLACED_NAME})
         strangers += [
             f"{CONTENT_NAME}/{name}"
@@ -421,7 +420,7 @@ class OutputDirectory:
 
     def _clean(self, replaced: object) -> None:
         """Remove `OUT.partial` after its content was published."""
-        names = set(replaced) if isinstance(replaced, list) else set()
+        names = _names(replaced)
         with self._below(REPLACED_NAME) as fd:
             left = remove_tree(fd, names.__contains__) if fd is not None else []
         if left:
@@ -575,6 +574,11 @@ def _sync_tree(folder: Path) -> None:
             os.fsync(fd)
         finally:
             os.close(fd)
+
+
+def _names(value: object) -> set[str]:
+    """Return the names in a list of a journal."""
+    return {name for name in value if isinstance(name, str)} if isinstance(value, list) else set()
 
 
 def _brief(value: object) -> str:

@@ -178,3 +178,11 @@ def test_no_companion_vanishes(tmp_path, model, name):
     pack_checkpoint(model, tmp_path / "packed")
     unpack_checkpoint(tmp_path / "packed", tmp_path / "dense")
     assert (tmp_path / "dense" / name).read_text() == "mine"
+
+
+def test_names_that_are_no_unicode_are_left_out_and_named(tmp_path, model):
+    import os
+
+    (model / os.fsdecode(b"caf\xe9.txt")).write_text("mine")
+    report = pack_checkpoint(model, tmp_path / "out")
+    assert report.left_out == ("caf\\udce9.txt",)

@@ -140,6 +140,37 @@ def test_a_journal_that_was_cut_short_at_its_start(tmp_path, source):
         output.partial.mkdir()
 
 
+HOSTILE_LINES = [
+    '{"file":{}}',
+    '{"file":["a"]}',
+    '{"file":5}',
+    '{"writes":[{},[],5]}',
+    '{"writes":5}',
+]
+HOSTILE_LINES += [
+    '{"writes":5}',
+    '{"publishing":[{}]}',
+    '{"publishing":5}',
+    '{"file":"..","x":' + "9" * 5000 + "}",
+]
+HOSTILE_LINES += ["[" * 100_000, '{"file":"\\ud800"}', "null", "\0", '{"writes":["../x"]}']
+
+
+@pytest.mark.parametrize("line", HOSTILE_LINES, ids=range(len(HOSTILE_LINES)))
+def test_hostile_lines(tmp_path, source, line):
+    out = tmp_path / "out"
+    leave(out, source, 1)
+    with (tmp_path / "out.partial" / JOURNAL_NAME).open("a") as file:
+        file.write(line + "\n")
+    before = tree(source)
+    for options in ({}, {"resume": True}):
+        with contextlib.suppress(EndorError):
+            enter(out, source, **options)
+    write(out, source, overwrite=True)
+    assert tree(out) == {"model.safetensors": "new"}
+    assert tree(source) == before
+
+
 def test_other_identity(tmp_path, source):
     leave(tmp_path / "out", source, 1, identity={"codec": "raw", "same": 1})
     changed = {"codec": "auto", "same": 1}
