@@ -437,7 +437,7 @@ def edit_journal(partial, change):
     path.write_text(text)
 
 
-PLANTED = ["../precious", "/etc/hostname", "precious", ".", "", None, 5, ["a"], "a\0b", "\ud800"]
+PLANTED = ["../precious", "/etc/hostname", "precious", ".", "", None, 5, ["a"], "a\0b"]
 PLANTED += ["endor-00002.safetensors", "sub/endor-00001.safetensors"]
 PLANTED += ["endor-00001-of-00009.safetensors"]
 
