@@ -36,6 +36,7 @@ DTYPE_ORDER += ["F8_E8M0", "F8_E4M3", "F8_E5M2", "I8", "U8", "BOOL"]
 """How the safetensors library orders element types in a file."""
 
 _PIECE_BYTES = 16 << 20
+_CHECKSUM_BYTES = 1 << 20
 
 
 def write_dense(
@@ -268,7 +269,7 @@ def _identity_of(path: Path) -> dict[str, Any]:
 def _file_checksum(path: Path) -> str:
     digest = xxhash.xxh3_64()
     with path.open("rb", buffering=0) as file:
-        while piece := file.read(_PIECE_BYTES):
+        while piece := file.read(_CHECKSUM_BYTES):
             digest.update(piece)
     return str(digest.hexdigest())
 

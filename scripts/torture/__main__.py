@@ -54,11 +54,18 @@ def main() -> None:
             plain = found[:5]
             runs = {
                 "kills": lambda: kill_campaign(work, found, share, chosen.seed),
-                "calls": lambda: fault_campaign(work, plain, KILLS, "kill -9 at each call", share),
-                "faults": lambda: fault_campaign(
-                    work, plain, FAULTS, "EIO, ENOSPC, EINTR, short at each call", share
+                "calls": lambda: fault_campaign(
+                    work, plain, KILLS, "kill -9 at each call", share, chosen.seed
                 ),
-                "memory": lambda: memory(work, share),
+                "faults": lambda: fault_campaign(
+                    work,
+                    plain,
+                    FAULTS,
+                    "EIO, ENOSPC, EINTR, short at each call",
+                    share,
+                    chosen.seed,
+                ),
+                "memory": lambda: memory(work, share, chosen.seed),
             }
             results += [show(runs[name]()) for name in timed]
         if "files" in wanted:

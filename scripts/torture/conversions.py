@@ -227,7 +227,12 @@ def disturbed(work: Path, conversion: Conversion, **how: object) -> tuple[str, s
 
 
 def fault_campaign(
-    work: Path, found: list[Conversion], modes: tuple[str, ...], name: str, seconds: float
+    work: Path,
+    found: list[Conversion],
+    modes: tuple[str, ...],
+    name: str,
+    seconds: float,
+    seed: int,
 ) -> Result:
     """Let each system call of each conversion fail in turn: all of them, or as many as fit."""
     result = Result(name)
@@ -239,7 +244,7 @@ def fault_campaign(
         yard.close()
         cases += [(conversion, call, mode) for call in range(1, count + 1) for mode in modes]
     result.outcomes["of"] = len(cases)
-    random.Random(0).shuffle(cases)
+    random.Random(seed).shuffle(cases)
     for conversion, call, mode in cases:
         if time.monotonic() - began > seconds:
             break
@@ -271,7 +276,7 @@ def kill_campaign(work: Path, found: list[Conversion], seconds: float, seed: int
     return result
 
 
-def memory_campaign(work: Path, seconds: float) -> Result:
+def memory_campaign(work: Path, seconds: float, seed: int) -> Result:
     """Run commands with less and less address space."""
     result = Result("memory limits")
     began = time.monotonic()
@@ -283,7 +288,7 @@ def memory_campaign(work: Path, seconds: float) -> Result:
         ["inspect", str(work / "packed")],
     ]
     cases = [(c, limit) for limit in range(0, 96, 3) for c in commands]
-    random.Random(0).shuffle(cases)
+    random.Random(seed).shuffle(cases)
     for command, limit in cases:
         if time.monotonic() - began > seconds:
             break

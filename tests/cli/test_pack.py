@@ -128,7 +128,7 @@ def no_output(model):
     [
         (missing_shard, ["1 of 1 shards are missing", "model-00001-of-00002.safetensors"]),
         (truncated, ["model.safetensors", "truncated"]),
-        (wrong_dtype, ["dtype must be one of", "BF17"]),
+        (wrong_dtype, ["dtype", "BF17"]),
         (collision, ["q_proj.weight_bitmap", "collides"]),
         (no_output, ["exists already", "--overwrite"]),
     ],
