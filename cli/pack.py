@@ -71,7 +71,8 @@ def pack_command(
     is lost: `endor unpack` gives back every bit.
     """
     from endor.checkpoint import pack_checkpoint
-    from endor.checkpoint.companions import source_quantization
+    from endor.checkpoint.companions import QUANTIZATION_KEY, source_quantization
+    from endor.checkpoint.source import read_config
 
     with (
         calibration_progress() as watch,
@@ -100,9 +101,7 @@ def pack_command(
         f"{out}: {human(sizes.dense_bytes)} -> {human(sizes.packed_bytes)}, "
         f"{sizes.ratio:.2f}x smaller, {report.seconds:.1f} s, {report.gbps:.2f} GB/s"
     )
-    config = report.path / "config.json"
-    section = json.loads(config.read_text()).get("quantization_config") if config.exists() else {}
-    method = source_quantization(section)
+    method = source_quantization((read_config(report.path) or {}).get(QUANTIZATION_KEY))
     if method is not None:
         click.echo(
             f"its weights are quantized ({method}): packed for storage; unpack it to run it",

@@ -8,9 +8,10 @@ from typing import Any
 
 import xxhash
 
-from endor.checkpoint.source import PACKED_INDEX_NAME, read_json
+from endor.checkpoint.source import PACKED_INDEX_NAME
 from endor.checkpoint.tensors import SourceTensor
 from endor.errors import CheckpointError, ChecksumError, FormatError
+from endor.jsontext import read_object
 from endor.storage import FileLayout
 from endor.storage.layout import FORMAT_VERSION, array_key
 
@@ -81,7 +82,7 @@ def read_packed_index(directory: Path) -> PackedIndex:
             f"{directory}: no packed checkpoint here ({PACKED_INDEX_NAME} is missing); "
             "make one with: endor pack MODEL OUT"
         )
-    document = read_json(path)
+    document = read_object(path)
     try:
         entry = document["metadata"]["endor"]
         version, names = entry["format_version"], entry["dense_files"]

@@ -16,7 +16,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from endor.errors import CheckpointError, OutputExistsError
+from endor.errors import CheckpointError, FormatError, OutputExistsError
+from endor.jsontext import parse
 from endor.storage import remove_stale_temporaries
 from endor.storage.temporary import sync_directory
 
@@ -193,8 +194,8 @@ def _read_lines(journal: Path) -> tuple[list[dict[str, Any]], int]:
     lines, nbytes = [], 0
     for line in journal.read_bytes().splitlines(keepends=True):
         try:
-            value = json.loads(line)
-        except (UnicodeDecodeError, json.JSONDecodeError):
+            value = parse(line, str(journal))
+        except FormatError:
             break
         if not line.endswith(b"\n") or not isinstance(value, dict):
             break

@@ -7,7 +7,6 @@ sizes), so that a conversion does not fail half way on its input.
 """
 
 import hashlib
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ import numpy as np
 from endor.checkpoint.files import Extent, ReadOnlyFile, read_header
 from endor.checkpoint.tensors import CheckpointSource, SourceTensor
 from endor.errors import CheckpointError
+from endor.jsontext import read_object
 
 CONFIG_NAME = "config.json"
 PACKED_INDEX_NAME = "endor.safetensors.index.json"
@@ -74,28 +74,11 @@ def _open(path: Path) -> CheckpointSource:
     )
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """Return the JSON object in `path`.
-
-    Raises:
-        CheckpointError: it is missing or not a JSON object.
-    """
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise CheckpointError(f"{path}: no such file; is the checkpoint complete?") from None
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise CheckpointError(f"{path}: must be JSON: {error}") from None
-    if not isinstance(value, dict):
-        raise CheckpointError(f"{path}: must hold a JSON object, got {type(value).__name__}")
-    return value
-
-
 def read_config(directory: Path | None) -> dict[str, Any] | None:
     """Return config.json of `directory`; None when there is none."""
     if directory is None or not (directory / CONFIG_NAME).exists():
         return None
-    return read_json(directory / CONFIG_NAME)
+    return read_object(directory / CONFIG_NAME, lenient=True)
 
 
 def read_index(path: Path) -> dict[str, frozenset[str] | None]:
@@ -104,7 +87,7 @@ def read_index(path: Path) -> dict[str, frozenset[str] | None]:
     Raises:
         CheckpointError: the index is malformed, or a shard is missing.
     """
-    weight_map = read_json(path).get("weight_map")
+    weight_map = read_object(path).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError(f"{path}: weight_map must map tensor names to files")
     names: dict[str, set[str]] = {}
@@ -192,12 +175,12 @@ def _from_safetensors(
 
     extents: dict[Path, dict[str, Extent]] = {}
     for file, expected in files.items():
-        header = read_header(file)
-        if "endor" in header.metadata:
+        tensors, metadata = read_header(file)
+        if "endor" in metadata:
             raise CheckpointError(
                 f"{file}: is packed by Endor; give its whole directory (with {PACKED_INDEX_NAME})"
             )
-        check_names(file, header.tensors, expected)
-        extents[file] = dict(header.tensors)
+        check_names(file, tensors, expected)
+        extents[file] = tensors
     source = SafetensorsSource(path, directory, extents)
     return BitmaskSource(source) if has_bitmasks(source) else source

@@ -9,6 +9,7 @@ import numpy as np
 
 from endor.codecs import TensorSpec
 from endor.errors import FormatError, TruncatedError
+from endor.jsontext import parse_object
 from endor.storage.header import (
     DIRECTORY_KEY,
     METADATA_KEY,
@@ -19,7 +20,6 @@ from endor.storage.header import (
     check_entry_size,
     is_count,
     is_shape,
-    parse_json,
 )
 
 FORMAT_VERSION = 1
@@ -109,7 +109,7 @@ class Directory:
         text = header.metadata.get(DIRECTORY_KEY)
         if text is None:
             raise self.wrong(f"metadata must hold {DIRECTORY_KEY!r}")
-        self.directory = parse_json(text, f"{self.path}: metadata {DIRECTORY_KEY!r}")
+        self.directory = parse_object(text, f"{self.path}: metadata {DIRECTORY_KEY!r}")
         self.records: dict[str, tuple[int, int, str]] = {}
         self.claims: dict[str, str] = {}
 

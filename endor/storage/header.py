@@ -10,6 +10,7 @@ from typing import Any
 
 from endor.codecs import DTYPES
 from endor.errors import ChecksumError, FormatError, TruncatedError
+from endor.jsontext import parse_object
 from endor.storage.checksum import DIGITS, checksum
 
 PREFIX_BYTES = 8
@@ -108,8 +109,9 @@ class Header:
                 f"{path}: header must begin with b'{{', got {first!r}; this is not a safetensors "
                 "file, or it is damaged"
             )
-        document = parse_json(raw[PREFIX_BYTES:], f"{path}: header")
+        document = parse_object(raw[PREFIX_BYTES:], f"{path}: header")
         metadata = document.pop(METADATA_KEY, {})
+        metadata = {} if metadata is None else metadata  # as the safetensors library has it
         if not isinstance(metadata, dict) or not all(
             isinstance(value, str) for value in metadata.values()
         ):
@@ -172,33 +174,22 @@ def finish(blank: bytes, data_start: int) -> bytes:
     return raw.replace(_MARKER + _BLANK, _MARKER + checksum(raw).encode(), 1)
 
 
-def parse_json(text: bytes | str, where: str) -> dict[str, Any]:
-    """Return the JSON object in `text`, refusing what parsers disagree about.
-
-    Raises:
-        FormatError: `text` is not UTF-8, not JSON, not an object, or repeats a key.
-    """
-    try:
-        document = json.loads(
-            text if isinstance(text, str) else text.decode(),
-            object_pairs_hook=_unique,
-            parse_constant=_refuse_constant,
-        )
-    except (ValueError, RecursionError) as error:
-        raise FormatError(f"{where} must be JSON: {error}; copy the file again") from None
-    if not isinstance(document, dict):
-        raise FormatError(f"{where} must be a JSON object, got {type(document).__name__}")
-    return document
-
-
 def is_count(value: object) -> bool:
     """Whether `value` is a non-negative integer that fits 64 bits (and no bool)."""
     return type(value) is int and 0 <= value < 1 << 63
 
 
 def is_shape(value: object) -> bool:
-    """Whether `value` is a list of sizes, short enough that their product is cheap."""
-    return isinstance(value, list) and len(value) <= MAX_DIMS and all(map(is_count, value))
+    """Whether `value` is a list of sizes that an array can have.
+
+    Sizes beside a 0 count too: no library can hold an array of `[0, 2**62]`.
+    """
+    return (
+        isinstance(value, list)
+        and len(value) <= MAX_DIMS
+        and all(map(is_count, value))
+        and math.prod(max(size, 1) for size in value) < 1 << 60
+    )
 
 
 def brief(value: object) -> str:
@@ -214,7 +205,10 @@ def _parse_entry(path: Path, key: str, value: object) -> Entry:
     if not isinstance(dtype, str):
         raise FormatError(f"{path}: {key}: dtype must be a string, got {brief(dtype)}")
     if not is_shape(shape):
-        raise FormatError(f"{path}: {key}: shape must be a list of sizes, got {brief(shape)}")
+        raise FormatError(
+            f"{path}: {key}: shape must be a list of sizes that an array can have, got "
+            f"{brief(shape)}"
+        )
     if (
         not isinstance(offsets, list)
         or len(offsets) != 2
@@ -237,21 +231,6 @@ def check_entry_size(path: Path, key: str, entry: Entry) -> None:
             f"{path}: {key}: {entry.dtype} {list(entry.shape)} must take {needed} bytes, "
             f"data_offsets give {entry.stop - entry.start}"
         )
-
-
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    out = dict(pairs)
-    for key in out:
-        key.encode()  # lone surrogates, which \u escapes can smuggle in
-    if len(out) != len(pairs):
-        seen: set[str] = set()
-        repeated = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
-        raise ValueError(f"key {repeated!r} occurs twice")
-    return out
-
-
-def _refuse_constant(name: str) -> None:
-    raise ValueError(f"{name} is not JSON")
 
 
 def _dump(value: object) -> str:
