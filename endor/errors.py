@@ -16,6 +16,9 @@ EndorError
 
 A message says where, the rule, what was found and the next step. One warning stands beside them:
 `SlowWarning`, given once, for what works but at a fraction of the speed.
+`EndorWarning` is what a caller should know that changes no weight; the library prints nothing.
+
+A message says where, the rule, what was found and the next step.
 """
 
 
@@ -73,3 +76,7 @@ class ConfigError(EndorError):
 
 class SlowWarning(UserWarning):
     """Something works, but far slower than it could: the message says why and what helps."""
+
+
+class EndorWarning(UserWarning):
+    """Something about the input that a caller should know, and that changes no weight."""

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from endor.errors import CheckpointError, EndorError, FormatError
+from endor.foreign import LFS_PREFIX, describe_file
 
 MAX_DEPTH = 100
 """Nested lists and objects."""
@@ -103,6 +104,8 @@ def read_object(
                 f"{advice}"
             )
         text = path.read_bytes()
+        if text.startswith(LFS_PREFIX):
+            raise error(f"{path}: {describe_file(path)}")
     except FileNotFoundError:
         raise error(f"{path}: no such file; is the checkpoint complete?") from None
     return parse_object(text, f"{path}:", error=error, lenient=lenient, advice=advice)

@@ -176,30 +176,33 @@ def endor_dtype(dtype: "torch.dtype") -> DType:
     return codecs.dtype(name)
 
 
+TORCH_NAMES = {
+    "bfloat16": "BF16",
+    "float16": "F16",
+    "float32": "F32",
+    "float64": "F64",
+    "float8_e4m3fn": "F8_E4M3",
+    "float8_e5m2": "F8_E5M2",
+    "float8_e8m0fnu": "F8_E8M0",
+    "int8": "I8",
+    "uint8": "U8",
+    "int16": "I16",
+    "uint16": "U16",
+    "int32": "I32",
+    "uint32": "U32",
+    "int64": "I64",
+    "uint64": "U64",
+    "bool": "BOOL",
+    "complex64": "C64",
+}
+"""Safetensors code of each torch dtype, by its name in torch."""
+
+
 def _names() -> dict["torch.dtype", str]:
     if not _NAMES:
         import torch
 
-        pairs = {
-            "bfloat16": "BF16",
-            "float16": "F16",
-            "float32": "F32",
-            "float64": "F64",
-            "float8_e4m3fn": "F8_E4M3",
-            "float8_e5m2": "F8_E5M2",
-            "float8_e8m0fnu": "F8_E8M0",
-            "int8": "I8",
-            "uint8": "U8",
-            "int16": "I16",
-            "uint16": "U16",
-            "int32": "I32",
-            "uint32": "U32",
-            "int64": "I64",
-            "uint64": "U64",
-            "bool": "BOOL",
-            "complex64": "C64",
-        }
-        _NAMES.update({getattr(torch, k): v for k, v in pairs.items() if hasattr(torch, k)})
+        _NAMES.update({getattr(torch, k): v for k, v in TORCH_NAMES.items() if hasattr(torch, k)})
     return _NAMES
 
 

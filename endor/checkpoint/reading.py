@@ -7,6 +7,7 @@ import numpy as np
 from endor.checkpoint.pipeline import BufferPool, budget_for
 from endor.checkpoint.tensors import CheckpointSource, SourceTensor
 from endor.errors import PruningError
+from endor.packed import tensor_of
 from endor.pruning.contract import WeightPruner
 from endor.storage import HostBuffer
 
@@ -75,13 +76,7 @@ def prune_in_place(pruner: WeightPruner, tensor: SourceTensor, bits: np.ndarray)
     if on_bits is not None:
         on_bits(tensor.name, bits, tensor.dtype)
         return
-    import torch
-
-    from endor.checkpoint.torchfiles import TORCH_CODES
-
-    kinds = {code: kind for kind, code in TORCH_CODES.items()}
-    flat = torch.from_numpy(bits.reshape(-1).view(np.uint8))
-    weight = flat.view(kinds[tensor.dtype.name]).view(tensor.shape)
+    weight = tensor_of(bits, tensor.dtype)
     pruned = pruner.prune(tensor.name, weight)
     if pruned.shape != weight.shape or pruned.dtype != weight.dtype:
         raise PruningError(
