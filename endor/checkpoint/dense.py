@@ -31,7 +31,8 @@ from endor.pruning.contract import WeightPruner
 from endor.storage import TemporaryFile
 
 DTYPE_ORDER = ["U64", "I64", "F64", "C64", "F32", "U32", "I32", "BF16", "F16", "U16", "I16"]
-DTYPE_ORDER += ["F8_E8M0", "F8_E4M3", "F8_E5M2", "I8", "U8", "BOOL"]
+DTYPE_ORDER += ["F8_E5M2FNUZ", "F8_E4M3FNUZ", "F8_E8M0", "F8_E4M3", "F8_E5M2", "I8", "U8"]
+DTYPE_ORDER += ["F6_E3M2", "F6_E2M3", "F4", "BOOL"]
 """How the safetensors library orders element types in a file."""
 
 _PIECE_BYTES = 16 << 20

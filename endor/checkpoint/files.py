@@ -13,7 +13,7 @@ import numpy as np
 from endor.codecs import DType, dtype
 from endor.errors import CheckpointError, FormatError
 from endor.foreign import describe_file
-from endor.storage.header import Header, check_entry_size
+from endor.storage.header import Header, check_plain
 
 READ_BYTES = 1 << 30
 
@@ -36,38 +36,22 @@ def read_header(path: Path) -> tuple[dict[str, Extent], Mapping[str, str]]:
     """
     try:
         header = Header.read(path)
-        tensors = {}
-        for name, entry in header.entries.items():
-            check_entry_size(path, name, entry)
-            start, nbytes = header.data_start + entry.start, entry.stop - entry.start
-            tensors[name] = Extent(dtype(entry.dtype), entry.shape, start, nbytes)
+        check_plain(header)
     except FileNotFoundError:
         raise CheckpointError(f"{path}: no such file; is the checkpoint complete?") from None
     except FormatError as error:
         described = describe_file(path)
         raise CheckpointError(f"{path}: {described}" if described else str(error)) from None
-    _check_layout(path, tensors, header.data_start, header.file_bytes)
+    tensors = {
+        name: Extent(
+            dtype(entry.dtype),
+            entry.shape,
+            header.data_start + entry.start,
+            entry.stop - entry.start,
+        )
+        for name, entry in header.entries.items()
+    }
     return tensors, header.metadata
-
-
-def _check_layout(path: Path, tensors: Mapping[str, Extent], data_start: int, size: int) -> None:
-    position = data_start
-    for name, extent in sorted(tensors.items(), key=lambda item: (item[1].offset, item[1].nbytes)):
-        if extent.offset != position:
-            raise CheckpointError(
-                f"{path}: {name}: must start at byte {position}, where the tensor before it ends; "
-                f"the header says {extent.offset}"
-            )
-        position += extent.nbytes
-    if position > size:
-        raise CheckpointError(
-            f"{path}: truncated: the header needs {position} bytes, the file has {size}; "
-            "fetch it again"
-        )
-    if position < size:
-        raise CheckpointError(
-            f"{path}: {size - position} bytes follow the last tensor; fetch it again"
-        )
 
 
 class OpenFiles:

@@ -19,7 +19,8 @@ class Loaded:
     Attributes:
         tensor: Which.
         buffer: Where; goes back to the pool.
-        bits: Its elements over the buffer, unsigned, of its shape.
+        bits: Its elements over the buffer, unsigned, of its shape; flat bytes where they are
+            narrower than one.
     """
 
     tensor: SourceTensor
@@ -63,7 +64,13 @@ class TensorLoader:
         buffer = self.pool.take(tensor.nbytes)
         out = buffer.array[: tensor.nbytes]
         self._source.read_into(tensor.name, out)
-        return Loaded(tensor, buffer, out.view(tensor.dtype.uint).reshape(tensor.shape))
+        return Loaded(tensor, buffer, _shaped(out, tensor))
+
+
+def _shaped(out: np.ndarray, tensor: SourceTensor) -> np.ndarray:
+    shape = tensor.dtype.unit_shape(tensor.shape)
+    bits: np.ndarray = out.view(tensor.dtype.uint).reshape(shape)
+    return bits
 
 
 def prune_in_place(pruner: WeightPruner, tensor: SourceTensor, bits: np.ndarray) -> None:

@@ -342,7 +342,7 @@ def _rebuild_v3(
 ) -> _Tensor | _Unsupported:
     if metadata or not isinstance(scalar, _Scalar):
         return _Unsupported("such views")
-    if scalar.dtype is None:
+    if scalar.dtype is None or scalar.dtype.bits:
         return _Unsupported(f"{scalar.name} tensors")
     return _rebuild(storage, start, shape, strides, scalar.dtype)
 
@@ -461,5 +461,7 @@ def _held(tensor: Any) -> _Held | _Unsupported:
     try:
         kind = endor_dtype(tensor.dtype)
     except DTypeError:
+        kind = None
+    if kind is None or kind.bits:
         return _Unsupported(f"{tensor.dtype} tensors")
     return _Held(kind, bits_of(tensor.detach()))
