@@ -10,13 +10,17 @@ from endor.cli.common import (
     MODEL,
     Size,
     calibration_progress,
+    change,
     human,
     json_option,
     output_options,
     progress_bar,
+    refuse_existing,
+    resumable,
     selection_options,
 )
-from endor.cli.pruning import calibration_options, method_help, pruned
+from endor.cli.pruning import calibration_options, method_help, pruned, refuse_idle
+from endor.cli.terminal import echo, show
 from endor.codecs import CodecChoice
 from endor.pruning.contract import METHODS
 
@@ -70,11 +74,15 @@ def pack_command(
     pruned, or compressed-tensors sparse-bitmask) or a .safetensors file. Without --prune nothing
     is lost: `endor unpack` gives back every bit.
     """
+    if prune == "none":
+        refuse_idle(click.get_current_context(), "--prune METHOD")
+    refuse_existing(out, resume=resume, overwrite=overwrite)
     from endor.checkpoint import pack_checkpoint
     from endor.checkpoint.companions import QUANTIZATION_KEY, source_quantization
     from endor.checkpoint.source import read_config
 
     with (
+        resumable(out),
         calibration_progress() as watch,
         pruned(model, prune, options, include, exclude, watch) as (source, pruner, description),
         progress_bar("pack") as progress,
@@ -94,20 +102,20 @@ def pack_command(
             progress=progress,
         )
     if as_json:
-        click.echo(json.dumps(report.to_dict()))
+        echo(json.dumps(report.to_dict()))
         return
     sizes = report.sizes
-    click.echo(
+    show(
         f"{out}: {human(sizes.dense_bytes)} -> {human(sizes.packed_bytes)}, "
-        f"{sizes.ratio:.2f}x smaller, {report.seconds:.1f} s, {report.gbps:.2f} GB/s"
+        f"{change(sizes.ratio)}, {report.seconds:.1f} s, {report.gbps:.2f} GB/s"
     )
     method = source_quantization((read_config(report.path) or {}).get(QUANTIZATION_KEY))
     if method is not None:
-        click.echo(
+        show(
             f"its weights are quantized ({method}): packed for storage; unpack it to run it",
             err=True,
         )
-    click.echo(
+    show(
         f"{sizes.packed_tensors} of {sizes.tensors} tensors packed: density {sizes.density:.4f}, "
         f"{sizes.bits_per_weight:.3f} bits a weight with all metadata and padding"
     )

@@ -14,11 +14,9 @@ EndorError
 ├── PruningError           a pruning run cannot go on
 └── ConfigError            an option or combination of options makes no sense
 
-A message says where, the rule, what was found and the next step. One warning stands beside them:
-`SlowWarning`, given once, for what works but at a fraction of the speed.
-`EndorWarning` is what a caller should know that changes no weight; the library prints nothing.
-
-A message says where, the rule, what was found and the next step.
+A message says where, the rule, what was found and the next step. Two warnings stand beside them:
+`SlowWarning`, given once, for what works but at a fraction of the speed, and `EndorWarning`, for
+what a caller should know about the input and changes no weight.
 """
 
 

@@ -66,14 +66,17 @@ class Inspection:
 
 
 def inspect_checkpoint(packed_dir: Path | str) -> Inspection:
-    """Return what a packed checkpoint holds; reads headers only, weights are not checked.
+    """Return what a packed checkpoint, or a packed file, holds; reads headers only.
 
     Raises:
         CheckpointError: `packed_dir` is no packed checkpoint, or lacks a shard.
         FormatError: the index or a header is damaged.
     """
     path = Path(packed_dir)
-    layouts = [FileLayout.read(path / file) for file in read_packed_index(path).files]
+    if path.is_file():
+        layouts = [FileLayout.read(path)]
+    else:
+        layouts = [FileLayout.read(path / file) for file in read_packed_index(path).files]
     rows = tuple(
         TensorRow(entry.name, entry.spec, entry.record, layout.path.name)
         for layout in layouts
