@@ -8,6 +8,7 @@ wrote with the same tensors.
 import json
 import os
 import time
+from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from contextlib import closing
 from pathlib import Path
@@ -36,6 +37,9 @@ DTYPE_ORDER += ["F6_E3M2", "F6_E2M3", "F4", "BOOL"]
 """How the safetensors library orders element types in a file."""
 
 _PIECE_BYTES = 16 << 20
+
+MAX_OPEN_FILES = 64
+"""Files that are being written and open; where shards interleave, more are being written."""
 
 
 def write_dense(
@@ -115,6 +119,7 @@ class _DenseFile:
         if self._temporary is None:
             self._temporary = TemporaryFile(self.path)
             self._write(memoryview(self._head), 0)
+        self._temporary.resume()
         self._write(data, self.offsets[name])
         self.missing.discard(name)
 
@@ -126,6 +131,11 @@ class _DenseFile:
             except OSError as error:
                 raise OSError(error.errno, error.strerror, str(self.path)) from error
             data, offset = data[count:], offset + count
+
+    def suspend(self) -> None:
+        """Close the file until more of it comes."""
+        if self._temporary is not None:
+            self._temporary.suspend()
 
     def commit(self) -> None:
         """Give the file its name."""
@@ -154,6 +164,7 @@ class _Run:
         self.selected = selected
         self.progress = progress
         self.loader = TensorLoader(source, pruner, selected)
+        self._open: OrderedDict[str, None] = OrderedDict()
         self.weights = self.zeros = self.done_bytes = 0
         self.total_bytes = sum(tensor.nbytes for tensor in source.tensors.values())
         members: dict[str, list[SourceTensor]] = {}
@@ -197,11 +208,16 @@ class _Run:
     def _put(self, tensor: SourceTensor, loaded: Loaded) -> None:
         file = self.files[tensor.file]
         file.put(tensor.name, loaded.buffer.array[: tensor.nbytes].data)
+        self._open[tensor.file] = None
+        self._open.move_to_end(tensor.file)
+        if len(self._open) > MAX_OPEN_FILES:
+            self.files[self._open.popitem(last=False)[0]].suspend()
         self.loader.pool.give(loaded.buffer)
         self.done_bytes += tensor.nbytes
         self.progress(self.done_bytes, self.total_bytes)
         if not file.missing:
             file.commit()
+            del self._open[tensor.file]
             self.output.finish_file({"file": tensor.file, "xxh3_64": _file_checksum(file.path)})
 
     def _adopt_finished(self) -> set[str]:

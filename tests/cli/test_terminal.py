@@ -1,7 +1,6 @@
 """Streams that are closed, names that would talk to the terminal, and what must stay light."""
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -139,7 +138,8 @@ def test_what_needs_no_torch_does_not_import_it(model, tmp_path, words, code):
     endor.pack_checkpoint(model, tmp_path / "p")
     script = (
         "import atexit, sys\n"
-        f"atexit.register(lambda: print([m for m in {LIGHT} if m in sys.modules], file=sys.stderr))\n"
+        f"heavy = lambda: [m for m in {LIGHT} if m in sys.modules]\n"
+        "atexit.register(lambda: print(heavy(), file=sys.stderr))\n"
         "from endor.cli.main import main\nmain()"
     )
     places = {"p": tmp_path / "p", "m": model, "new": tmp_path / "new"}
@@ -185,7 +185,11 @@ def test_a_file_becomes_a_file(model, tmp_path):
     assert "exists already" in again.stderr
     over = shell("endor pack {x} {o} --overwrite", x=lone, o=out)
     assert over.returncode == 0, over.stderr
-    assert sorted(os.listdir(tmp_path)) == ["model", "o.safetensors", "x.safetensors"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "model",
+        "o.safetensors",
+        "x.safetensors",
+    ]
     same = shell("endor pack {x} {x} --overwrite", x=lone)
     assert "is the input" in same.stderr
 
