@@ -61,7 +61,7 @@ class Size(click.ParamType[int]):
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
         from endor.errors import ConfigError
-        from endor.offload.placement import parse_bytes
+        from endor.sizes import parse_bytes
 
         try:
             return parse_bytes(value)

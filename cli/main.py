@@ -126,6 +126,8 @@ def _one_line(error: Exception) -> str | None:
     text = " ".join(str(error).split())[:200]
     if isinstance(error, MemoryError):
         return f"not enough memory{f': {text}' if text else ''}; close something, or give --ram"
+    if isinstance(error, ImportError) and ("map segment" in text or "allocate memory" in text):
+        return f"not enough memory to load a library: {text}"
     if isinstance(error, RuntimeError):
         if "can't start new thread" in text:
             return "the system allows no more threads; give --threads 1, or raise ulimit -u"

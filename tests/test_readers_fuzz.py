@@ -186,6 +186,9 @@ HEADERS = [
 RAW = [b"", b"\0", b"\xff" * 50, b"\xff\xfeh\0i\0", b"GGUF", b"PK\3\4" * 20, b"\x80\2." * 9, b"{"]
 
 
+TELLING = [b'"', b"{", b"[", b"0", b"-1", b"\\ud800", b"null", b"\n"]
+
+
 def mutated(good: bytes, dice: random.Random) -> bytes:
     """Return `good` with a few bytes changed, cut out, doubled or swapped for telling ones."""
     raw = bytearray(good)
@@ -208,6 +211,15 @@ def mutated(good: bytes, dice: random.Random) -> bytes:
     return bytes(raw)
 
 
+def outcome(read: Callable[[], object]) -> str:
+    """Return the message of the `EndorError` that `read` raises, or nothing."""
+    try:
+        read()
+    except EndorError as error:
+        return str(error)
+    return ""
+
+
 @pytest.mark.parametrize("reader", READERS)
 def test_readers_raise_endor_errors_only(tmp_path: Path, reader: str) -> None:
     make, name, read = READERS[reader]
@@ -220,19 +232,16 @@ def test_readers_raise_endor_errors_only(tmp_path: Path, reader: str) -> None:
     for number, content in enumerate(inputs):
         (place / name).parent.mkdir(exist_ok=True)
         (place / name).write_bytes(content)
-        try:
-            read(place)
-        except EndorError as error:
-            assert str(error)
-            assert len(str(error)) < 2000
-        except Exception as error:
-            pytest.fail(f"{reader}, input {number}: {error!r} from {content[:300]!r}")
+        message = outcome(lambda: read(place))
+        assert len(message) < 2000, f"{reader}, input {number}: {content[:300]!r}"
 
 
 @pytest.mark.parametrize("content", JSON)
 def test_json(content: bytes) -> None:
     for lenient in (False, True):
-        try:
-            json.dumps(parse(content, "here", lenient=lenient), ensure_ascii=False).encode()
-        except EndorError as error:
-            assert "\n" not in str(error)
+        message = outcome(
+            lambda lenient=lenient: json.dumps(  # type: ignore[misc]
+                parse(content, "here", lenient=lenient), ensure_ascii=False
+            ).encode()
+        )
+        assert "\n" not in message

@@ -7,6 +7,7 @@ that shrinks kills the process), memory holds one tensor, and torch is not neede
 PyTorch 1.6 are not zip archives: torch opens those with `weights_only`, and they are held whole.
 """
 
+import errno
 import io
 import math
 import pickle
@@ -192,8 +193,12 @@ def _load(path: Path) -> dict[str, _Tensor | _Held]:
         start = file.read(4)
     try:
         state = _walk(path) if start == _ZIP_START else _legacy(path)
-    except (CheckpointError, OSError, MemoryError):
+    except (CheckpointError, MemoryError):
         raise
+    except OSError as error:
+        if error.errno != errno.EINVAL:  # a seek to where no file begins: the archive is damaged
+            raise
+        raise _unloadable(path, error) from None
     except Exception as error:  # whatever a hostile archive or pickle makes them raise
         raise _unloadable(path, error) from None
     if not isinstance(state, dict):
