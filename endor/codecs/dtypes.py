@@ -105,12 +105,12 @@ DTYPES: dict[str, DType] = {
         DType("U64", 8),
         DType("F64", 8),
         DType("F8_E8M0", 1),
+        DType("C64", 8),
         DType("F8_E4M3FNUZ", 1),
         DType("F8_E5M2FNUZ", 1),
         DType("F4", 1, bits=4),
         DType("F6_E2M3", 1, bits=6),
         DType("F6_E3M2", 1, bits=6),
-        DType("C64", 8),
     )
 }
 
