@@ -36,7 +36,7 @@ def describe_file(path: Path) -> str | None:
         )
     if path.suffix == ".json" and start.lstrip()[:1] == b"{":
         return "is a JSON file; give the directory that holds it"
-    if start.lstrip()[:1] == b"<":
+    if start.lstrip().lower().startswith((b"<!doctype", b"<html", b"<?xml")):
         return "is a web page, not the file itself; fetch it again"
     return None
 

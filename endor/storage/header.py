@@ -254,7 +254,10 @@ def _parse_entry(path: Path, key: str, value: object) -> Entry:
 def check_entry_size(path: Path, key: str, entry: Entry) -> None:
     """Raise `FormatError` unless the entry's bytes are what its dtype and shape need."""
     if entry.dtype not in DTYPES:
-        raise FormatError(f"{path}: {key}: unknown dtype {entry.dtype!r}")
+        raise FormatError(
+            f"{path}: {key}: unknown dtype {brief(entry.dtype)}: dtype must be one of "
+            f"{', '.join(DTYPES)}"
+        )
     kind, numel = DTYPES[entry.dtype], math.prod(entry.shape)
     if kind.bits and numel * kind.bits % 8:
         raise FormatError(f"{path}: {key}: {entry.dtype} {list(entry.shape)} must fill whole bytes")

@@ -291,6 +291,32 @@ def test_narrow_and_rare_dtypes_are_carried(tmp_path):
             assert torch.equal(tensor.view(torch.uint8), state[key].view(torch.uint8))
 
 
+class Wide(torch.nn.Module):
+    pass
+
+
+@pytest.mark.parametrize("new", [True, False])
+@pytest.mark.parametrize(
+    ("tensor", "message"),
+    [
+        (torch.ones(1).expand(10**6, 10**6), "w: is expanded"),
+        (torch.ones(2, 2, device="meta"), "w: .*not supported|w: .*meta"),
+        (torch.ones(2, 2).to_sparse(), "w: .*not supported"),
+        (torch.ones(2, dtype=torch.complex64).conj(), "w: .*not supported"),
+        (torch.ones(2, dtype=torch.complex128), "w: .*not supported|unpickl|weights-only"),
+        (Wide(), "not a loadable weights-only"),
+    ],
+)
+def test_tensors_without_data_of_their_own(tmp_path, tensor, message, new):
+    torch.save({"w": tensor}, tmp_path / "pytorch_model.bin", _use_new_zipfile_serialization=new)
+    if not new and isinstance(tensor, torch.Tensor) and tensor.is_conj():
+        return  # the old format resolves them
+    with pytest.raises(CheckpointError, match=message) as caught:
+        open_source(tmp_path)
+    assert "pytorch_model.bin" in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
 @pytest.mark.parametrize("what", ["plain", "bin"])
 def test_a_file_that_shrinks_while_it_is_open(tmp_path, what):
     """Mapped pages behind the end of a file end the process with SIGBUS; reads raise."""
