@@ -20,7 +20,14 @@ from endor.checkpoint import (
     unpack_checkpoint,
     verify_checkpoint,
 )
-from endor.errors import CheckpointError, ConfigError, DTypeError, OutputExistsError, PruningError
+from endor.errors import (
+    CheckpointError,
+    ConfigError,
+    DTypeError,
+    EndorWarning,
+    OutputExistsError,
+    PruningError,
+)
 from endor.pruning.contract import PruneOptions
 from endor.pruning.magnitude import Magnitude
 from endor.storage import FileLayout
@@ -76,7 +83,8 @@ def test_unpacking_restores_the_layout(tmp_path, state, content, kind, shards):
 def test_companions_are_carried_over(tmp_path, model):
     (model / "pytorch_model.bin").write_bytes(b"another weight file")
     (model / ".cache").mkdir()
-    pack_checkpoint(model, tmp_path / "packed", prune="magnitude", sparsity=0.25)
+    with pytest.warns(EndorWarning, match=r"leaves alone pytorch_model\.bin"):
+        pack_checkpoint(model, tmp_path / "packed", prune="magnitude", sparsity=0.25)
     for name, text in COMPANIONS.items():
         assert (tmp_path / "packed" / name).read_text() == text
     names = {path.name for path in (tmp_path / "packed").iterdir()}
