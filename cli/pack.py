@@ -11,14 +11,18 @@ from endor.cli.common import (
     MODEL,
     Size,
     calibration_progress,
+    change,
     human,
     json_option,
     left_out_line,
     output_options,
     progress_bar,
+    refuse_existing,
+    resumable,
     selection_options,
 )
-from endor.cli.pruning import calibration_options, method_help, pruned
+from endor.cli.pruning import calibration_options, method_help, pruned, refuse_idle
+from endor.cli.terminal import echo, show
 from endor.codecs import CodecChoice
 from endor.pruning.contract import METHODS
 
@@ -72,6 +76,9 @@ def pack_command(
     pruned, or compressed-tensors sparse-bitmask) or a .safetensors file. Without --prune nothing
     is lost: `endor unpack` gives back every bit.
     """
+    if prune == "none":
+        refuse_idle(click.get_current_context(), "--prune METHOD")
+    refuse_existing(out, resume=resume, overwrite=overwrite)
     from endor.checkpoint.output import check_output
 
     check = partial(check_output, out, resume=resume, overwrite=overwrite)
@@ -84,6 +91,7 @@ def pack_command(
         check(source.path, writes=pack_writes(source))
 
     with (
+        resumable(out),
         calibration_progress() as watch,
         pruned(model, prune, options, include, exclude, watch, ready) as (
             source,
@@ -108,21 +116,21 @@ def pack_command(
             progress=progress,
         )
     if as_json:
-        click.echo(json.dumps(report.to_dict()))
+        echo(json.dumps(report.to_dict()))
         return
     sizes = report.sizes
-    click.echo(
+    show(
         f"{out}: {human(sizes.dense_bytes)} -> {human(sizes.packed_bytes)}, "
-        f"{sizes.ratio:.2f}x smaller, {report.seconds:.1f} s, {report.gbps:.2f} GB/s"
+        f"{change(sizes.ratio)}, {report.seconds:.1f} s, {report.gbps:.2f} GB/s"
     )
     if quantized is not None:
-        click.echo(
+        show(
             f"its weights are quantized ({quantization_name(quantized)}): packed for storage; "
             "unpack it to run it",
             err=True,
         )
     left_out_line(report.left_out)
-    click.echo(
+    show(
         f"{sizes.packed_tensors} of {sizes.tensors} tensors packed: density {sizes.density:.4f}, "
         f"{sizes.bits_per_weight:.3f} bits a weight with all metadata and padding"
     )

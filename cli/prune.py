@@ -15,9 +15,12 @@ from endor.cli.common import (
     left_out_line,
     output_options,
     progress_bar,
+    refuse_existing,
+    resumable,
     selection_options,
 )
 from endor.cli.pruning import calibration_options, method_help, pruned
+from endor.cli.terminal import echo, show
 from endor.pruning.contract import METHODS
 
 
@@ -57,6 +60,7 @@ def prune_command(
 
     The zeros take as much room as before: `endor pack` is the step that makes the files smaller.
     """
+    refuse_existing(out, resume=resume, overwrite=overwrite)
     from endor.checkpoint.output import check_output
 
     check = partial(check_output, out, resume=resume, overwrite=overwrite)
@@ -73,6 +77,7 @@ def prune_command(
             check(source.path, writes=dense_writes(source))
 
     with (
+        resumable(out),
         calibration_progress() as watch,
         pruned(model, method, options, include, exclude, watch, ready) as (
             source,
@@ -108,16 +113,16 @@ def prune_command(
                 progress=progress,
             )
     if as_json:
-        click.echo(json.dumps(report.to_dict()))
+        echo(json.dumps(report.to_dict()))
         return
-    click.echo(
+    show(
         f"{out}: {report.zeros:,} of {report.weights:,} weights of {report.pruned_tensors} tensors "
         f"are zero ({report.sparsity:.4f}), {report.seconds:.1f} s"
     )
     if isinstance(report, MaskReport):
-        click.echo(f"{human(report.nbytes)} of masks, and no weights")
+        show(f"{human(report.nbytes)} of masks, and no weights")
     else:
-        click.echo(
+        show(
             f"{human(report.dense_bytes)} before and after; to make it smaller: "
             f"endor pack {out} PACKED"
         )

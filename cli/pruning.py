@@ -2,12 +2,14 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
+from click.core import ParameterSource
 
-from endor.cli.common import Command, Size
+from endor.cli.common import Command, Share, Size
 from endor.pruning.contract import METHODS, Method, Pattern, PruneOptions
 
 if TYPE_CHECKING:
@@ -128,7 +130,7 @@ def calibration_options(command: Command) -> Command:
         ),
         click.option(
             "--sparsity",
-            type=click.FloatRange(0, 1, max_open=True),
+            type=Share(),
             default=defaults.sparsity,
             show_default=True,
             help="Share of zeros in every pruned matrix.",
@@ -136,6 +138,19 @@ def calibration_options(command: Command) -> Command:
     ):
         command = option(command)
     return command
+
+
+def refuse_idle(ctx: click.Context, needed: str) -> None:
+    """Raise where an option for pruning was given and nothing is pruned.
+
+    Raises:
+        UsageError: Such an option is on the command line.
+    """
+    idle = {field.name for field in fields(PruneOptions)} | {"scratch"}
+    for option in ctx.command.params:
+        given = ctx.get_parameter_source(option.name or "") is ParameterSource.COMMANDLINE
+        if given and option.name in idle - {"method", "device"}:
+            raise click.UsageError(f"{option.opts[0]} does nothing without {needed}", ctx)
 
 
 def _count(name: str, default: int, help: str) -> Callable[[Command], Command]:

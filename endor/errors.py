@@ -14,9 +14,9 @@ EndorError
 ├── PruningError           a pruning run cannot go on
 └── ConfigError            an option or combination of options makes no sense
 
-Two warnings stand beside them, for the library prints nothing: `EndorWarning` is what a caller should
-know that changes no weight, and `SlowWarning`, of that kind and given once, is for what works but at
-a fraction of the speed.
+Two warnings stand beside them, for the library prints nothing: `EndorWarning` is what a caller
+should know that changes no weight, and `SlowWarning`, of that kind and given once, is for what
+works but at a fraction of the speed.
 
 A message says where, the rule, what was found and the next step.
 """

@@ -13,7 +13,8 @@ import stat
 from pathlib import Path
 from typing import Any
 
-from endor.errors import CheckpointError, EndorError, FormatError
+from endor.errors import CheckpointError, ConfigError, EndorError, FormatError
+from endor.foreign import LFS_PREFIX, describe_file
 
 MAX_DEPTH = 100
 """Nested lists and objects."""
@@ -103,9 +104,35 @@ def read_object(
                 f"{advice}"
             )
         text = path.read_bytes()
+        if text.startswith(LFS_PREFIX):
+            raise error(f"{path}: {describe_file(path)}")
     except FileNotFoundError:
         raise error(f"{path}: no such file; is the checkpoint complete?") from None
     return parse_object(text, f"{path}:", error=error, lenient=lenient, advice=advice)
+
+
+def read_utf8(path: Path, what: str) -> str:
+    """Return the text of a file, without a byte order mark.
+
+    Args:
+        path: The file.
+        what: What it should hold, for the message.
+
+    Raises:
+        ConfigError: It is not UTF-8.
+        OSError: It cannot be read.
+    """
+    raw = path.read_bytes()
+    try:
+        return raw.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        byte = raw[error.start]
+        utf16 = raw[:2] in (b"\xff\xfe", b"\xfe\xff")
+        encoding = "UTF-16" if utf16 else "ISO-8859-1"
+        raise ConfigError(
+            f"{path}: {what} must be UTF-8; byte {byte:#04x} at offset {error.start} is not; "
+            f"convert it, perhaps with: iconv -f {encoding} -t UTF-8"
+        ) from None
 
 
 def _check_depth(text: str) -> None:

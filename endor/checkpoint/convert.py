@@ -32,7 +32,7 @@ from endor.checkpoint.report import PackReport, Progress, Sizes, no_progress
 from endor.checkpoint.source import PACKED_INDEX_NAME
 from endor.checkpoint.tensors import CheckpointSource, SourceTensor
 from endor.checkpoint.verify import check_file
-from endor.codecs import CodecChoice, Encoded, TensorSpec
+from endor.codecs import CodecChoice, Encoded, TensorSpec, dense
 from endor.errors import CheckpointError
 from endor.pruning.contract import WeightPruner
 from endor.storage import FileLayout, FileWriter, header_capacity, largest_spec
@@ -218,6 +218,9 @@ class _Run:
 
     def _encode(self, tensor: SourceTensor) -> _Encoded:
         loaded = self.loader.load(tensor)
+        if tensor.dtype.bits:
+            plain = dense.encode_as(loaded.bits, tensor.dtype, tensor.shape)
+            return _Encoded(plain, lambda: self.loader.pool.give(loaded.buffer))
         scratch = self.scratches.take()
         together = max(1, min(self.threads, self.loader.budget_bytes // max(tensor.nbytes, 1)))
         encoded = kernels.encode(

@@ -8,6 +8,7 @@ wrote with the same tensors.
 import json
 import os
 import time
+from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from contextlib import closing
 from pathlib import Path
@@ -32,11 +33,15 @@ from endor.pruning.contract import WeightPruner
 from endor.storage import TemporaryFile
 
 DTYPE_ORDER = ["U64", "I64", "F64", "C64", "F32", "U32", "I32", "BF16", "F16", "U16", "I16"]
-DTYPE_ORDER += ["F8_E8M0", "F8_E4M3", "F8_E5M2", "I8", "U8", "BOOL"]
+DTYPE_ORDER += ["F8_E5M2FNUZ", "F8_E4M3FNUZ", "F8_E8M0", "F8_E4M3", "F8_E5M2", "I8", "U8"]
+DTYPE_ORDER += ["F6_E3M2", "F6_E2M3", "F4", "BOOL"]
 """How the safetensors library orders element types in a file."""
 
 _PIECE_BYTES = 16 << 20
 _CHECKSUM_BYTES = 1 << 20
+
+MAX_OPEN_FILES = 64
+"""Files that are being written and open; where shards interleave, more are being written."""
 
 
 def write_dense(
@@ -145,6 +150,7 @@ class _DenseFile:
         if self._temporary is None:
             self._temporary = TemporaryFile(self.path)
             self._write(memoryview(self._head), 0)
+        self._temporary.resume()
         self._write(data, self.offsets[name])
         self.missing.discard(name)
 
@@ -156,6 +162,11 @@ class _DenseFile:
             except OSError as error:
                 raise OSError(error.errno, error.strerror, str(self.path)) from error
             data, offset = data[count:], offset + count
+
+    def suspend(self) -> None:
+        """Close the file until more of it comes."""
+        if self._temporary is not None:
+            self._temporary.suspend()
 
     def commit(self) -> None:
         """Give the file its name."""
@@ -186,6 +197,7 @@ class _Run:
         self.selected = selected
         self.progress = progress
         self.loader = TensorLoader(source, pruner, selected)
+        self._open: OrderedDict[str, None] = OrderedDict()
         self.weights = self.zeros = self.done_bytes = 0
         self.total_bytes = sum(tensor.nbytes for tensor in source.tensors.values())
         members: dict[str, list[SourceTensor]] = {}
@@ -230,14 +242,20 @@ class _Run:
         return loaded, tensor.numel - int(np.count_nonzero(loaded.bits)) if counted else 0
 
     def _put(self, tensor: SourceTensor, loaded: Loaded) -> None:
-        file = self.files[self.names[tensor.name]]
+        name = self.names[tensor.name]
+        file = self.files[name]
         file.put(tensor.name, loaded.buffer.array[: tensor.nbytes].data)
+        self._open[name] = None
+        self._open.move_to_end(name)
+        if len(self._open) > MAX_OPEN_FILES:
+            self.files[self._open.popitem(last=False)[0]].suspend()
         self.loader.pool.give(loaded.buffer)
         self.done_bytes += tensor.nbytes
         self.progress(self.done_bytes, self.total_bytes)
         if not file.missing:
             file.commit()
-            self.output.finish_file({"file": file.path.name, **_identity_of(file.path)})
+            del self._open[name]
+            self.output.finish_file({"file": name, **_identity_of(file.path)})
 
     def _adopt_finished(self) -> set[str]:
         """Return the files of an earlier run, after checking them."""

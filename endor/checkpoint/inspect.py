@@ -66,16 +66,19 @@ class Inspection:
 
 
 def inspect_checkpoint(packed_dir: Path | str) -> Inspection:
-    """Return what a packed checkpoint holds; reads headers only, weights are not checked.
+    """Return what a packed checkpoint, or a packed file, holds; reads headers only.
 
     Raises:
         CheckpointError: `packed_dir` is no packed checkpoint, or lacks a shard.
         FormatError: the index or a header is damaged.
     """
     path = Path(packed_dir)
-    index = read_packed_index(path)
-    layouts = [FileLayout.read(path / file) for file in index.files]
-    check_shards(path, index, layouts)
+    if path.is_file():
+        layouts = [FileLayout.read(path)]
+    else:
+        index = read_packed_index(path)
+        layouts = [FileLayout.read(path / file) for file in index.files]
+        check_shards(path, index, layouts)
     rows = tuple(
         TensorRow(entry.name, entry.spec, entry.record, layout.path.name)
         for layout in layouts

@@ -205,7 +205,7 @@ class _ContentCheck:
             try:
                 encoded = bind_checked(layout, name, buffer.array)
                 if self.reference is not None:
-                    out = np.empty(encoded.spec.numel, dtype=encoded.spec.dtype.uint)
+                    out = np.empty(encoded.spec.units, dtype=encoded.spec.dtype.uint)
                     kernels.decode(encoded, out, threads=1)
                     problems += self._compare(layout, name, out)
                     compared += 1
@@ -232,7 +232,8 @@ class _ContentCheck:
         wrong = np.flatnonzero(bits != expected.view(bits.dtype))
         if wrong.size:
             first = int(wrong[0])
-            place = tuple(int(i) for i in np.unravel_index(first, spec.shape)) if spec.shape else ()
+            shape = spec.dtype.unit_shape(spec.shape)
+            place = tuple(int(i) for i in np.unravel_index(first, shape)) if shape else ()
             digits = 2 * spec.dtype.itemsize
             yield (
                 f"{name}: {wrong.size} of {bits.size} elements differ from {self.reference.path}; "

@@ -126,9 +126,9 @@ def decode(
         BackendError: The forced kernel cannot run here.
     """
     spec, number, count = encoded.spec, select(kernel), thread_count(threads)
-    stop = spec.numel if stop is None else stop
-    if not 0 <= start <= stop <= spec.numel:
-        raise ShapeError(f"range [{start}, {stop}) must lie in [0, {spec.numel})")
+    stop = spec.units if stop is None else stop
+    if not 0 <= start <= stop <= spec.units:
+        raise ShapeError(f"range [{start}, {stop}) must lie in [0, {spec.units})")
     if out.dtype != spec.dtype.uint:
         raise DTypeError(f"out must be {spec.dtype.uint} for {spec.dtype.name}, got {out.dtype}")
     if out.ndim != 1 or not out.flags.c_contiguous or not out.flags.writeable:

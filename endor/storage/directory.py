@@ -244,7 +244,7 @@ class Directory:
             if stop + TAIL_BYTES > self.records[record][1]:
                 raise self.wrong(f"{key}: must end {TAIL_BYTES} bytes before its record does")
             self.claim(key, name)
-            out.append(ArrayEntry(array.suffix, array.dtype.uint, array.shape, start, stop))
+            out.append(ArrayEntry(array.suffix, array.dtype.uint, array.unit_shape, start, stop))
         return tuple(out)
 
     def pads(self) -> dict[str, list[tuple[int, int]]]:

@@ -198,6 +198,36 @@ def brief(value: object) -> str:
     return text if len(text) <= 100 else f"{text[:100]}..."
 
 
+def check_plain(header: Header) -> None:
+    """Raise unless the arrays of a plain file fill its data section without hole or overlap.
+
+    Raises:
+        TruncatedError: The file is shorter than its header says.
+        FormatError: Any other contradiction, or an unknown dtype.
+    """
+    position = 0
+    order = sorted(header.entries.items(), key=lambda item: (item[1].start, item[1].stop))
+    for key, entry in order:
+        check_entry_size(header.path, key, entry)
+        if entry.start != position:
+            raise FormatError(
+                f"{header.path}: {key}: must start at byte {position} of the data, where the "
+                f"array before it ends; the header says {entry.start}; copy the file again"
+            )
+        position = entry.stop
+    needed = header.data_start + position
+    if needed > header.file_bytes:
+        raise TruncatedError(
+            f"{header.path}: truncated: has {header.file_bytes} bytes, needs {needed}; copy the "
+            "file again"
+        )
+    if needed < header.file_bytes:
+        raise FormatError(
+            f"{header.path}: {header.file_bytes - needed} bytes follow the last array; copy the "
+            "file again"
+        )
+
+
 def _parse_entry(path: Path, key: str, value: object) -> Entry:
     if not isinstance(value, dict) or set(value) != {"dtype", "shape", "data_offsets"}:
         raise FormatError(f"{path}: {key}: must hold dtype, shape and data_offsets")
@@ -224,8 +254,14 @@ def _parse_entry(path: Path, key: str, value: object) -> Entry:
 def check_entry_size(path: Path, key: str, entry: Entry) -> None:
     """Raise `FormatError` unless the entry's bytes are what its dtype and shape need."""
     if entry.dtype not in DTYPES:
-        raise FormatError(f"{path}: {key}: unknown dtype {entry.dtype!r}")
-    needed = math.prod(entry.shape) * DTYPES[entry.dtype].itemsize
+        raise FormatError(
+            f"{path}: {key}: unknown dtype {brief(entry.dtype)}: dtype must be one of "
+            f"{', '.join(DTYPES)}"
+        )
+    kind, numel = DTYPES[entry.dtype], math.prod(entry.shape)
+    if kind.bits and numel * kind.bits % 8:
+        raise FormatError(f"{path}: {key}: {entry.dtype} {list(entry.shape)} must fill whole bytes")
+    needed = kind.nbytes(numel)
     if entry.stop - entry.start != needed:
         raise FormatError(
             f"{path}: {key}: {entry.dtype} {list(entry.shape)} must take {needed} bytes, "

@@ -29,6 +29,7 @@ class TemporaryFile:
 
     def __init__(self, target: Path) -> None:
         self.target = target
+        self._there = True
         if target.is_dir():
             raise IsADirectoryError(21, "is a directory, a file was expected", str(target))
         for attempt in itertools.count():
@@ -51,6 +52,15 @@ class TemporaryFile:
         except FileNotFoundError:
             return False
 
+    def suspend(self) -> None:
+        """Close the file for a while: its lock goes too, so only in a directory that is locked."""
+        self.close()
+
+    def resume(self) -> None:
+        """Open the file again after `suspend`."""
+        if self.fd < 0:
+            self.fd = os.open(self.path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
+
     def commit(self) -> None:
         """Give the file its final name, so that it survives a power cut; then close it.
 
@@ -59,6 +69,7 @@ class TemporaryFile:
         """
         os.fsync(self.fd)
         self.path.replace(self.target)
+        self._there = False
         try:
             sync_directory(self.target.parent)
         except OSError as error:
@@ -73,7 +84,8 @@ class TemporaryFile:
 
     def discard(self) -> None:
         """Remove the file; does nothing after a commit."""
-        if self.fd >= 0:
+        if self._there:
+            self._there = False
             with contextlib.suppress(OSError):
                 self.path.unlink()
         self.close()
