@@ -10,7 +10,7 @@ import pytest
 import endor
 
 ROOT = Path(endor.__file__).resolve().parent.parent
-ROOMS = ["errors", "codecs", "kernels", "packed", "storage", "checkpoint"]
+ROOMS = ["errors", "dependencies", "codecs", "kernels", "packed", "storage", "checkpoint"]
 ROOMS += ["pruning", "offload", "hf", "bench", "cli"]
 UPWARD = {("checkpoint", "pruning")}
 """Weight-only pruners are called by the conversion, calibrated ones drive it: a two-way door."""
