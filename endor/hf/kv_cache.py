@@ -16,6 +16,7 @@ from transformers.cache_utils import (
     DynamicCache,
     DynamicLayer,
 )
+from transformers.utils import ModelOutput
 
 from endor.dependencies import changed
 from endor.errors import ConfigError, ShapeError
@@ -30,6 +31,9 @@ from endor.offload.store import Store
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+CACHE_ARGUMENT = "cache" if hasattr(ModelOutput, "past_key_values") else "past_key_values"
+"""What transformers calls a cache among the arguments and results of a model."""
 
 _HOOK = "_prepare_cache_for_generation"
 """The method of transformers' generation that makes a cache."""

@@ -10,10 +10,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from transformers import DynamicCache
 from transformers.generation import GenerationMixin
-from transformers.utils import ModelOutput
 
 import endor
 from endor.errors import BudgetError, ConfigError, DependencyError, ShapeError
+from endor.hf.kv_cache import CACHE_ARGUMENT as CACHE
 from endor.hf.kv_cache import EndorCache, EndorCacheLayer, keep_kv, new_cache
 from endor.offload.fake_device import FakeDevice
 from endor.offload.kv_homes import FileAccess
@@ -22,8 +22,6 @@ from endor.offload.kv_store import KVStore
 from .conftest import config_of, least, prompt
 
 LAYERS = 3
-CACHE = "cache" if hasattr(ModelOutput, "past_key_values") else "past_key_values"
-"""What transformers calls a cache among the arguments and results of `generate`."""
 
 
 class Clock(FakeDevice):
@@ -277,7 +275,7 @@ def test_a_generate_without_the_hook_raises(monkeypatch, pair):
 def test_models_whose_cache_cannot_be_elsewhere(make_pair, tmp_path):
     """Said when it is asked for; not planned with when it is not."""
     pair = make_pair("mistral", sliding_window=8)
-    with pytest.raises(ConfigError, match="kv='disk': .* no layer that keeps all tokens"):
+    with pytest.raises(ConfigError, match=r"kv='disk': .* no layer that keeps all tokens"):
         endor.load_model(pair.packed, kv="disk")
     model = endor.load_model(pair.packed)
     assert model.endor_plan.workload.kv == "device"
