@@ -3,7 +3,6 @@
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal
 
 from endor.errors import BudgetError, ConfigError
@@ -16,7 +15,6 @@ STAGING_AHEAD_BYTES = 256 << 20
 """Read-ahead that the default staging area leaves room for, beside the largest unit."""
 
 _SIZE = re.compile(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([KMGT]?i?)B?\s*", re.IGNORECASE)
-_CGROUP = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,19 +70,3 @@ def parse_bytes(size: int | str, what: str = "size") -> int:
     number, prefix = match.groups()
     power = " KMGT".index(prefix[0].upper()) if prefix else 0
     return int(float(number) * (1024 if len(prefix) == 2 else 1000) ** power)
-
-
-def available_bytes() -> int:
-    """Return the memory that this process may still take: nine tenths of what is available."""
-    limits = []
-    for line in Path("/proc/meminfo").read_text().splitlines():
-        if line.startswith("MemAvailable:"):
-            limits.append(int(line.split()[1]) * 1024)
-    for path in _CGROUP:
-        try:
-            text = Path(path).read_text().strip()
-        except OSError:
-            continue
-        if text.isdigit():
-            limits.append(int(text))
-    return min(limits, default=1 << 40) * 9 // 10
