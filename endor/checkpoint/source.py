@@ -84,7 +84,7 @@ def read_json(path: Path) -> dict[str, Any]:
         value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise CheckpointError(f"{path}: no such file; is the checkpoint complete?") from None
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+    except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path}: must be JSON: {error}") from None
     if not isinstance(value, dict):
         raise CheckpointError(f"{path}: must hold a JSON object, got {type(value).__name__}")
