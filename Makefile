@@ -3,25 +3,40 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+LOWEST := .venv-lowest
+SOURCES := pyproject.toml setup.py scripts/install.py $(wildcard endor/kernels/csrc/*)
 
-.PHONY: demo test lint docs docs-check torture clean
+.PHONY: demo test test-lowest versions lint docs docs-check torture clean
 SECONDS ?= 300
 
-$(STAMP): pyproject.toml setup.py $(wildcard endor/kernels/csrc/*)
+$(STAMP): $(SOURCES)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python scripts/install.py
 	touch $@
 
-demo: $(STAMP)
+# After the other environment: both build the same kernels, in place.
+$(LOWEST)/.installed: $(SOURCES) | $(STAMP)
+	test -x $(LOWEST)/bin/python || $(PYTHON) -m venv $(LOWEST)
+	$(LOWEST)/bin/python scripts/install.py --lowest
+	touch $@
+
+versions: $(STAMP)
+	$(BIN)/endor info
+
+demo: versions
 	$(BIN)/python scripts/demo.py
 
-test: lint docs-check
+test: versions lint docs-check
 	ENDOR_REQUIRE_NATIVE=1 ENDOR_REQUIRE_NVRTC=1 $(BIN)/python -m pytest
 
+test-lowest: $(LOWEST)/.installed
+	$(LOWEST)/bin/endor info
+	ENDOR_REQUIRE_NATIVE=1 $(LOWEST)/bin/python -m pytest -m "not slow"
+
 lint: $(STAMP)
-	$(BIN)/ruff check .
-	$(BIN)/ruff format --check .
-	$(BIN)/mypy
+	$(BIN)/python -m ruff check .
+	$(BIN)/python -m ruff format --check .
+	$(BIN)/python -m mypy
 
 docs: $(STAMP)
 	$(BIN)/python scripts/build_docs.py
@@ -33,4 +48,4 @@ torture: $(STAMP)
 	$(BIN)/python scripts/torture --seconds $(SECONDS)
 
 clean:
-	rm -rf $(VENV) build *.egg-info .demo .mypy_cache .pytest_cache .ruff_cache .hypothesis endor/kernels/_native*.so
+	rm -rf $(VENV) $(LOWEST) build *.egg-info .demo .mypy_cache .pytest_cache .ruff_cache .hypothesis endor/kernels/_native*.so

@@ -59,7 +59,9 @@ def _weight_options(command: Command) -> Command:
     for option in (
         click.option("--seed", default=0, show_default=True, help="Of the random weight."),
         click.option("--repeats", default=21, show_default=True, help="Timed runs per subject."),
-        click.option("--threads", type=int, help="CPU threads; all cores when omitted."),
+        click.option(
+            "--threads", type=click.IntRange(1, 256), help="CPU threads; all cores when omitted."
+        ),
         click.option(
             "--codec",
             type=click.Choice(["auto", "raw", "exp"]),
@@ -114,7 +116,9 @@ def matvec_command(**options: Any) -> None:
 )
 @click.option("--size-mib", default=1024, show_default=True, help="Size of the file.")
 @click.option("--record-mib", default=32, show_default=True, help="Size of a record.")
-@click.option("--threads", default=4, show_default=True, help="Reader threads.")
+@click.option(
+    "--threads", type=click.IntRange(1, 256), default=4, show_default=True, help="Reader threads."
+)
 @click.option("--repeats", default=7, show_default=True, help="Timed passes per subject.")
 @_output_options
 def io_command(

@@ -34,7 +34,12 @@ if TYPE_CHECKING:
 @click.option("--tokens", default=6, show_default=True, help="Tokens to generate.")
 @click.option("--batch", default=1, show_default=True, help="Sequences at once.")
 @click.option("--rounds", default=3, show_default=True, help="Processes per system.")
-@click.option("--threads", default=0, help="CPU threads; torch's default when omitted.")
+@click.option(
+    "--threads",
+    type=click.IntRange(0, 256),
+    default=0,
+    help="CPU threads; torch's default when omitted.",
+)
 @click.option(
     "--work",
     type=click.Path(exists=True, file_okay=False, path_type=Path),

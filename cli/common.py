@@ -74,6 +74,15 @@ def json_option(command: Command) -> Command:
     return click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")(command)
 
 
+def trust_option(command: Command) -> Command:
+    """Add `--trust-remote-code`."""
+    return click.option(
+        "--trust-remote-code",
+        is_flag=True,
+        help="Run Python code that comes with the checkpoint; without, it is refused, not asked.",
+    )(command)
+
+
 def kv_option(command: Command) -> Command:
     """Add `--kv`."""
     return click.option(
@@ -89,7 +98,9 @@ def kv_option(command: Command) -> Command:
 def output_options(command: Command) -> Command:
     """Add `--resume`, `--overwrite` and `--threads`."""
     for option in (
-        click.option("--threads", type=click.IntRange(1), help="Workers; every CPU when omitted."),
+        click.option(
+            "--threads", type=click.IntRange(1, 256), help="Workers; every CPU when omitted."
+        ),
         click.option("--overwrite", is_flag=True, help="Replace OUT if Endor wrote all of it."),
         click.option("--resume", is_flag=True, help="Go on with an interrupted run."),
     ):

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from endor.cli.common import MODEL, json_option, progress_bar
+from endor.cli.common import MODEL, json_option, progress_bar, trust_option
 from endor.cli.tables import table
 from endor.cli.terminal import echo, show
 
@@ -61,6 +61,7 @@ if TYPE_CHECKING:
     metavar="FILE.png",
     help="Draw perplexity against bits per weight (needs matplotlib).",
 )
+@trust_option
 @json_option
 def eval_command(
     models: tuple[Path, ...],
@@ -73,6 +74,7 @@ def eval_command(
     dtype: "Precision",
     ram: str | None,
     plot: Path | None,
+    trust_remote_code: bool,
     as_json: bool,
 ) -> None:
     """Measure the perplexity of each MODEL, a packed or dense checkpoint, on a text.
@@ -83,7 +85,7 @@ def eval_command(
     from endor.bench.evaluate import evaluate, load, read_text, shipped_text
 
     content = read_text(text or shipped_text())
-    reference = load(against, dtype=dtype) if against else None
+    reference = load(against, dtype=dtype, trust_remote_code=trust_remote_code) if against else None
     found = []
     for path in models:
         with progress_bar(path.name, unit="window") as progress:
@@ -97,6 +99,7 @@ def eval_command(
                 bos=bos,
                 ram=ram,
                 dtype=dtype,
+                trust_remote_code=trust_remote_code,
                 progress=progress,
             )
         found.append(one)

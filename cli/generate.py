@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from endor.cli.common import MODEL, Text, kv_option
+from endor.cli.common import MODEL, Text, kv_option, trust_option
 from endor.cli.terminal import echo, show, stream
 
 if TYPE_CHECKING:
@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     help="The dense model's bits, or products straight from the packed form.",
 )
 @kv_option
+@trust_option
 @click.option("--temperature", default=0.0, show_default=True, help="0 takes the likeliest token.")
 @click.option("--top-p", default=1.0, show_default=True, help="Probability that sampling keeps.")
 @click.option("--seed", type=int, help="Makes sampling repeatable.")
@@ -57,6 +58,7 @@ def generate_command(
     ram: str | None,
     exact: bool,
     kv: "KVSetting",
+    trust_remote_code: bool,
     temperature: float,
     top_p: float,
     seed: int | None,
@@ -73,7 +75,7 @@ def generate_command(
 
     sampling = Sampling(max_new_tokens, temperature, top_p, seed)
     sampling.check()
-    tokenizer = load_tokenizer(packed)
+    tokenizer = load_tokenizer(packed, trust_remote_code=trust_remote_code)
     inputs = encode_prompt(tokenizer, prompt, chat=chat)
     prompt_tokens = inputs["input_ids"].shape[-1]
     start = time.perf_counter()
@@ -87,6 +89,7 @@ def generate_command(
         prompt=prompt_tokens,
         measure=True,
         kv=kv,
+        trust_remote_code=trust_remote_code,
     )
     plan = getattr(model, "endor_plan", None)
     store = getattr(model, "endor", None)

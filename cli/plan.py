@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from endor.cli.common import kv_option
+from endor.cli.common import kv_option, trust_option
 from endor.cli.tables import table
 from endor.cli.terminal import echo, show
 
@@ -36,6 +36,7 @@ TIERS = {
     "--fast", is_flag=True, help="Multiply from the packed form: sums in another order, faster."
 )
 @kv_option
+@trust_option
 @click.option("--remeasure", is_flag=True, help="Measure machine and disk again.")
 @click.option("--explain", is_flag=True, help="Print the arithmetic.")
 @click.option(
@@ -54,6 +55,7 @@ def plan_command(
     batch: int,
     fast: bool,
     kv: "KVSetting",
+    trust_remote_code: bool,
     remeasure: bool,
     explain: bool,
     plot: Path | None,
@@ -74,6 +76,7 @@ def plan_command(
         vram_bytes=parse_bytes(vram, "--vram") if vram else 0,
         workload=Workload(batch, min(prompt, context), context, "direct" if fast else "exact", kv),
         remeasure=remeasure,
+        trust_remote_code=trust_remote_code,
     )
     found, result = planned.outline, planned.plan
     if plot is not None:

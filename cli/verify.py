@@ -22,7 +22,7 @@ SHOWN = 20
     metavar="MODEL",
     help="Also compare every tensor with this checkpoint (dense or packed), bit for bit.",
 )
-@click.option("--threads", type=click.IntRange(1), help="Workers; every CPU when omitted.")
+@click.option("--threads", type=click.IntRange(1, 256), help="Workers; every CPU when omitted.")
 @json_option
 def verify_command(packed: Path, against: Path | None, threads: int | None, as_json: bool) -> None:
     """Check PACKED: checksums, structure, index; with --against, equality of every bit.

@@ -9,7 +9,9 @@ EndorError
 ├── CheckpointError        a checkpoint directory is incomplete or contradicts itself
 │   └── OutputExistsError  the output is there already
 ├── ReadError              the operating system failed to deliver bytes
+├── IntegrityError         a packed file changed while a model was reading from it
 ├── BackendError           a kernel, reader or device that was asked for cannot run here
+│   └── DependencyError    a library does not behave as Endor relies on
 ├── BudgetError            a memory budget is too small for the plan
 ├── PruningError           a pruning run cannot go on
 └── ConfigError            an option or combination of options makes no sense
@@ -58,8 +60,16 @@ class ReadError(EndorError):
     """The operating system failed to deliver the bytes of a record."""
 
 
+class IntegrityError(EndorError):
+    """A packed file changed while a model was reading from it."""
+
+
 class BackendError(EndorError):
     """A kernel, reader or device that was asked for cannot run here."""
+
+
+class DependencyError(BackendError):
+    """Another library does not behave as Endor relies on: its version is too old or too new."""
 
 
 class BudgetError(EndorError):

@@ -22,6 +22,7 @@ from transformers import AutoTokenizer
 
 import endor
 from endor.bench.experts import POLICIES, compare, record_routing, simulate, table
+from endor.hf.kv_cache import CACHE_ARGUMENT
 from endor.offload import Placement
 
 SHARES = (0.125, 0.25, 0.5, 0.75)
@@ -51,7 +52,7 @@ def run_engine(packed: Path, ids: torch.Tensor, share: float) -> dict[str, float
         for at, token in enumerate(ids):
             if at == half:
                 before = ledger.snapshot()
-            cache = model(token.view(1, 1), past_key_values=cache).past_key_values
+            cache = model(token.view(1, 1), **{CACHE_ARGUMENT: cache})[CACHE_ARGUMENT]
     moved = ledger.since(before)
     model.endor.close()
     uses = moved["expert_uses"]

@@ -15,11 +15,13 @@ import numpy as np
 import pytest
 
 from endor.codecs import DTYPES, DType
+from endor.dependencies import installed
 from endor.kernels import native
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
+LIBRARIES = ("torch", "transformers", "accelerate", "safetensors", "numpy", "xxhash", "click")
 PACKABLE = [item for item in DTYPES.values() if item.packable]
 
 
@@ -109,8 +111,11 @@ def missed() -> list[str]:
     return [name for name in compiled if any(passed[n] for n in compiled) and not passed[name]]
 
 
-def pytest_report_header() -> str:
-    return f"endor kernels of this CPU: {', '.join(of_this_cpu())}; library: {native.load()[1]}"
+def pytest_report_header() -> list[str]:
+    return [
+        "with: " + ", ".join(f"{name} {installed(name)}" for name in LIBRARIES),
+        f"endor kernels of this CPU: {', '.join(of_this_cpu())}; library: {native.load()[1]}",
+    ]
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:

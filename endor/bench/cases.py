@@ -11,6 +11,7 @@ from endor.bench.records import BenchRecord, environment
 from endor.bench.timing import Subject, race
 from endor.codecs import CodecChoice, DType, dtype
 from endor.errors import ConfigError
+from endor.kernels.dispatch import check_threads
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,8 +57,8 @@ class Case:
         for name in ("rows", "cols", "batch", "repeats"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)}")
-        if self.threads is not None and self.threads < 1:
-            raise ConfigError(f"threads must be at least 1, got {self.threads}")
+        if self.threads is not None:
+            check_threads(self.threads)
         if not 0 < self.density <= 1:
             raise ConfigError(f"density must lie in (0, 1], got {self.density}")
         if self.codec == "dense":

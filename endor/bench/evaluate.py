@@ -72,7 +72,13 @@ def read_text(path: Path) -> str:
     return read_utf8(path, "the text")
 
 
-def load(path: Path, *, ram: int | str | None = None, dtype: Precision = "auto") -> Any:
+def load(
+    path: Path,
+    *,
+    ram: int | str | None = None,
+    dtype: Precision = "auto",
+    trust_remote_code: bool = False,
+) -> Any:
     """Return the model of a packed or dense checkpoint, to be run on the CPU in `dtype`.
 
     Raises:
@@ -83,7 +89,12 @@ def load(path: Path, *, ram: int | str | None = None, dtype: Precision = "auto")
 
     from endor.hf.load import open_model
 
-    return open_model(path, ram=ram, dtype=dtype if dtype == "auto" else getattr(torch, dtype))
+    return open_model(
+        path,
+        ram=ram,
+        dtype=dtype if dtype == "auto" else getattr(torch, dtype),
+        trust_remote_code=trust_remote_code,
+    )
 
 
 def evaluate(
@@ -97,6 +108,7 @@ def evaluate(
     bos: bool | None = None,
     ram: int | str | None = None,
     dtype: Precision = "auto",
+    trust_remote_code: bool = False,
     progress: Progress | None = None,
 ) -> Evaluation:
     """Measure the checkpoint at `path` on `text`.
@@ -109,6 +121,7 @@ def evaluate(
         bos: See `endor.bench.perplexity.tokenize`.
         ram: Memory for packed weights.
         dtype: Element type to run in; "auto" is the checkpoint's own.
+        trust_remote_code: Run Python code that comes with the checkpoint.
 
     Raises:
         CheckpointError: There is no checkpoint, or it has no tokenizer.
@@ -116,9 +129,11 @@ def evaluate(
     """
     from transformers import AutoTokenizer
 
-    model = load(path, ram=ram, dtype=dtype)
+    model = load(path, ram=ram, dtype=dtype, trust_remote_code=trust_remote_code)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True)
+        tokenizer = AutoTokenizer.from_pretrained(
+            path, local_files_only=True, trust_remote_code=trust_remote_code
+        )
     except (OSError, ValueError) as error:
         first = str(error).splitlines()[0]
         raise CheckpointError(
@@ -148,14 +163,14 @@ def evaluate(
         found = compared.model
     return Evaluation(
         model=path,
-        bits_per_weight=bits_per_weight(path),
+        bits_per_weight=bits_per_weight(path, trust_remote_code=trust_remote_code),
         dtype=str(model.dtype).removeprefix("torch."),
         perplexity=found,
         agreement=compared,
     )
 
 
-def bits_per_weight(path: Path) -> float | None:
+def bits_per_weight(path: Path, *, trust_remote_code: bool = False) -> float | None:
     """Return the stored bits per weight of the checkpoint at `path`; see `Evaluation`."""
     import transformers
 
@@ -164,5 +179,7 @@ def bits_per_weight(path: Path) -> float | None:
 
     if is_packed(path):
         return inspect_checkpoint(path).sizes.bits_per_weight
-    element = transformers.AutoConfig.from_pretrained(path, local_files_only=True).dtype
+    element = transformers.AutoConfig.from_pretrained(
+        path, local_files_only=True, trust_remote_code=trust_remote_code
+    ).dtype
     return 8.0 * element.itemsize if element is not None else None

@@ -24,6 +24,7 @@ from typing import Any
 from endor.bench.records import Environment, environment
 from endor.errors import BackendError, ConfigError
 from endor.hf.outline import Outline, outline
+from endor.kernels.dispatch import check_threads
 from endor.offload import hardware
 from endor.offload.hardware import Disk, Machine
 from endor.offload.planner import Plan, Workload, plan
@@ -57,7 +58,7 @@ class GenerateCase:
         batch: Sequences, all the same.
         rounds: Processes per system.
         threads: CPU threads of every system.
-        verify: Let Endor check each record when it is first read.
+        verify: Let Endor check each record whenever it is read.
         work: Directory for what peers write (AirLLM its split copy of the checkpoint).
         airllm_python: Interpreter that has AirLLM; this one when omitted.
         report: Where Endor's last round writes its HTML report.
@@ -182,7 +183,7 @@ def generate(case: GenerateCase, progress: Progress | None = None) -> list[Gener
     found = outline(case.packed)
     import torch
 
-    threads = case.threads or torch.get_num_threads()
+    threads = check_threads(case.threads) if case.threads else torch.get_num_threads()
     torch.set_num_threads(threads)
     machine = hardware.machine(found.dtype, refresh=case.remeasure)
     disk = hardware.disk(case.packed, refresh=case.remeasure)

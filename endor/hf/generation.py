@@ -86,7 +86,7 @@ class Generation:
         return (self.new_tokens - 1) / self.decode_s if self.decode_s else 0.0
 
 
-def load_tokenizer(path: Path) -> Any:
+def load_tokenizer(path: Path, *, trust_remote_code: bool = False) -> Any:
     """Return the tokenizer of a checkpoint.
 
     Raises:
@@ -97,9 +97,14 @@ def load_tokenizer(path: Path) -> Any:
     if not path.is_dir():
         raise CheckpointError(f"{path}: no such checkpoint; give a directory with config.json")
     try:
-        return transformers.AutoTokenizer.from_pretrained(path)
-    except (OSError, ValueError) as error:
-        reason = str(error).splitlines()[0]
+        return transformers.AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
+    except Exception as error:  # of any type: its files, and perhaps its code, are the checkpoint's
+        if "trust_remote_code" in str(error):
+            raise ConfigError(
+                f"{path}: its tokenizer needs Python code that comes with the checkpoint; read it, "
+                "then allow it with trust_remote_code=True (--trust-remote-code)"
+            ) from error
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise CheckpointError(f"{path}: its tokenizer does not load: {reason}") from error
 
 

@@ -74,7 +74,17 @@ class EndorLinear(nn.Module):
 
     @property
     def weight(self) -> torch.Tensor:
-        """The dense weight in memory of its own: every access expands it again."""
+        """The dense weight in memory of its own: every access expands it again.
+
+        While transformers builds the model it is an empty tensor on the meta device, marked as
+        initialised: many an architecture's `_init_weights` looks at the weights of its children.
+        """
+        if self._source is None:
+            empty = torch.empty(
+                (self.out_features, self.in_features), dtype=self.weight_dtype, device="meta"
+            )
+            empty._is_hf_initialized = True  # type: ignore[attr-defined]
+            return empty
         return self.source.fresh()
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:

@@ -1,9 +1,13 @@
 """One call that loads a packed checkpoint as a transformers model."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from endor.errors import CheckpointError, ConfigError
+from endor.checkpoint.index import read_packed_index
+from endor.dependencies import changed
+from endor.errors import CheckpointError, ConfigError, EndorError
 from endor.hf.model import is_packed
 
 if TYPE_CHECKING:
@@ -31,6 +35,7 @@ def load_model(
     batch: int = 1,
     measure: bool = False,
     kv: "KVSetting" = "auto",
+    trust_remote_code: bool = False,
 ) -> Any:
     """Return the transformers model of a packed checkpoint, ready to generate.
 
@@ -48,9 +53,9 @@ def load_model(
         exact: Give the bits of the unpacked model; see `EndorConfig`.
         dtype: Element type to run in; packed weights are converted as they are expanded. `"auto"`
             is the checkpoint's own.
-        verify: Check every record when it is first read.
+        verify: Check every record whenever it is read.
         reader: `"auto"`, `"direct"` or `"buffered"`.
-        threads: Reads in flight.
+        threads: Reads in flight, 1 to 256.
         placement: A tier per unit, instead of the planner's choice.
         attn_implementation: As in transformers.
         context: Tokens that the cache is planned for, prompt included.
@@ -60,19 +65,21 @@ def load_model(
         kv: Where `generate` keeps keys and values: `"device"` (where the model computes), `"ram"`
             (host memory beside a device), `"disk"`, or `"auto"`: the first where the planned
             context fits.
+        trust_remote_code: Run Python code that comes with the checkpoint, where its architecture
+            is not one of transformers' own. Without, such a checkpoint is refused.
 
     Returns:
         A `PreTrainedModel` in evaluation mode; `model.endor` is its store of packed weights,
         `model.endor_plan` what the planner decided and expects.
 
     Raises:
-        ConfigError: The directory holds no packed checkpoint.
+        ConfigError: The directory holds no packed checkpoint, or transformers does not take its
+            config.
+        CheckpointError: A file is missing.
         BackendError: The device cannot be used.
         BudgetError: `ram` or `vram` is too small; the message has the least that works.
         FormatError: The files are damaged.
     """
-    import transformers
-
     from endor.hf.quantizer import EndorConfig
 
     path = Path(packed_dir)
@@ -96,18 +103,23 @@ def load_model(
         measure=measure,
         kv=kv,
     )
-    config = transformers.AutoConfig.from_pretrained(path)
-    config.quantization_config = {
-        **config.quantization_config,
-        **options.get_loading_attributes(),
-    }
-    return _model_class(transformers, config).from_pretrained(
-        path,
-        config=config,
-        dtype=dtype,
-        device_map={"": device},
-        **({"attn_implementation": attn_implementation} if attn_implementation else {}),
-    )
+    read_packed_index(path)
+    config = read_model_config(path, trust_remote_code=trust_remote_code)
+    config.quantization_config = EndorConfig.from_dict(config.quantization_config)
+    for name, value in options.get_loading_attributes().items():
+        setattr(config.quantization_config, name, value)
+    with one_line_errors(path, "the model does not load"):
+        model = model_class(config).from_pretrained(
+            path,
+            config=config,
+            dtype=dtype,
+            device_map={"": device},
+            trust_remote_code=trust_remote_code,
+            **({"attn_implementation": attn_implementation} if attn_implementation else {}),
+        )
+    if getattr(model, "endor", None) is None:
+        raise changed("transformers", "from_pretrained did not call Endor's quantizer")
+    return model
 
 
 def open_model(
@@ -122,6 +134,7 @@ def open_model(
     prompt: int = 128,
     measure: bool = False,
     kv: "KVSetting" = "auto",
+    trust_remote_code: bool = False,
 ) -> Any:
     """Return the model of a packed or of an ordinary checkpoint, its weights in place.
 
@@ -150,6 +163,7 @@ def open_model(
             prompt=prompt,
             measure=measure,
             kv=kv,
+            trust_remote_code=trust_remote_code,
         )
         model.endor.preload()
         return model
@@ -157,13 +171,68 @@ def open_model(
         raise ConfigError(
             f"{path} is an ordinary checkpoint: vram, ram, kv and fast products need a packed one"
         )
-    return transformers.AutoModelForCausalLM.from_pretrained(path, dtype=dtype).to(device)
+    read_model_config(Path(path), trust_remote_code=trust_remote_code)
+    with one_line_errors(Path(path), "the model does not load"):
+        return transformers.AutoModelForCausalLM.from_pretrained(
+            path, dtype=dtype, trust_remote_code=trust_remote_code
+        ).to(device)
 
 
-def _model_class(transformers: Any, config: Any) -> Any:
-    """Return the class that a config names, or the automatic one for causal language models."""
-    for name in config.architectures or ():
-        found = getattr(transformers, name, None)
-        if found is not None:
+def read_model_config(path: Path, *, trust_remote_code: bool = False) -> Any:
+    """Return the config that transformers makes of a checkpoint's config.json.
+
+    Never asks on the terminal whether a checkpoint's code may run.
+
+    Raises:
+        ConfigError: transformers does not know the architecture, or finds the file malformed.
+    """
+    import transformers
+
+    with one_line_errors(path, "transformers does not take its config.json"):
+        return transformers.AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
+
+
+@contextmanager
+def one_line_errors(path: Path, what: str) -> Iterator[None]:
+    """Turn what transformers raises for a checkpoint's content into a `ConfigError`.
+
+    Endor's own errors, and the system's, pass as they are.
+    """
+    try:
+        yield
+    except (EndorError, OSError, MemoryError):
+        raise
+    except Exception as error:
+        if isinstance(error.__cause__, EndorError):
+            raise error.__cause__ from None
+        text = str(error)
+        if "trust_remote_code" in text:
+            raise ConfigError(
+                f"{path}: needs Python code that comes with the checkpoint; read it, then allow it "
+                "with trust_remote_code=True (--trust-remote-code)"
+            ) from error
+        line = next((line.strip() for line in text.splitlines() if line.strip()), "")
+        raise ConfigError(
+            f"{path}: {what}: {type(error).__name__}: {line[:300]}; is it of a newer transformers?"
+        ) from error
+
+
+def model_class(config: Any) -> Any:
+    """Return the class that a config names, or the automatic one for causal language models.
+
+    A name that is no model class of transformers, or that a checkpoint's own code is for, is left
+    to the automatic classes.
+    """
+    import transformers
+
+    own = getattr(config, "auto_map", None)
+    own = own if isinstance(own, dict) else {}
+    names = getattr(config, "architectures", None)
+    for name in names if isinstance(names, list | tuple) and not own else ():
+        found = getattr(transformers, name, None) if isinstance(name, str) else None
+        if isinstance(found, type) and issubclass(found, transformers.PreTrainedModel):
             return found
+    for name in own:
+        if name.startswith("AutoModel") and hasattr(transformers, name):
+            return getattr(transformers, name)
     return transformers.AutoModelForCausalLM

@@ -8,11 +8,14 @@ import tempfile
 import weakref
 from collections.abc import Collection, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import torch
 
 from endor import kernels
 from endor.checkpoint.index import check_together
+from endor.dependencies import changed
 from endor.errors import CheckpointError
 from endor.storage import (
     FileLayout,
@@ -26,6 +29,9 @@ from endor.storage import (
 
 _PLAIN_ALIGN = 64
 """Alignment of tensors that transformers maps; torch's products vary below 16 bytes."""
+
+_COMPARED = 64
+"""Elements of each parameter that are compared after loading."""
 
 _SHARD = re.compile(r"endor-(\d{5})-of-(\d{5})\.safetensors")
 
@@ -132,6 +138,34 @@ def plain_file(
         os.close(file)
         raise
     return PlainFile(file)
+
+
+def check_taken(plain: PlainFile, model: Any) -> None:
+    """Raise unless transformers loaded the model's parameters from `plain`.
+
+    Its list of files was replaced under its hands; had it kept another one, the parameters would be
+    random. The beginning of each parameter that has a stored name is compared; some may have been
+    converted on the way, but never all.
+
+    Raises:
+        DependencyError: None of them has the stored bytes, or one was left without any.
+    """
+    from safetensors import safe_open
+
+    own = dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers())
+    empty = next((name for name, item in own.items() if item.is_meta), None)
+    if empty is not None:
+        raise changed("transformers", f"loading left {empty} without a value")
+    outcomes = []
+    with safe_open(plain.path, framework="pt") as file:
+        for name in file.keys():  # noqa: SIM118 - it is no dict
+            stored = own.get(name)
+            if stored is not None and list(stored.shape) == file.get_slice(name).get_shape():
+                wanted = file.get_tensor(name).flatten()[:_COMPARED].to(stored.dtype)
+                found = stored.detach().flatten()[:_COMPARED].cpu()
+                outcomes.append(torch.equal(found.view(torch.uint8), wanted.view(torch.uint8)))
+    if outcomes and not any(outcomes):
+        raise changed("transformers", "it did not load the parameters that Endor handed to it")
 
 
 def _plain_header(entries: Sequence[TensorEntry]) -> tuple[bytes, list[int]]:

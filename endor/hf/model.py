@@ -1,16 +1,20 @@
 """What a transformers model with packed weights does differently from one without."""
 
+import copy
+import functools
+import inspect
 import os
 import shutil
 import tempfile
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
 from endor.checkpoint.companions import source_quantization
+from endor.dependencies import require
 from endor.errors import ConfigError, OutputExistsError
 from endor.hf.linear import refuse_conversion
 from endor.jsontext import read_object
@@ -21,6 +25,9 @@ if TYPE_CHECKING:
 
     from endor.offload.planner import Plan
 
+_MARK = "_is_quantized"
+"""What transformers sets in the config of a model that has a quantizer."""
+
 INDEX_NAME = "endor.safetensors.index.json"
 
 
@@ -29,13 +36,46 @@ def adopt(model: "PreTrainedModel", store: Store, plan: "Plan | None" = None) ->
     model.endor = store
     model.endor_plan = plan
     model._endor_loaded = _versions(model)
-    for name, function in (
-        ("save_pretrained", save_pretrained),
-        ("num_parameters", num_parameters),
-        ("get_memory_footprint", get_memory_footprint),
-        ("_apply", _apply),
-    ):
+    own: dict[str, Callable[..., Any]] = {
+        "save_pretrained": save_pretrained,
+        "num_parameters": num_parameters,
+        "get_memory_footprint": get_memory_footprint,
+        "_apply": _apply,
+    }
+    require("transformers", type(model), own)
+    for name, function in own.items():
         setattr(model, name, OwnedMethod(function, model))
+
+
+def multiply_as_unquantized(model: torch.nn.Module) -> None:
+    """Have modules that compute in another way when weights are quantized compute as without.
+
+    transformers marks the config of every quantized model, and Jamba and FalconMamba then compute
+    `linear(x) - bias`, which rounds twice, where they else multiply by the weight. A packed weight
+    is the weight. Branches that only choose a dtype stay: they would look for an `nn.Linear`.
+    """
+    plain: dict[int, Any] = {}
+    for module in model.modules():
+        config, kind = getattr(module, "config", None), cast(Hashable, type(module))
+        if not hasattr(config, _MARK) or not _computes_by_mark(kind):
+            continue
+        if id(config) not in plain:
+            plain[id(config)] = copy.copy(config)
+            delattr(plain[id(config)], _MARK)
+        module.config = plain[id(config)]
+
+
+@functools.cache
+def _computes_by_mark(kind: Any) -> bool:
+    """Whether a method of a class asks for the mark of quantized models, not for a dtype alone."""
+    for base in kind.__mro__:
+        for function in vars(base).values():
+            code = (
+                getattr(inspect.unwrap(function), "__code__", None) if callable(function) else None
+            )
+            if code and _MARK in code.co_consts and "target_dtype" not in code.co_varnames:
+                return True
+    return False
 
 
 class OwnedMethod:

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from endor.codecs import TensorSpec
+from endor.dependencies import internals
 from endor.errors import CheckpointError, ConfigError, ShapeError
 from endor.offload.units import Part, WeightSpec
 from endor.storage import FileLayout
@@ -125,14 +126,16 @@ def _sources(
     model: nn.Module, specs: Mapping[str, TensorSpec], quantizer: Any
 ) -> dict[str, _Source]:
     """Return the stored tensors of every parameter, by transformers' own renaming."""
-    from transformers.conversion_mapping import get_model_conversion_mapping
-    from transformers.core_model_loading import (
-        WeightConverter,
-        WeightRenaming,
-        dot_natural_key,
-        rename_source_key,
+    (get_model_conversion_mapping,) = internals(
+        "transformers.conversion_mapping", "get_model_conversion_mapping"
     )
-
+    WeightConverter, WeightRenaming, dot_natural_key, rename_source_key = internals(
+        "transformers.core_model_loading",
+        "WeightConverter",
+        "WeightRenaming",
+        "dot_natural_key",
+        "rename_source_key",
+    )
     mapping = get_model_conversion_mapping(model, None, quantizer)
     renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
     converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]

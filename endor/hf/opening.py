@@ -10,6 +10,7 @@ from endor.errors import ConfigError
 from endor.hf import device as places
 from endor.hf import ranges
 from endor.hf.device import Wanted, device_budget, open_reader_for
+from endor.hf.kv_cache import refuse_kv
 from endor.hf.model import parameter_bytes
 from endor.hf.names import Assignment
 from endor.hf.outline import model_shape, most_common
@@ -89,8 +90,8 @@ class Opener:
         product = "exact" if config.exact else "direct"
         prompt = min(config.prompt, config.context)
         kv = config.kv
-        if kv == "auto" and len(self.wanted.devices()) > 1:
-            kv = "device"  # each device keeps those of its layers
+        if kv == "auto" and (len(self.wanted.devices()) > 1 or refuse_kv(self.model)):
+            kv = "device"  # nowhere else: a plan must not count on it
         return Workload(config.batch, prompt, config.context, product, kv)  # type: ignore[arg-type]
 
     def _on_host(self) -> Opened:

@@ -5,8 +5,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from endor.checkpoint.index import read_packed_index
 from endor.codecs import DTYPES
 from endor.errors import ConfigError
+from endor.hf.load import model_class, one_line_errors, read_model_config
 from endor.hf.loading import open_layouts
 from endor.hf.model import is_packed, parameter_bytes, read_config, refuse_quantized
 from endor.hf.names import Assignment, assign
@@ -59,6 +61,7 @@ def plan_checkpoint(
     vram_bytes: int = 0,
     workload: Workload | None = None,
     remeasure: bool = False,
+    trust_remote_code: bool = False,
 ) -> Planned:
     """Return the plan for a packed checkpoint on this machine, measuring what is not remembered.
 
@@ -70,13 +73,14 @@ def plan_checkpoint(
         vram_bytes: Device memory; 0 plans for the processor.
         workload: What the model is for.
         remeasure: Measure the machine and the disk again.
+        trust_remote_code: As for `outline`.
 
     Raises:
         BudgetError: A budget is too small; the message has the least that works.
         ConfigError: No packed checkpoint, or options that make no sense.
         FormatError: A header is damaged.
     """
-    found = outline(packed_dir)
+    found = outline(packed_dir, trust_remote_code=trust_remote_code)
     machine = hardware.machine(found.dtype, refresh=remeasure)
     disk = hardware.disk(packed_dir, refresh=remeasure)
     chosen = plan(
@@ -91,8 +95,13 @@ def plan_checkpoint(
     return Planned(found, machine, disk, chosen)
 
 
-def outline(packed_dir: Path | str) -> Outline:
+def outline(packed_dir: Path | str, *, trust_remote_code: bool = False) -> Outline:
     """Return the outline of a packed checkpoint, from its headers and an empty model.
+
+    Args:
+        packed_dir: The checkpoint.
+        trust_remote_code: Run Python code that comes with it; without, one that needs that is
+            refused.
 
     Raises:
         ConfigError: The directory holds no packed checkpoint.
@@ -100,9 +109,6 @@ def outline(packed_dir: Path | str) -> Outline:
         CheckpointError: Files and model do not belong together.
     """
     import torch
-    import transformers
-
-    from endor.hf.load import _model_class
 
     path = Path(packed_dir)
     if not is_packed(path):
@@ -110,11 +116,17 @@ def outline(packed_dir: Path | str) -> Outline:
             f"{path}: config.json names no packed checkpoint; make one with `endor pack`"
         )
     refuse_quantized(read_config(path)["quantization_config"])
-    config = transformers.AutoConfig.from_pretrained(path)
+    read_packed_index(path)
+    config = read_model_config(path, trust_remote_code=trust_remote_code)
     if hasattr(config, "quantization_config"):
         del config.quantization_config
-    with torch.device("meta"):
-        model = _model_class(transformers, config)._from_config(config)
+    found = model_class(config)
+    options: dict[str, Any] = {}
+    if not hasattr(found, "_from_config"):
+        options["trust_remote_code"] = trust_remote_code
+    build = getattr(found, "_from_config", None) or found.from_config
+    with torch.device("meta"), one_line_errors(path, "no model can be made of its config.json"):
+        model = build(config, **options)
     layouts = open_layouts(sorted(path.glob("endor-*.safetensors")))
     assignment = assign(model, layouts, None)
     units = collect_units(layouts, assignment.weights)

@@ -1,6 +1,7 @@
 """The transformers quantizer `endor`: replaces packed modules, whose store reads the files."""
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -8,6 +9,8 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils import is_accelerate_available
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from endor.checkpoint.index import read_packed_index
+from endor.dependencies import internals, require
 from endor.errors import ConfigError, FormatError
 from endor.hf import model as behaviour
 from endor.hf import register
@@ -22,10 +25,11 @@ from endor.hf.experts import (
 )
 from endor.hf.kv_cache import keep_kv
 from endor.hf.linear import EndorLinear
-from endor.hf.loading import PlainFile, open_layouts, plain_file
+from endor.hf.loading import PlainFile, check_taken, open_layouts, plain_file
 from endor.hf.names import Assignment, assign
 from endor.hf.opening import Opener
 from endor.hf.ranges import stay_on_device
+from endor.kernels.dispatch import check_threads
 from endor.offload import Placement, parse_bytes
 from endor.offload.device_placement import DevicePlacement
 from endor.offload.kv_plan import KVSetting, check_kv
@@ -61,7 +65,7 @@ class EndorConfig(QuantizationConfigMixin):  # type: ignore[misc]
             is read from disk for every token. Wins over the `"cpu"` of `max_memory`.
         exact: Give the bits that the unpacked model gives. False multiplies up to eight rows
             straight from the packed form, faster and with float32 sums in another order.
-        verify: Check every record's checksum and structure when it is first read.
+        verify: Check every record's checksum whenever it is read, and its structure the first time.
         reader: `"auto"`, `"direct"` (past the page cache) or `"buffered"`.
         threads: Reads in flight.
         placement: A tier per unit, instead of the planner's choice.
@@ -108,14 +112,31 @@ class EndorConfig(QuantizationConfigMixin):  # type: ignore[misc]
         self.prompt = prompt
         self.batch = batch
         self.measure = measure
-        self.kv = check_kv(kv)
+        self.kv = kv
+        self.check()
+
+    def check(self) -> None:
+        """Raise unless the options make sense.
+
+        Raises:
+            ConfigError: One does not.
+        """
+        check_threads(self.threads)
+        check_kv(self.kv)
+        for name in ("context", "prompt", "batch"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise ConfigError(f"{name} must be an integer of at least 1, got {value!r:.40}")
 
     @classmethod
     def from_dict(
         cls, config_dict: Mapping[str, Any], return_unused_kwargs: bool = False, **kwargs: Any
     ) -> Any:
-        """Return the config in a checkpoint's `quantization_config`; unknown members are kept."""
-        loading = {key: value for key, value in config_dict.items() if key in _LOADING}
+        """Return the config in a checkpoint's `quantization_config`; unknown members are kept.
+
+        Members that have the name of a loading option are ignored: how a checkpoint is loaded, and
+        whether it is checked, is for whoever loads it to say, not for the checkpoint.
+        """
         packed = {key: value for key, value in config_dict.items() if key not in _LOADING}
         version = packed.get("format_version")
         if version != FORMAT_VERSION:
@@ -123,7 +144,7 @@ class EndorConfig(QuantizationConfigMixin):  # type: ignore[misc]
                 f"quantization_config: format_version must be {FORMAT_VERSION}, got {version!r}; "
                 "a newer Endor may read this checkpoint"
             )
-        config = cls(**loading, packed=packed)
+        config = cls(packed=packed)
         return (config, kwargs) if return_unused_kwargs else config
 
     def to_dict(self) -> dict[str, Any]:
@@ -137,6 +158,18 @@ class EndorConfig(QuantizationConfigMixin):  # type: ignore[misc]
     def get_loading_attributes(self) -> dict[str, Any]:
         """Return what a caller of `from_pretrained` may set."""
         return {key: getattr(self, key) for key in _LOADING}
+
+
+_CALLED = (
+    "validate_environment",
+    "update_device_map",
+    "adjust_max_memory",
+    "update_attn_implementation",
+    "update_dtype",
+    "_process_model_before_weight_loading",
+    "_process_model_after_weight_loading",
+)
+"""What transformers calls of a quantizer; of another name it would load without Endor."""
 
 
 class EndorQuantizer(HfQuantizer):  # type: ignore[misc]
@@ -165,6 +198,7 @@ class EndorQuantizer(HfQuantizer):  # type: ignore[misc]
 
     def validate_environment(self, *args: Any, **kwargs: Any) -> None:
         """Refuse weights that were quantized before; the first thing that transformers asks."""
+        self.quantization_config.check()
         behaviour.refuse_quantized(self.quantization_config.packed)
 
     def update_device_map(self, device_map: Any) -> Any:
@@ -194,8 +228,16 @@ class EndorQuantizer(HfQuantizer):  # type: ignore[misc]
         return {"cpu": UNLIMITED}
 
     def update_attn_implementation(self, config: Any) -> Any:
-        """Point transformers to our index: the last step before it looks for files."""
+        """Point transformers to our index: the last step before it looks for files.
+
+        Raises:
+            CheckpointError, FormatError: The index of a directory is missing, or damaged; what
+                transformers would say to that is a `KeyError`.
+        """
         config.transformers_weights = behaviour.INDEX_NAME
+        directory = Path(getattr(config, "_name_or_path", "") or ".")
+        if (directory / behaviour.INDEX_NAME).is_file():
+            read_packed_index(directory)
         return config
 
     def update_dtype(self, dtype: torch.dtype) -> torch.dtype:
@@ -243,6 +285,7 @@ class EndorQuantizer(HfQuantizer):  # type: ignore[misc]
         self, model: "PreTrainedModel", **kwargs: Any
     ) -> "PreTrainedModel":
         if self._plain is not None:
+            check_taken(self._plain, model)
             self._plain.close()
             self._plain = None
         config, plan = self.quantization_config, self._assignment
@@ -265,6 +308,7 @@ class EndorQuantizer(HfQuantizer):  # type: ignore[misc]
             )
         link_experts(model)
         stay_on_device(model)
+        behaviour.multiply_as_unquantized(model)
         self._layouts, self._assignment, self._dtypes = [], Assignment(), {}
         config.placement = None
         behaviour.adopt(model, store, opened.plan)
@@ -278,8 +322,10 @@ def _weight_dtypes(
     model: "PreTrainedModel", plan: Assignment, dtype: torch.dtype
 ) -> dict[str, torch.dtype]:
     """Return the dtype that transformers would give each packed parameter."""
-    from transformers.core_model_loading import build_glob_alternation
-
+    (build_glob_alternation,) = internals(
+        "transformers.core_model_loading", "build_glob_alternation"
+    )
+    require("transformers", type(model), ["_get_dtype_plan"])
     kept = model._get_dtype_plan(dtype)
     pattern, by_group, _ = build_glob_alternation(list(kept)) if kept else (None, {}, {})
     out = {}
@@ -289,4 +335,5 @@ def _weight_dtypes(
     return out
 
 
+require("transformers", HfQuantizer, _CALLED)
 register.install()

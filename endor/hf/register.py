@@ -11,8 +11,16 @@ from importlib.machinery import ModuleSpec
 from types import ModuleType
 from typing import Any
 
+from endor.dependencies import changed, require
+
 TABLE = "transformers.quantizers.auto"
 METHOD = "endor"
+_NEEDED = (
+    "AUTO_QUANTIZER_MAPPING",
+    "LOADING_ATTRIBUTES_CONFIG_TYPES",
+    "register_quantization_config",
+    "register_quantizer",
+)
 
 
 class _Finder:
@@ -76,9 +84,12 @@ def register(table: Any) -> None:
         return  # it is what imports transformers right now, and registers itself when it is done
     from endor.hf.quantizer import EndorConfig, EndorQuantizer
 
+    require("transformers", table, _NEEDED)
     if METHOD not in table.AUTO_QUANTIZER_MAPPING:
         table.register_quantization_config(METHOD)(EndorConfig)
         table.register_quantizer(METHOD)(EndorQuantizer)
     if EndorConfig not in table.LOADING_ATTRIBUTES_CONFIG_TYPES:
         # Without this a `quantization_config=EndorConfig(ram=...)` given by the user is ignored.
         table.LOADING_ATTRIBUTES_CONFIG_TYPES += (EndorConfig,)
+    if table.AUTO_QUANTIZER_MAPPING.get(METHOD) is not EndorQuantizer:
+        raise changed("transformers", f"it did not take the quantizer {METHOD!r}")

@@ -13,6 +13,8 @@ from endor.kernels import native
 CHOICES = ("auto", "avx512", "avx2", "neon", "scalar", "numpy")
 
 MAX_THREADS = 64
+MOST_THREADS = 256
+"""A larger count is no wish but a mistake."""
 
 NUMPY_SLOWDOWN = "100 to 250 times slower"
 """Than `avx2`: packing, expanding, products of a 1024 x 2048 bf16 weight (docs/kernels.md)."""
@@ -68,20 +70,35 @@ def thread_count(threads: int | None = None) -> int:
     """Return `threads`, else `ENDOR_THREADS`, else the CPUs this process may use.
 
     Raises:
-        ConfigError: The number is not a positive integer.
+        ConfigError: The number is no integer in 1..256.
     """
+    what = "threads"
     if threads is None:
         text = os.environ.get("ENDOR_THREADS")
         if not text:
             affinity = getattr(os, "sched_getaffinity", None)
             cpus = len(affinity(0)) if affinity else os.cpu_count() or 1
             return min(cpus, MAX_THREADS)
-        if not text.isdecimal():
-            raise ConfigError(f"ENDOR_THREADS must be a positive integer, got {text!r}")
+        what = "ENDOR_THREADS"
+        if not (text.isascii() and text.isdecimal() and len(text) < 10):
+            raise ConfigError(f"{what} must be an integer in 1..{MOST_THREADS}, got {text[:20]!r}")
         threads = int(text)
-    if threads < 1:
-        raise ConfigError(f"threads must be at least 1, got {threads}")
-    return min(threads, MAX_THREADS)
+    return min(check_threads(threads, what), MAX_THREADS)
+
+
+def check_threads(count: int, what: str = "threads") -> int:
+    """Return `count`, a number of threads that a caller gave.
+
+    Args:
+        count: It.
+        what: The option, for the message.
+
+    Raises:
+        ConfigError: It is no integer in 1..256.
+    """
+    if isinstance(count, bool) or not isinstance(count, int) or not 1 <= count <= MOST_THREADS:
+        raise ConfigError(f"{what} must be an integer in 1..{MOST_THREADS}, got {count!r:.20}")
+    return count
 
 
 def describe() -> dict[str, object]:

@@ -2,8 +2,9 @@
 
 from endor.offload.engine import Engine
 from endor.offload.ledger import Event, Ledger
+from endor.offload.limits import available_bytes
 from endor.offload.memory import Range, Scratch, Staging
-from endor.offload.placement import Placement, Tier, available_bytes, parse_bytes
+from endor.offload.placement import Placement, Tier, parse_bytes
 from endor.offload.room import Room
 from endor.offload.schedule import Schedule
 from endor.offload.state import Phase, State

@@ -29,6 +29,7 @@ import torch
 from endor.errors import BackendError, ConfigError, EndorError
 from endor.offload.device import Device
 from endor.offload.schedule import Schedule
+from endor.offload.threads import join_all, start_all
 
 
 class Source(Protocol):
@@ -148,8 +149,7 @@ class Copier:
             threading.Thread(target=self._run, name=f"endor-copier-{at}", daemon=True)
             for at in range(workers)
         ]
-        for thread in self._threads:
-            thread.start()
+        start_all(self._threads, self.close)
 
     @property
     def slots(self) -> int:
@@ -222,9 +222,7 @@ class Copier:
             self._closed = True
             self._work.notify_all()
             self._changed.notify_all()
-        for thread in self._threads:
-            if thread is not threading.current_thread():
-                thread.join()
+        join_all(self._threads)
 
     # ---- under the lock ------------------------------------------------------------------------
 

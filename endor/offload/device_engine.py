@@ -50,7 +50,7 @@ class DeviceEngine:
         units: All units, in execution order.
         placement: Their tiers; checked.
         reader: Reads records; closed with the engine.
-        verify: Check each record when it is first read.
+        verify: Check each record whenever it is read into host memory.
         threads: Disk reads in flight.
         ledger: Where to count.
     """

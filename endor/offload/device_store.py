@@ -66,7 +66,7 @@ class DeviceStore(Store):
         placement: Tier per unit.
         reader: Reads records; the store closes it.
         device: Where it computes.
-        verify: Check each record when it is first read.
+        verify: Check each record whenever it is read into host memory.
         threads: Disk reads in flight.
         unpacked: Packed tensors that no layer can use packed: expanded when the model was loaded.
         ledger: Where to count; one of its own when omitted.

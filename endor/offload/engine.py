@@ -21,13 +21,15 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 
 from endor.errors import BackendError, EndorError, ReadError
+from endor.kernels.dispatch import check_threads
 from endor.offload.ledger import Ledger
 from endor.offload.memory import Range
 from endor.offload.placement import Placement
 from endor.offload.room import Room
 from endor.offload.state import AHEAD, DEMAND, FILL, HINT, WARM, Bound, Phase, State
+from endor.offload.threads import join_all, start_all
 from endor.offload.units import Unit
-from endor.storage import HostBuffer, RecordReader, check_record
+from endor.storage import HostBuffer, RecordReader, check_again, check_record
 
 
 class Engine:
@@ -37,7 +39,7 @@ class Engine:
         units: All units, in execution order.
         placement: Their tiers; checked.
         reader: Reads records; the engine closes it.
-        verify: Check each unit's checksum and structure when it is first read.
+        verify: Check each unit's checksum whenever it is read, and its structure the first time.
         threads: Reads in flight.
         ledger: Where to count.
 
@@ -57,6 +59,7 @@ class Engine:
         ledger: Ledger | None = None,
     ) -> None:
         placement.check(units)
+        check_threads(threads)
         self.ledger = ledger or Ledger()
         cached = _cached(units, placement)
         self.states = {
@@ -93,8 +96,7 @@ class Engine:
             threading.Thread(target=self._run, name=f"endor-loader-{at}", daemon=True)
             for at in range(threads)
         ]
-        for thread in self._threads:
-            thread.start()
+        start_all(self._threads, self.close)
 
     @property
     def streams(self) -> bool:
@@ -232,9 +234,7 @@ class Engine:
             self._work.notify_all()
             self._done.notify_all()
         self._reader.close()
-        for thread in self._threads:
-            if thread is not threading.current_thread():
-                thread.join()
+        join_all(self._threads)
         self._home = None
 
     # ---- under the lock ------------------------------------------------------------------------
@@ -362,8 +362,11 @@ class Engine:
         stop = time.perf_counter()
         self.ledger.note("read", unit.name, start, stop, unit.nbytes)
         check_s = 0.0
-        if self._verify and not state.checked:
-            check_record(unit.layout, unit.record.name, place.array)
+        if self._verify:
+            if state.checked:
+                check_again(unit.record, place.array)
+            else:
+                check_record(unit.layout, unit.record.name, place.array)
             state.checked = True
             check_s = time.perf_counter() - stop
             self.ledger.note("check", unit.name, stop, stop + check_s, unit.nbytes)

@@ -250,21 +250,47 @@ def _machine_key(facts: Facts, dtype: str) -> str:
 
 
 def _remembered_machine(key: str) -> Machine | None:
-    """Return a cached machine; None when there is none, or another version wrote it."""
-    cached = _load()["machines"].get(key)
+    """Return a cached machine; None when there is none that another measurement could be."""
+    cached: Any = _load()["machines"].get(key)
     try:
-        return None if cached is None else Machine.from_dict(cached["constants"])
-    except (KeyError, TypeError):
+        found = Machine.from_dict(cached["constants"])
+    except (AttributeError, KeyError, TypeError):
         return None
+    known = typical(found.dtype)
+    complete = all(
+        isinstance(getattr(found, name), dict) and getattr(found, name).keys() >= kinds.keys()
+        for name, kinds in asdict(known).items()
+        if isinstance(kinds, dict) and name != "link"
+    )
+    return found if complete and _sound(found) else None
 
 
 def _remembered_disk(key: str) -> Disk | None:
-    """Return a cached disk; None when there is none, or another version wrote it."""
-    cached = _load()["disks"].get(key)
+    """Return a cached disk; None when there is none that another measurement could be."""
+    cached: Any = _load()["disks"].get(key)
     try:
-        return None if cached is None else Disk(**cached)
+        found = Disk(**cached)
     except TypeError:
         return None
+    return found if _sound(found) else None
+
+
+def _sound(value: Any) -> bool:
+    """Whether a record from the cache could have been measured: each number finite and above 0."""
+    if isinstance(value, Machine | Link | Disk):
+        expected = {Machine: str, Link: str, Disk: bool}[type(value)]
+        for field in fields(value):
+            part = getattr(value, field.name)
+            if field.name in ("dtype", "name", "direct"):
+                sound = isinstance(part, expected)
+            elif field.name in ("expand_gbps", "product_gbps"):
+                sound = all(_sound(rate) for rate in part.values())
+            else:
+                sound = _sound(part) or (field.name == "link" and part is None)
+            if not sound:
+                return False
+        return True
+    return type(value) in (int, float) and 0 < value < 1e18
 
 
 def _digest(facts: Facts) -> str:

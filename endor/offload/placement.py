@@ -2,22 +2,19 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal
 
 from endor.errors import BudgetError, ConfigError
 from endor.offload.units import Unit
 from endor.sizes import parse_bytes
 
-__all__ = ["Placement", "Tier", "available_bytes", "parse_bytes"]
+__all__ = ["Placement", "Tier", "parse_bytes"]
 
 Tier = Literal["dense", "resident", "disk"]
 """`dense`: expanded once and kept; `resident`: kept packed; `disk`: read for every use."""
 
 STAGING_AHEAD_BYTES = 256 << 20
 """Read-ahead that the default staging area leaves room for, beside the largest unit."""
-
-_CGROUP = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,19 +52,3 @@ class Placement:
                     f"placement: staging must hold {unit.name} ({unit.nbytes} bytes), "
                     f"got {self.staging_bytes} bytes"
                 )
-
-
-def available_bytes() -> int:
-    """Return the memory that this process may still take: nine tenths of what is available."""
-    limits = []
-    for line in Path("/proc/meminfo").read_text().splitlines():
-        if line.startswith("MemAvailable:"):
-            limits.append(int(line.split()[1]) * 1024)
-    for path in _CGROUP:
-        try:
-            text = Path(path).read_text().strip()
-        except OSError:
-            continue
-        if text.isdigit():
-            limits.append(int(text))
-    return min(limits, default=1 << 40) * 9 // 10

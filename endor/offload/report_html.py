@@ -24,7 +24,7 @@ COLOURS = {
 }
 MEANINGS = {
     "read": "read from disk",
-    "check": "checksum and structure (first read only)",
+    "check": "checksum; structure at the first read",
     "expand": "packed to dense",
     "product": "product from the packed form",
     "stall": "waiting for a unit",

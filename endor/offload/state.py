@@ -39,7 +39,7 @@ class State:
         error: Why it FAILED.
         priority: Of the queued read.
         waiters: Threads that wait for it.
-        checked: Whether its checksum and structure were found right once.
+        checked: Whether its structure was found right; its checksum is checked at every read.
         warm: Whether a guess at a router's choice brought it, and it was not used since.
     """
 

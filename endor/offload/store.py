@@ -47,7 +47,7 @@ class Store:
         specs: What is multiplied by, and in which torch dtype.
         placement: Tier per unit.
         reader: Reads records; the store closes it.
-        verify: Check each record when it is first read.
+        verify: Check each record whenever it is read into host memory.
         threads: Reads in flight.
         unpacked: Packed tensors that no layer can use packed: expanded when the model was loaded.
     """

@@ -155,7 +155,7 @@ def _tokenizer(directory: Path | None) -> Any:
             "or prune with magnitude"
         )
     try:
-        return AutoTokenizer.from_pretrained(directory)
+        return AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{directory}: has no usable tokenizer: {error}") from None
 

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from endor.dependencies import internals
 from endor.errors import CheckpointError, PruningError
 
 
@@ -70,14 +71,16 @@ def map_parts(
 def _collect(
     model: nn.Module, shapes: Mapping[str, tuple[int, ...]], expected: Mapping[str, torch.Tensor]
 ) -> dict[str, _Collected]:
-    from transformers.conversion_mapping import get_model_conversion_mapping
-    from transformers.core_model_loading import (
-        WeightConverter,
-        WeightRenaming,
-        dot_natural_key,
-        rename_source_key,
+    (get_model_conversion_mapping,) = internals(
+        "transformers.conversion_mapping", "get_model_conversion_mapping"
     )
-
+    WeightConverter, WeightRenaming, dot_natural_key, rename_source_key = internals(
+        "transformers.core_model_loading",
+        "WeightConverter",
+        "WeightRenaming",
+        "dot_natural_key",
+        "rename_source_key",
+    )
     mapping: list[Any] = get_model_conversion_mapping(model)
     renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
     converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]

@@ -217,7 +217,7 @@ def _empty_model(source: CheckpointSource) -> Any:
             f"{source.path}: calibrated pruning needs config.json and a tokenizer beside the "
             "weights; give the directory, or prune with magnitude"
         )
-    config = AutoConfig.from_pretrained(source.directory)
+    config = AutoConfig.from_pretrained(source.directory, trust_remote_code=False)
     if (source.config() or {}).get("quantization_config"):
         raise PruningError(
             f"{source.path}: config.json says that its weights are quantized, so they mean nothing "

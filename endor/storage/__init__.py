@@ -3,7 +3,14 @@
 from typing import TYPE_CHECKING, Any
 
 from endor.storage.buffers import HostBuffer
-from endor.storage.check import bind_checked, check_bytes, check_record, read_records, verify_file
+from endor.storage.check import (
+    bind_checked,
+    check_again,
+    check_bytes,
+    check_record,
+    read_records,
+    verify_file,
+)
 from endor.storage.layout import ALIGN, ArrayEntry, FileLayout, Record, TensorEntry, align_up
 from endor.storage.readers import RecordReader, open_reader
 from endor.storage.source import ReaderKind
@@ -30,6 +37,7 @@ __all__ = [
     "Ticket",
     "align_up",
     "bind_checked",
+    "check_again",
     "check_bytes",
     "check_record",
     "header_capacity",

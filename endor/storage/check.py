@@ -7,7 +7,7 @@ import numpy as np
 
 from endor import codecs
 from endor.codecs import Encoded
-from endor.errors import ChecksumError, FormatError
+from endor.errors import ChecksumError, FormatError, IntegrityError
 from endor.storage.buffers import HostBuffer
 from endor.storage.checksum import checksum
 from endor.storage.layout import FileLayout, Record
@@ -35,6 +35,21 @@ def check_bytes(record: Record, record_bytes: np.ndarray) -> None:
     for start, stop in record.pads:
         if record_bytes[start:stop].any():
             raise FormatError(f"{where}: bytes {start}:{stop} are a pad and must be 0")
+
+
+def check_again(record: Record, record_bytes: np.ndarray) -> None:
+    """Check the checksum and pads of a record whose bytes were found right before.
+
+    Raises:
+        IntegrityError: They are others now.
+    """
+    try:
+        check_bytes(record, record_bytes)
+    except FormatError as error:
+        raise IntegrityError(
+            f"{record.path}: record {record.name!r} changed since it was first read; something "
+            f"writes to the file: load the model again ({error})"
+        ) from error
 
 
 def bind_checked(layout: FileLayout, name: str, record_bytes: np.ndarray) -> Encoded:

@@ -22,7 +22,8 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol, Self
 
 import numpy as np
 
-from endor.errors import BackendError, ConfigError, ReadError, TruncatedError
+from endor.errors import BackendError, ConfigError, IntegrityError, ReadError, TruncatedError
+from endor.kernels.dispatch import check_threads
 from endor.storage.buffers import HostBuffer
 from endor.storage.layout import Record
 from endor.storage.readers import RecordReader, open_reader
@@ -203,13 +204,14 @@ class DeviceReader:
         self._backend = backend
         self._host = host
         self._probed = probed
-        self._threads = threads
+        self._threads = check_threads(threads, "reader threads")
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="endor-cufile")
         self._lock = threading.Lock()
         self._before = dict(backend.counts())
         self._bytes = self._records = self._reads = 0
         self._seconds = 0.0
         self._closed = False
+        self._tokens: dict[Path, tuple[int, ...]] = {}
 
     def submit(
         self, record: Record, buffer: HostBuffer | np.ndarray, **bounds: int | None
@@ -230,6 +232,7 @@ class DeviceReader:
 
         Raises:
             TruncatedError: The file ends early.
+            IntegrityError: The file changed since it was first read from.
             ReadError: The read failed, or the reader is closed.
         """
         if isinstance(buffer, HostBuffer | np.ndarray):
@@ -237,6 +240,7 @@ class DeviceReader:
         if self._closed:
             raise ReadError(f"{record.path}: the reader is closed; open a new one")
         assert buffer.numel() >= record.nbytes
+        self._check_unchanged(record)
         start = time.perf_counter()
         address = buffer.data_ptr()
         parts = [
@@ -259,6 +263,20 @@ class DeviceReader:
             self._reads += calls
             self._seconds += seconds
         return ReadStat(record.nbytes, seconds, calls - len(parts))
+
+    def _check_unchanged(self, record: Record) -> None:
+        """Raise when the file changed since it was first read from.
+
+        Bytes that go straight to a device pass no checksum, so that any sign of a change counts:
+        even one of the inode alone, which a link to the file makes, too.
+        """
+        stat = record.path.stat()
+        found = (stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns)
+        if self._tokens.setdefault(record.path, found) != found:
+            raise IntegrityError(
+                f"{record.path}: record {record.name!r}: the file was changed while it was in use; "
+                "load it again"
+            )
 
     def close(self) -> None:
         """End all reads and close all files. May be called twice."""

@@ -14,6 +14,7 @@ from typing import Any, Self, get_args
 import numpy as np
 
 from endor.errors import BackendError, ConfigError, ReadError, ShapeError, TruncatedError
+from endor.kernels.dispatch import check_threads
 from endor.storage.buffers import HostBuffer
 from endor.storage.layout import ALIGN, Record, align_up
 from endor.storage.source import BlockStat, Preadv, ReaderKind, Source
@@ -74,6 +75,7 @@ class RecordReader:
         Raises:
             ShapeError: The buffer or the range does not fit.
             TruncatedError: The file is too short.
+            IntegrityError: It was replaced by another since it was first read from.
             BackendError: A forced `"direct"` cannot run on the file.
             ReadError: The reader is closed.
             OSError: The file cannot be opened.
@@ -103,7 +105,7 @@ class RecordReader:
                     submitted += 1
                     future.add_done_callback(self._when_cancelled(ticket))
             except BaseException as error:  # no thread to be had, Ctrl-C: the rest never starts
-                ticket._fail(error)
+                ticket._fail(_without_thread(error, record))
                 ticket._forget(len(spans) - submitted)
         self._end_block(ticket, BlockStat(), 0.0)
         if isinstance(ticket._error, KeyboardInterrupt):
@@ -199,6 +201,7 @@ class RecordReader:
                 f"{record.path}: record {record.name!r}: truncated: has {size} bytes, needs "
                 f"{needed}; copy or convert the file again"
             )
+        source.check_place(f"record {record.name!r}")
         return source
 
     def _close_idle(self) -> None:
@@ -288,8 +291,7 @@ def open_reader(
     """
     if kind not in get_args(ReaderKind):
         raise ConfigError(f"reader must be one of {get_args(ReaderKind)}, got {kind!r}")
-    if not 1 <= threads <= 256:
-        raise ConfigError(f"reader threads must be 1..256, got {threads}")
+    check_threads(threads, "reader threads")
     if block_bytes % ALIGN or not ALIGN <= block_bytes <= _MAX_BLOCK_BYTES:
         raise ConfigError(
             f"block_bytes must be a multiple of {ALIGN} up to {_MAX_BLOCK_BYTES}, got {block_bytes}"
@@ -297,6 +299,16 @@ def open_reader(
     if kind == "direct" and not hasattr(os, "O_DIRECT"):
         raise BackendError("reader 'direct' needs O_DIRECT, which this platform lacks; use 'auto'")
     return RecordReader(kind, threads, block_bytes, preadv)
+
+
+def _without_thread(error: BaseException, record: Record) -> BaseException:
+    """Return what to raise for an error of starting a read."""
+    if not isinstance(error, RuntimeError):
+        return error
+    return ReadError(
+        f"{record.path}: record {record.name!r}: no thread to read it with ({error}): raise the "
+        "limit of processes (ulimit -u) or of memory, or ask for fewer threads"
+    )
 
 
 def _destination(buffer: HostBuffer | np.ndarray, needed: int, record: Record) -> np.ndarray:

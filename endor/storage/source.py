@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from endor.errors import BackendError, ReadError, TruncatedError
+from endor.errors import BackendError, IntegrityError, ReadError, TruncatedError
 from endor.storage.layout import ALIGN
 
 ReaderKind = Literal["auto", "direct", "buffered"]
@@ -101,6 +101,25 @@ class Source:
                 self._refused("read", error)
                 self.handle = self._open_with(0)
             return True
+
+    def check_place(self, what: str) -> None:
+        """Raise unless the path still leads to the file that was opened, or nowhere.
+
+        A file that was deleted or moved away is read to the end. Whether this one was written to
+        only its bytes can tell: times and sizes are set by links, backups and copies, too.
+
+        Args:
+            what: The record that is to be read, for the message.
+
+        Raises:
+            IntegrityError: It was replaced by another.
+        """
+        with contextlib.suppress(OSError):
+            if not os.path.samestat(self.path.stat(), os.fstat(self.handle.fd)):
+                raise IntegrityError(
+                    f"{self.path}: {what}: the file was replaced by another while it was in use; "
+                    "load it again"
+                )
 
     @property
     def nbytes(self) -> int:

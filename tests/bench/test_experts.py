@@ -17,6 +17,7 @@ from endor.bench.experts import (
     table,
 )
 from endor.errors import ConfigError
+from endor.hf.kv_cache import CACHE_ARGUMENT
 
 
 def trace_of(chosen, guessed=None, experts=4):
@@ -126,7 +127,7 @@ def test_the_trace_of_a_model():
     ]
     with torch.no_grad():
         for token in ids:
-            cache = model(token.view(1, 1), past_key_values=cache).past_key_values
+            cache = model(token.view(1, 1), **{CACHE_ARGUMENT: cache})[CACHE_ARGUMENT]
     for handle in handles:
         handle.remove()
     assert np.array_equal(torch.cat(stepwise).view(24, 3, 2).numpy(), trace.chosen)

@@ -71,6 +71,8 @@ def config_of(kind: str, **changes: Any) -> Any:
             )
         case "gemma2":
             return transformers.Gemma2Config(**{**LLAMA_LIKE, "head_dim": 16, **sizes})
+        case "mistral":
+            return transformers.MistralConfig(**{**LLAMA_LIKE, "head_dim": 16, **sizes})
         case "gpt2":
             return transformers.GPT2Config(**{"initializer_range": 0.2, **sizes})
     raise ValueError(kind)

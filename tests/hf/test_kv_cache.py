@@ -9,9 +9,11 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from transformers import DynamicCache
+from transformers.generation import GenerationMixin
 
 import endor
-from endor.errors import BudgetError, ConfigError, ShapeError
+from endor.errors import BudgetError, ConfigError, DependencyError, ShapeError
+from endor.hf.kv_cache import CACHE_ARGUMENT as CACHE
 from endor.hf.kv_cache import EndorCache, EndorCacheLayer, keep_kv, new_cache
 from endor.offload.fake_device import FakeDevice
 from endor.offload.kv_homes import FileAccess
@@ -152,7 +154,7 @@ def test_a_cache_can_be_continued(pair, model):
     caches = [new_cache(model, ram_bytes=model.kv_limit), DynamicCache(config=pair.dense.config)]
     for turn in range(2):
         texts = [
-            each.generate(ids, max_new_tokens=5, do_sample=False, past_key_values=cache)
+            each.generate(ids, max_new_tokens=5, do_sample=False, **{CACHE: cache})
             for each, cache in zip((model, pair.dense), caches, strict=True)
         ]
         assert torch.equal(*texts)
@@ -165,11 +167,11 @@ def test_other_caches_are_left_alone(model):
         model.generate(ids, max_new_tokens=3, do_sample=False, **options)
     mine = DynamicCache(config=model.config)
     out = model.generate(
-        ids, max_new_tokens=3, do_sample=False, past_key_values=mine, return_dict_in_generate=True
+        ids, max_new_tokens=3, do_sample=False, return_dict_in_generate=True, **{CACHE: mine}
     )
-    assert out.past_key_values is mine
+    assert getattr(out, CACHE) is mine
     out = model.generate(ids, max_new_tokens=3, do_sample=False, return_dict_in_generate=True)
-    assert isinstance(out.past_key_values, EndorCache)
+    assert isinstance(getattr(out, CACHE), EndorCache)
 
 
 def test_layers_with_a_window_stay_transformers_own(make_pair, tmp_path):
@@ -179,7 +181,7 @@ def test_layers_with_a_window_stay_transformers_own(make_pair, tmp_path):
     ids = prompt(2)
     out = model.generate(ids, max_new_tokens=8, do_sample=False, return_dict_in_generate=True)
     assert torch.equal(out.sequences, pair.dense.generate(ids, max_new_tokens=8, do_sample=False))
-    kinds = [isinstance(layer, EndorCacheLayer) for layer in out.past_key_values.layers]
+    kinds = [isinstance(layer, EndorCacheLayer) for layer in getattr(out, CACHE).layers]
     assert any(kinds)
     assert not all(kinds)
 
@@ -217,3 +219,65 @@ def test_the_planned_context_decides(make_pair):
     assert model.endor.ledger.counters.kv_loads > 0
     with pytest.raises(ConfigError, match="got 'tape'"):
         endor.load_model(pair.packed, kv="tape")
+
+
+def rename_the_argument(monkeypatch, model, new):
+    """Have transformers make its cache under another name, as 5.24 did."""
+    real = type(model)._prepare_cache_for_generation
+
+    def renamed(self, generation_config, model_kwargs, *args):
+        out = real(self, generation_config, model_kwargs, *args)
+        new(model_kwargs)
+        return out
+
+    monkeypatch.setattr(type(model), "_prepare_cache_for_generation", renamed)
+
+
+def test_the_cache_is_known_whatever_its_name(monkeypatch, pair):
+    model = endor.load_model(pair.packed, kv="disk")
+    seen = []
+
+    def name_it(kwargs):
+        kwargs["memory"] = kwargs.pop(CACHE)
+
+    rename_the_argument(monkeypatch, model, name_it)
+    monkeypatch.setattr(
+        type(model), "_sample", lambda self, *args, **kwargs: seen.append(kwargs["memory"])
+    )
+    model.generate(prompt(1), max_new_tokens=3, do_sample=False)
+    assert [type(cache) for cache in seen] == [EndorCache]
+
+
+@pytest.mark.parametrize("made", ["none", "another"])
+def test_a_cache_that_was_not_placed_raises(monkeypatch, pair, made):
+    model = endor.load_model(pair.packed, kv="disk")
+
+    class Another(DynamicCache):
+        pass
+
+    def spoil(kwargs):
+        del kwargs[CACHE]
+        if made == "another":
+            kwargs[CACHE] = Another()
+
+    rename_the_argument(monkeypatch, model, spoil)
+    with pytest.raises(DependencyError, match=r"transformers [0-9.]+: for kv='disk', generate"):
+        model.generate(prompt(1), max_new_tokens=3, do_sample=False)
+
+
+def test_a_generate_without_the_hook_raises(monkeypatch, pair):
+    model = endor.load_model(pair.packed)
+    monkeypatch.setattr(GenerationMixin, "generate", lambda self, *args, **kwargs: None)
+    with pytest.raises(DependencyError, match="generate does not call"):
+        keep_kv(model, "disk")
+
+
+def test_models_whose_cache_cannot_be_elsewhere(make_pair, tmp_path):
+    """Said when it is asked for; not planned with when it is not."""
+    pair = make_pair("mistral", sliding_window=8)
+    with pytest.raises(ConfigError, match=r"kv='disk': .* no layer that keeps all tokens"):
+        endor.load_model(pair.packed, kv="disk")
+    model = endor.load_model(pair.packed)
+    assert model.endor_plan.workload.kv == "device"
+    found = model.generate(prompt(1), max_new_tokens=9, do_sample=False)
+    assert torch.equal(found, pair.dense.generate(prompt(1), max_new_tokens=9, do_sample=False))

@@ -21,11 +21,12 @@ from endor.errors import (
     CheckpointError,
     ChecksumError,
     ConfigError,
+    DependencyError,
     FormatError,
     ShapeError,
     TruncatedError,
 )
-from endor.hf import EndorConfig, EndorExperts, EndorLinear
+from endor.hf import EndorConfig, EndorExperts, EndorLinear, quantizer
 from endor.hf.outline import outline
 from endor.offload import Placement
 
@@ -435,3 +436,33 @@ def test_a_model_that_the_weights_do_not_fill_is_refused(make_pair):
     config.quantization_config = AutoConfig.from_pretrained(pair.packed).quantization_config
     with pytest.raises(CheckpointError, match="takes it nowhere"):
         AutoModelForCausalLM.from_pretrained(pair.packed, config=config)
+
+
+def test_parameters_that_were_not_taken(pair, monkeypatch):
+    """Had transformers kept its own list of files, the parameters would be random."""
+    real = quantizer.check_taken
+
+    def spoiled(plain, model):
+        for parameter in model.parameters():
+            parameter.data = torch.randn_like(parameter)
+        real(plain, model)
+
+    monkeypatch.setattr(quantizer, "check_taken", spoiled)
+    with pytest.raises(DependencyError, match=r"transformers [0-9.]+: it did not load"):
+        load(pair)
+
+    def emptied(plain, model):
+        model.to_empty(device="meta")
+        real(plain, model)
+
+    monkeypatch.setattr(quantizer, "check_taken", emptied)
+    with pytest.raises(DependencyError, match=r"without a value"):
+        load(pair)
+
+
+def test_a_loader_that_does_not_call_the_quantizer(pair, monkeypatch):
+    monkeypatch.setattr(
+        "transformers.LlamaForCausalLM.from_pretrained", lambda *_, **__: torch.nn.Module()
+    )
+    with pytest.raises(DependencyError, match="did not call Endor's quantizer"):
+        endor.load_model(pair.packed)

@@ -3,10 +3,13 @@
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 import endor
+from endor.errors import DependencyError
+from endor.hf import register
 
 ROOT = Path(endor.__file__).resolve().parent.parent
 
@@ -70,3 +73,17 @@ def test_without_endor_loading_fails_loudly(pair):
     assert done.returncode != 0
     assert "OSError" in done.stderr
     assert "model.safetensors" in done.stderr
+
+
+def test_a_table_that_does_not_take_the_quantizer(monkeypatch):
+    table = SimpleNamespace(
+        AUTO_QUANTIZER_MAPPING={},
+        LOADING_ATTRIBUTES_CONFIG_TYPES=(),
+        register_quantization_config=lambda method: lambda kind: kind,
+        register_quantizer=lambda method: lambda kind: kind,
+    )
+    with pytest.raises(DependencyError, match="did not take the quantizer 'endor'"):
+        register.register(table)
+    del table.LOADING_ATTRIBUTES_CONFIG_TYPES
+    with pytest.raises(DependencyError, match="has no LOADING_ATTRIBUTES_CONFIG_TYPES"):
+        register.register(table)

@@ -70,14 +70,17 @@ def test_without_a_compiler(monkeypatch: pytest.MonkeyPatch, rng: np.random.Gene
 def test_thread_count(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("ENDOR_THREADS", raising=False)
     assert 1 <= kernels.thread_count() <= dispatch.MAX_THREADS
-    assert kernels.thread_count(1000) == dispatch.MAX_THREADS
+    assert kernels.thread_count(256) == dispatch.MAX_THREADS
     monkeypatch.setenv("ENDOR_THREADS", "5")
     assert kernels.thread_count() == 5
     assert kernels.thread_count(2) == 2
-    for text in ("0", "-1", "many"):
+    for text in ("0", "-1", "many", "257", "9" * 5000, "\u0663"):
         monkeypatch.setenv("ENDOR_THREADS", text)
-        with pytest.raises(ConfigError):
+        with pytest.raises(ConfigError, match=r"ENDOR_THREADS must be an integer in 1\.\.256"):
             kernels.thread_count()
+    for count in (0, -1, 257, 2.0, True, "2"):
+        with pytest.raises(ConfigError, match=r"threads must be an integer in 1\.\.256"):
+            kernels.thread_count(count)
 
 
 def test_a_cpu_without_vectors_is_told(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,6 +1,7 @@
 """Machine constants are measured once, remembered, and measured again when the machine changes."""
 
 import json
+from dataclasses import asdict
 
 import pytest
 import torch
@@ -54,7 +55,17 @@ def test_another_machine_measures_again(quick, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "damage", ["", "[]", "not json", '{"version": 99}', '{"version": 2, "machines": 3}']
+    "damage",
+    [
+        "",
+        "[]",
+        "not json",
+        '{"version": 99}',
+        '{"version": 2, "machines": 3}',
+        "[" * 100_000,
+        '{"version": ' + "9" * 5000 + "}",
+    ],
+    ids=lambda text: text[:12],
 )
 def test_a_damaged_cache_is_replaced(quick, damage):
     hardware.machine("BF16")
@@ -72,6 +83,41 @@ def test_an_entry_of_another_version_is_replaced(quick):
     hardware.cache_path().write_text(json.dumps(content))
     hardware.machine("BF16")
     assert len(quick) == 2
+
+
+WRONG = [0, -1.0, "3", None, True, [], {}, float("nan"), float("inf"), 10**30]
+
+
+@pytest.mark.parametrize("wrong", WRONG, ids=repr)
+def test_constants_that_nobody_measured_are_measured_again(quick, wrong, tmp_path):
+    """Each number of the cache in turn: a plan divides by them."""
+    good = hardware.typical("BF16")
+    hardware._store("machines", "m", {"constants": good.to_dict()})
+    hardware._store("disks", "d", asdict(hardware.TYPICAL_DISK))
+    path = hardware.cache_path()
+    assert hardware._remembered_machine("m") is None  # a link without memory was never measured
+    content = json.loads(path.read_text())
+    constants, disk = content["machines"]["m"]["constants"], content["disks"]["d"]
+    constants["link"]["vram_bytes"] = 1 << 34
+
+    def remembered():
+        path.write_text(json.dumps(content))
+        return hardware._remembered_machine("m"), hardware._remembered_disk("d")
+
+    assert None not in remembered()
+    places = [(constants, name) for name in constants if name not in ("dtype", "link")]
+    places += [(constants["expand_gbps"], "exp"), (constants["link"], "h2d_gbps")]
+    for owner, name in places:
+        before, owner[name] = owner[name], wrong
+        assert remembered()[0] is None, name
+        owner[name] = before
+    for name in [name for name in disk if name != "direct"]:
+        before, disk[name] = disk[name], wrong
+        assert remembered()[1] is None, name
+        disk[name] = before
+    for entry in (wrong, {"constants": wrong}):
+        content["machines"]["m"] = entry
+        assert remembered()[0] is None
 
 
 def test_unknown_dtype_is_refused(quick):

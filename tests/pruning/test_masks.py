@@ -308,7 +308,7 @@ def test_training_the_survivors_wins_back_what_pruning_lost(tmp_path, one_thread
     )
     model = LlamaForCausalLM(config)
     seen, held_out = windows(shipped_texts("austen")[0], 400), windows(shipped_text(), 60)
-    train(model, seen, 120, 5e-3)
+    train(model, seen, 300, 2e-3)  # slower or shorter, it knows letters alone: nothing to lose
     dense_loss = loss(model, held_out)
     model.save_pretrained(tmp_path / "model")
     with closing(open_source(tmp_path / "model")) as source:
@@ -320,7 +320,7 @@ def test_training_the_survivors_wins_back_what_pruning_lost(tmp_path, one_thread
         pruned_loss = loss(model, held_out)
         train(model, seen, 30, 2e-3)
     trained_loss = loss(model, held_out)
-    assert pruned_loss > dense_loss + 0.1
+    assert pruned_loss > dense_loss + 0.3
     assert trained_loss < pruned_loss - 0.5 * (pruned_loss - dense_loss)
     assert_held(model, masks)
 
