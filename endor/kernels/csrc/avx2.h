@@ -22,6 +22,14 @@ INLINE TARGET __m128i load128(const void *p) { return _mm_loadu_si128(p); }
 INLINE TARGET __m256i load256(const void *p) { return _mm256_loadu_si256(p); }
 INLINE TARGET uint32_t count(uint64_t m) { return (uint32_t)_mm_popcnt_u64(m); }
 
+/* avx2_decode.c */
+uint32_t endor_avx2_expand8(const uint8_t *bitmap, const void *values, void *out, int streaming);
+uint32_t endor_avx2_expand16(const uint8_t *bitmap, const void *values, void *out, int streaming);
+uint32_t endor_avx2_expand32(const uint8_t *bitmap, const void *values, void *out, int streaming);
+
+/* avx2_exp.c */
+void endor_avx2_stream(const endor_stream *s, uint64_t first, uint64_t n, void *buf);
+
 /* avx2_encode.c */
 void endor_avx2_fill_gather(void);
 uint32_t endor_avx2_scan8(const void *src, uint8_t *bitmap);

@@ -30,22 +30,30 @@ void endor_stream_of(const endor_tensor *t, endor_stream *s) {
     }
 }
 
-/* Decode plane words [first, last) into buf; the word that holds element nnz - 1 may be partial. */
-void endor_stream_words(const endor_ops *ops, const endor_tensor *t, const endor_stream *s, uint64_t first,
-                        uint64_t last, uint8_t *buf) {
-    uint64_t whole = min64(last, t->nnz / 64);
-    if (whole > first) ops->stream(s, first, whole - first, buf);
-    if (whole == last) return;
-    uint8_t bytes[3 * 64 + ENDOR_SLACK] = {0}, planes[8 * 8];
-    uint64_t at = 64 * whole;
-    endor_stream tail = *s;
-    for (int j = 0; j < s->byte_planes; j++) memcpy(bytes + 64 * j, s->bytes + j * s->byte_stride + at, t->nnz - at);
-    for (int j = 0; j < s->bit_planes; j++) memcpy(planes + 8 * j, s->planes + j * s->plane_stride + 8 * whole, 8);
-    tail.bytes = bytes;
-    tail.planes = planes;
-    tail.byte_stride = 64;
-    tail.plane_stride = 8;
-    ops->stream(&tail, 0, 1, buf + (at - 64 * first) * (uint64_t)t->itemsize);
+/* Decode stored elements [first, last), last at most nnz, into buf, and some before and after them; returns where the
+ * first one is. Whole plane words, or what `stream_from` takes; the last of the array are decoded from a copy. */
+uint8_t *endor_stream_run(const endor_ops *ops, const endor_tensor *t, const endor_stream *s, uint64_t first,
+                          uint64_t last, uint8_t *buf) {
+    uint64_t step = ops->stream_from ? 32 : 64, begin = first / (ops->stream_from ? 8 : 64) * (ops->stream_from ? 8 : 64);
+    uint64_t n = (last - begin + step - 1) / step * step, itemsize = (uint64_t)t->itemsize;
+    uint64_t whole = min64(n, (t->nnz - begin) / step * step), at = begin + whole;
+    if (whole && ops->stream_from) ops->stream_from(s, begin, whole, buf);
+    else if (whole) ops->stream(s, begin / 64, whole / 64, buf);
+    if (whole < n) {
+        uint8_t bytes[3 * 64 + ENDOR_SLACK] = {0}, planes[8 * 8] = {0};
+        endor_stream tail = *s;
+        for (int j = 0; j < s->byte_planes; j++) memcpy(bytes + 64 * j, s->bytes + j * s->byte_stride + at, t->nnz - at);
+        for (int j = 0; j < s->bit_planes; j++) {
+            memcpy(planes + 8 * j, s->planes + j * s->plane_stride + at / 8, min64(8, s->plane_stride - at / 8));
+        }
+        tail.bytes = bytes;
+        tail.planes = planes;
+        tail.byte_stride = 64;
+        tail.plane_stride = 8;
+        if (ops->stream_from) ops->stream_from(&tail, 0, step, buf + whole * itemsize);
+        else ops->stream(&tail, 0, 1, buf + whole * itemsize);
+    }
+    return buf + (first - begin) * itemsize;
 }
 
 /* The patches from stored element `rank` on, which tile `tile` holds. */
@@ -98,9 +106,7 @@ int endor_decode_tile(const endor_ops *ops, const endor_tensor *t, const endor_s
     if (last < first || last - first > ENDOR_TILE) return ENDOR_CORRUPT;
     const uint8_t *values = buf;
     if (t->codec == ENDOR_EXP) {
-        uint64_t word = first / 64;
-        endor_stream_words(ops, t, s, word, (last + 63) / 64, buf);
-        values += (first - 64 * word) * itemsize;
+        values = endor_stream_run(ops, t, s, first, last, buf);
         if (t->patches) endor_patch(t, cursor, tile + 1, first, last, (uint8_t *)values);
     } else {
         const uint8_t *source = t->values + first * itemsize;

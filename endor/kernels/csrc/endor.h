@@ -133,6 +133,8 @@ typedef struct {
     uint32_t (*expand[3])(const uint8_t *bitmap, const void *values, void *out, int streaming);
     /* Decode stored elements [64 * word, 64 * (word + words)) into buf (64-byte aligned, 64 * words elements). */
     void (*stream)(const endor_stream *s, uint64_t word, uint64_t words, void *buf);
+    /* Instead of `stream`: stored elements [first, first + n), from a multiple of 8 on, n being one of 32. */
+    void (*stream_from)(const endor_stream *s, uint64_t first, uint64_t n, void *buf);
     /* Bitmap of one tile; returns its popcount. */
     uint32_t (*scan[3])(const void *src, uint8_t *bitmap);
     /* Stored elements of one tile to dst, which has ENDOR_SLACK bytes to spare. Returns their number. */
@@ -178,8 +180,8 @@ void endor_parallel(int threads, uint64_t nbytes, void (*fn)(void *), void *cont
 
 /* decode.c, used by the product as well */
 void endor_stream_of(const endor_tensor *t, endor_stream *s);
-void endor_stream_words(const endor_ops *ops, const endor_tensor *t, const endor_stream *s, uint64_t first,
-                        uint64_t last, uint8_t *buf);
+uint8_t *endor_stream_run(const endor_ops *ops, const endor_tensor *t, const endor_stream *s, uint64_t first,
+                          uint64_t last, uint8_t *buf);
 endor_patches endor_patches_at(const endor_tensor *t, uint64_t tile, uint64_t rank);
 void endor_patch(const endor_tensor *t, endor_patches *cursor, uint64_t tile_end, uint64_t first, uint64_t last,
                  uint8_t *elements);

@@ -109,10 +109,8 @@ static void fill(const product_job *job, source *from, endor_run *run, uint64_t 
     from->flat += weights;
     run->values = from->buffer;
     if (t->codec == ENDOR_EXP) {
-        uint64_t word = from->rank / 64;
         look_ahead(job, from, weights, count);
-        endor_stream_words(job->ops, t, &job->stream, word, (last + 63) / 64, from->buffer);
-        run->values += (from->rank - 64 * word) * itemsize;
+        run->values = endor_stream_run(job->ops, t, &job->stream, from->rank, last, from->buffer);
         if (t->patches) {
             endor_patch(t, &run->patches, tiles_of(from->flat), from->rank, last, (uint8_t *)run->values);
         }
