@@ -24,13 +24,16 @@ static void fill_tables(void) {
     }
 }
 
+/* Whole lines where the destination begins one; else 16 bytes at a time up to there, so that pieces that follow each other
+ * leave no line half written by an ordinary store. */
 static TARGET void copy_streaming(void *dst, const void *src, size_t nbytes) {
     uint8_t *d = dst;
     const uint8_t *s = src;
-    size_t head = (size_t)(-(uintptr_t)d & 63);
+    size_t head = (size_t)(-(uintptr_t)d & 15);
     if (head > nbytes) head = nbytes;
     memcpy(d, s, head);
     d += head, s += head, nbytes -= head;
+    for (; nbytes >= 16 && (uintptr_t)d & 63; nbytes -= 16, d += 16, s += 16) _mm_stream_si128((__m128i *)d, load128(s));
     for (; nbytes >= 128; nbytes -= 128, d += 128, s += 128) {
         __m256i a = load256(s), b = load256(s + 32), c = load256(s + 64), e = load256(s + 96);
         _mm256_stream_si256((__m256i *)d, a);
@@ -38,6 +41,7 @@ static TARGET void copy_streaming(void *dst, const void *src, size_t nbytes) {
         _mm256_stream_si256((__m256i *)(d + 64), c);
         _mm256_stream_si256((__m256i *)(d + 96), e);
     }
+    for (; nbytes >= 16; nbytes -= 16, d += 16, s += 16) _mm_stream_si128((__m128i *)d, load128(s));
     memcpy(d, s, nbytes);
 }
 
@@ -69,6 +73,7 @@ static endor_ops ops = {
     .copy_streaming = copy_streaming,
     .read = read_words,
     .fence = fence,
+    .streaming_bytes = 16,
     .dot = endor_avx2_dot,
     .rows = endor_avx2_rows,
     .row_runs = endor_avx2_row_runs,

@@ -14,12 +14,17 @@ INLINE TARGET void store128(void *p, __m128i x, int streaming) {
  * from the eighth before, or each would wait for the last. */
 INLINE TARGET uint32_t before(uint64_t word, int i) { return i ? count(word << (64 - 8 * i)) : 0; }
 
+/* Bytes of values ahead: past the page at which the hardware stops. */
+#define AHEAD 4096
+
 INLINE TARGET uint32_t eighth(uint64_t word, int i) { return (uint8_t)(word >> 8 * i); }
 
 INLINE TARGET uint32_t expand8_of(const uint8_t *bitmap, const uint8_t *v, uint8_t *out, int streaming) {
     const uint8_t *v0 = v;
     for (int w = 0; w < ENDOR_WORDS; w++, out += 64) {
         uint64_t word = load64(bitmap + 8 * w);
+        _mm_prefetch((const char *)v + AHEAD, _MM_HINT_T0);
+#pragma GCC unroll 4
         for (int i = 0; i < 8; i += 2) {
             uint32_t a = eighth(word, i), b = eighth(word, i + 1);
             /* 0x80 entries keep their top bit: at most 8 is added */
@@ -36,6 +41,7 @@ INLINE TARGET uint32_t expand16_of(const uint8_t *bitmap, const uint16_t *v, uin
     const uint16_t *v0 = v;
     for (int w = 0; w < ENDOR_WORDS; w++, out += 64) {
         uint64_t word = load64(bitmap + 8 * w);
+        _mm_prefetch((const char *)v + AHEAD, _MM_HINT_T0);
 #pragma GCC unroll 8
         for (int i = 0; i < 8; i++) {
             __m128i control = load128(endor_avx2_tables.place16[eighth(word, i)]);
@@ -50,14 +56,16 @@ INLINE TARGET uint32_t expand32_of(const uint8_t *bitmap, const uint32_t *v, uin
     const uint32_t *v0 = v;
     for (int w = 0; w < ENDOR_WORDS; w++, out += 64) {
         uint64_t word = load64(bitmap + 8 * w);
+        _mm_prefetch((const char *)v + AHEAD, _MM_HINT_T0);
+        _mm_prefetch((const char *)v + AHEAD + 64, _MM_HINT_T0);
 #pragma GCC unroll 8
         for (int i = 0; i < 8; i++) {
             __m128i place = _mm_loadl_epi64((const __m128i *)&endor_avx2_tables.place[eighth(word, i)]);
             __m256i index = _mm256_cvtepi8_epi32(place), x = load256(v + before(word, i));
             x = _mm256_permutevar8x32_epi32(x, index);
             x = _mm256_andnot_si256(_mm256_srai_epi32(index, 31), x);
-            if (streaming) _mm256_stream_si256((__m256i *)(out + 8 * i), x);
-            else _mm256_storeu_si256((__m256i *)(out + 8 * i), x);
+            store128(out + 8 * i, _mm256_castsi256_si128(x), streaming);
+            store128(out + 8 * i + 4, _mm256_extracti128_si256(x, 1), streaming);
         }
         v += count(word);
     }

@@ -96,35 +96,56 @@ void endor_patch(const endor_tensor *t, endor_patches *cursor, uint64_t tile_end
     }
 }
 
-/* Write the 1024 elements of a tile to out; what lies past numel in the last tile is unspecified. */
-int endor_decode_tile(const endor_ops *ops, const endor_tensor *t, const endor_stream *s, endor_patches *cursor,
-                      uint64_t tile, void *out, int streaming) {
-    ENDOR_ALIGNED uint8_t buf[ENDOR_BUFFER * 4];
+/* The stored elements of a tile, where they can be read a register at a time. */
+typedef struct {
+    const uint8_t *values;
+    uint64_t count;
+} run_of_tile;
+
+/* Bring a tile's stored elements into buf, of ENDOR_BUFFER elements, or find them where they are. */
+static int bring(const endor_ops *ops, const endor_tensor *t, const endor_stream *s, endor_patches *cursor,
+                 uint64_t tile, uint8_t *buf, run_of_tile *run) {
     uint64_t itemsize = (uint64_t)t->itemsize, first = endor_rank_of_tile(t, tile), last = endor_rank_of_tile(t, tile + 1);
-    int ls = log2_itemsize(t->itemsize);
     if (t->tile_offsets) __builtin_prefetch(t->tile_offsets + 4 * tile + 256); /* too rare for the hardware to see */
     if (last < first || last - first > ENDOR_TILE) return ENDOR_CORRUPT;
-    const uint8_t *values = buf;
+    run->values = buf;
+    run->count = last - first;
     if (t->codec == ENDOR_EXP) {
-        values = endor_stream_run(ops, t, s, first, last, buf);
-        if (t->patches) endor_patch(t, cursor, tile + 1, first, last, (uint8_t *)values);
+        uint8_t *values = endor_stream_run(ops, t, s, first, last, buf);
+        if (t->patches) endor_patch(t, cursor, tile + 1, first, last, values);
+        run->values = values;
+        return ENDOR_OK;
+    }
+    const uint8_t *source = t->values + first * itemsize;
+    uint64_t left = (t->nnz - first) * itemsize;
+    if (left >= ENDOR_TILE * itemsize + ENDOR_SLACK) {
+        run->values = source;
     } else {
-        const uint8_t *source = t->values + first * itemsize;
-        uint64_t left = (t->nnz - first) * itemsize;
-        if (left >= ENDOR_TILE * itemsize + ENDOR_SLACK) {
-            values = source;
-        } else {
-            memcpy(buf, source, left);
-            memset(buf + left, 0, ENDOR_TILE * itemsize + ENDOR_SLACK - left);
-        }
+        memcpy(buf, source, left);
+        memset(buf + left, 0, ENDOR_TILE * itemsize + ENDOR_SLACK - left);
     }
-    if (t->bitmap) {
-        uint32_t used = ops->expand[ls](t->bitmap + tile * (ENDOR_TILE / 8), values, out, streaming);
-        return used == last - first ? ENDOR_OK : ENDOR_CORRUPT;
-    }
-    if (streaming) ops->copy_streaming(out, values, (last - first) * itemsize);
-    else memcpy(out, values, (last - first) * itemsize);
     return ENDOR_OK;
+}
+
+/* Write the 1024 elements of a tile to out; what lies past numel in the last tile is unspecified. */
+static int place(const endor_ops *ops, const endor_tensor *t, uint64_t tile, const run_of_tile *run, void *out,
+                 int streaming) {
+    if (t->bitmap) {
+        const uint8_t *bitmap = t->bitmap + tile * (ENDOR_TILE / 8);
+        uint32_t used = ops->expand[log2_itemsize(t->itemsize)](bitmap, run->values, out, streaming);
+        return used == run->count ? ENDOR_OK : ENDOR_CORRUPT;
+    }
+    if (streaming) ops->copy_streaming(out, run->values, run->count * (uint64_t)t->itemsize);
+    else memcpy(out, run->values, run->count * (uint64_t)t->itemsize);
+    return ENDOR_OK;
+}
+
+int endor_decode_tile(const endor_ops *ops, const endor_tensor *t, const endor_stream *s, endor_patches *cursor,
+                      uint64_t tile, void *out) {
+    ENDOR_ALIGNED uint8_t buf[ENDOR_BUFFER * 4];
+    run_of_tile run;
+    int status = bring(ops, t, s, cursor, tile, buf, &run);
+    return status == ENDOR_OK ? place(ops, t, tile, &run, out, 0) : status;
 }
 
 typedef struct {
@@ -138,34 +159,47 @@ typedef struct {
     atomic_int status;
 } decode_job;
 
-static void decode_tile_part(decode_job *job, endor_patches *cursor, uint64_t tile) {
+static int place_part(decode_job *job, uint64_t tile, const run_of_tile *run) {
     const endor_ops *ops = job->ops;
     uint64_t itemsize = (uint64_t)job->tensor->itemsize, begin = tile * ENDOR_TILE, end = begin + ENDOR_TILE;
     uint64_t low = begin > job->start ? begin : job->start, high = min64(end, job->stop);
     uint8_t *dst = job->out + (low - job->start) * itemsize;
-    int whole = high - low == ENDOR_TILE, status;
-    if (whole && (!job->streaming || ((uintptr_t)dst & 63) == 0)) {
-        status = endor_decode_tile(ops, job->tensor, &job->stream, cursor, tile, dst, job->streaming);
-    } else {
-        ENDOR_ALIGNED uint8_t tmp[ENDOR_TILE * 4];
-        status = endor_decode_tile(ops, job->tensor, &job->stream, cursor, tile, tmp, 0);
-        if (status == ENDOR_OK) {
-            const uint8_t *src = tmp + (low - begin) * itemsize;
-            if (job->streaming) ops->copy_streaming(dst, src, (high - low) * itemsize);
-            else memcpy(dst, src, (high - low) * itemsize);
-        }
+    uint64_t unaligned = (uintptr_t)dst & ((ops->streaming_bytes ? ops->streaming_bytes : 64) - 1);
+    if (high - low == ENDOR_TILE && !(job->streaming && unaligned)) {
+        return place(ops, job->tensor, tile, run, dst, job->streaming);
     }
-    if (status != ENDOR_OK) atomic_store(&job->status, status);
+    ENDOR_ALIGNED uint8_t tmp[ENDOR_TILE * 4];
+    int status = place(ops, job->tensor, tile, run, tmp, 0);
+    if (status != ENDOR_OK) return status;
+    const uint8_t *src = tmp + (low - begin) * itemsize;
+    if (job->streaming) ops->copy_streaming(dst, src, (high - low) * itemsize);
+    else memcpy(dst, src, (high - low) * itemsize);
+    return ENDOR_OK;
+}
+
+/* A tile is brought before the one in front of it is placed: what was just stored in buf would still be on its way to L1,
+ * behind the streaming stores of that tile, and loads that straddle two such stores wait for it. */
+static int decode_tiles(decode_job *job, uint64_t tile, uint64_t end) {
+    ENDOR_ALIGNED uint8_t buf[2][ENDOR_BUFFER * 4];
+    const endor_tensor *t = job->tensor;
+    endor_patches cursor = endor_patches_at(t, tile, endor_rank_of_tile(t, tile));
+    run_of_tile run[2];
+    int status = bring(job->ops, t, &job->stream, &cursor, tile, buf[tile & 1], &run[tile & 1]);
+    for (; tile < end && status == ENDOR_OK; tile++) {
+        uint64_t next = tile + 1;
+        if (next < end) status = bring(job->ops, t, &job->stream, &cursor, next, buf[next & 1], &run[next & 1]);
+        if (status == ENDOR_OK) status = place_part(job, tile, &run[tile & 1]);
+    }
+    return status;
 }
 
 static void decode_chunks(void *context) {
     decode_job *job = context;
     for (;;) {
         uint64_t tile = atomic_fetch_add_explicit(&job->next, job->chunk, memory_order_relaxed);
-        uint64_t end = min64(tile + job->chunk, job->end_tile);
         if (tile >= job->end_tile || atomic_load_explicit(&job->status, memory_order_relaxed)) break;
-        endor_patches cursor = endor_patches_at(job->tensor, tile, endor_rank_of_tile(job->tensor, tile));
-        for (; tile < end; tile++) decode_tile_part(job, &cursor, tile);
+        int status = decode_tiles(job, tile, min64(tile + job->chunk, job->end_tile));
+        if (status != ENDOR_OK) atomic_store(&job->status, status);
     }
     if (job->streaming) job->ops->fence();
 }

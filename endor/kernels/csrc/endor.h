@@ -129,7 +129,7 @@ typedef struct {
 typedef struct {
     const char *name;
     /* Expand one tile. `values` is readable ENDOR_SLACK bytes past the run; `out` holds 1024 elements and, when
-     * streaming, is 64-byte aligned. Returns the elements used. */
+     * streaming, is aligned to `streaming_bytes`. Returns the elements used. */
     uint32_t (*expand[3])(const uint8_t *bitmap, const void *values, void *out, int streaming);
     /* Decode stored elements [64 * word, 64 * (word + words)) into buf (64-byte aligned, 64 * words elements). */
     void (*stream)(const endor_stream *s, uint64_t word, uint64_t words, void *buf);
@@ -151,6 +151,7 @@ typedef struct {
     void (*copy_streaming)(void *dst, const void *src, size_t nbytes);
     uint64_t (*read)(const void *src, size_t nbytes);
     void (*fence)(void);
+    uint64_t streaming_bytes; /* 64 where 0 */
     /* acc[b * 16 + lane] += w[0:len] . x[b, column : column + len]; may read ENDOR_SLACK bytes past w, never past x. */
     void (*dot)(const void *w, const endor_operand *x, uint64_t column, uint64_t len, float *acc);
     /* Optional: products of the next rows of each of n_runs runs in lockstep, n_runs being 1 or row_runs(x, 0). Reads
@@ -186,7 +187,7 @@ endor_patches endor_patches_at(const endor_tensor *t, uint64_t tile, uint64_t ra
 void endor_patch(const endor_tensor *t, endor_patches *cursor, uint64_t tile_end, uint64_t first, uint64_t last,
                  uint8_t *elements);
 int endor_decode_tile(const endor_ops *ops, const endor_tensor *t, const endor_stream *s, endor_patches *cursor,
-                      uint64_t tile, void *out, int streaming);
+                      uint64_t tile, void *out);
 
 ENDOR_INLINE uint64_t load64(const uint8_t *p) { uint64_t v; memcpy(&v, p, 8); return v; }
 ENDOR_INLINE uint32_t load32(const uint8_t *p) { uint32_t v; memcpy(&v, p, 4); return v; }

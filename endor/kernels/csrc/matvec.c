@@ -45,7 +45,7 @@ static int product_of_tiles(product_job *job, uint64_t row, uint64_t end_row) {
     endor_patches cursor = endor_patches_at(t, flat / ENDOR_TILE, endor_rank_of_tile(t, flat / ENDOR_TILE));
     while (flat < end) {
         uint64_t tile = flat / ENDOR_TILE, tile_end = min64((tile + 1) * ENDOR_TILE, end);
-        int status = endor_decode_tile(job->ops, t, &job->stream, &cursor, tile, weights, 0);
+        int status = endor_decode_tile(job->ops, t, &job->stream, &cursor, tile, weights);
         if (status != ENDOR_OK) return status;
         while (flat < tile_end) {
             uint64_t len = min64(job->cols - column, tile_end - flat);
