@@ -77,6 +77,7 @@ static endor_ops ops = {
     .dot = endor_avx2_dot,
     .rows = endor_avx2_rows,
     .row_runs = endor_avx2_row_runs,
+    .rows_without_bitmap = 1,
     .popcount = endor_avx2_popcount,
 };
 
