@@ -78,6 +78,7 @@ static endor_ops ops = {
     .rows = endor_avx2_rows,
     .row_runs = endor_avx2_row_runs,
     .rows_without_bitmap = 1,
+    .arrange = endor_avx2_arrange,
     .popcount = endor_avx2_popcount,
 };
 

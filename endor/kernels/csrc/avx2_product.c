@@ -112,6 +112,7 @@ INLINE TARGET void step(lanes *l, const float *xs, uint64_t stride, uint64_t byt
         if (placed) word[r] = load64(l->bitmap[r] + byte);
         if (direct) _mm_prefetch((const char *)l->values[r] + PREFETCH, _MM_HINT_T0);
     }
+    __m256i pair[ENDOR_MAX_RUNS];
 #pragma GCC unroll 8
     for (int i = 0; i < 8; i++) {
         __m256 w[ENDOR_MAX_RUNS];
@@ -120,6 +121,11 @@ INLINE TARGET void step(lanes *l, const float *xs, uint64_t stride, uint64_t byt
                 uint64_t m = entry(word[r], i, entry_shift(kind));
                 w[r] = place(l->values[r] + itemsize * used[r], m, kind);
                 used[r] += count(m);
+            } else if (kind == ENDOR_X_BF16) { /* x is arranged: each second weight is the upper half of a float already */
+                if (i % 2 == 0) pair[r] = load256(l->values[r] + 16 * i);
+                __m256i half = i % 2 ? _mm256_and_si256(pair[r], _mm256_set1_epi32((int)0xffff0000))
+                                     : _mm256_slli_epi32(pair[r], 16);
+                w[r] = _mm256_castsi256_ps(half);
             } else {
                 w[r] = floats_of(l->values[r], 8 * (uint64_t)i, kind);
             }
@@ -206,6 +212,16 @@ uint64_t endor_avx2_rows(endor_run *runs, int n_runs, const endor_span *span, co
 int endor_avx2_row_runs(const endor_operand *x, int exp) {
     (void)exp;
     return RUNS(x->batch);
+}
+
+/* Sixteen columns at a time, those of even number first: the order of `step` for bf16 without a bitmap. */
+void endor_avx2_arrange(void *x, uint64_t cols, int itemsize) {
+    (void)itemsize;
+    for (float *at = x; cols >= 16; at += 16, cols -= 16) {
+        float old[16];
+        memcpy(old, at, sizeof old);
+        for (int i = 0; i < 16; i++) at[i] = old[2 * (i & 7) + (i >> 3)];
+    }
 }
 
 TARGET uint64_t endor_avx2_popcount(const uint8_t *bitmap, uint64_t words) {

@@ -70,26 +70,30 @@ endor_patches endor_patches_at(const endor_tensor *t, uint64_t tile, uint64_t ra
     return cursor;
 }
 
+#define PATCH_WHILE(FIELD)                                                                                        \
+    for (; cursor->at < cursor->end; cursor->at++) {                                                              \
+        uint64_t rank = cursor->start + load16(t->patch_ranks + 2 * cursor->at);                                  \
+        uint32_t exponent = (uint32_t)t->patch_exponents[cursor->at] << t->mantissa_bits & mask;                  \
+        if (rank >= last) break;                                                                                  \
+        if (rank < first) continue;                                                                               \
+        FIELD x, *at = (FIELD *)elements + (rank - first);                                                        \
+        memcpy(&x, at, sizeof x);                                                                                 \
+        x = (FIELD)((x & ~mask) | exponent);                                                                      \
+        memcpy(at, &x, sizeof x);                                                                                 \
+    }
+
 /* Put true exponents into stored elements [first, last), which lie at `elements`, are those of tiles before tile_end,
  * and come next after those that the cursor has passed. */
 void endor_patch(const endor_tensor *t, endor_patches *cursor, uint64_t tile_end, uint64_t first, uint64_t last,
                  uint8_t *elements) {
     const uint32_t mask = ((1u << t->exponent_bits) - 1) << t->mantissa_bits;
     for (;;) {
-        for (; cursor->at < cursor->end; cursor->at++) {
-            uint64_t rank = cursor->start + load16(t->patch_ranks + 2 * cursor->at);
-            if (rank >= last) break;
-            if (rank < first) continue;
-            uint32_t exponent = (uint32_t)t->patch_exponents[cursor->at] << t->mantissa_bits & mask;
-            uint8_t *at = elements + (rank - first) * (uint64_t)t->itemsize;
-            if (t->itemsize == 1) {
-                *at = (uint8_t)((*at & ~mask) | exponent);
-            } else if (t->itemsize == 2) {
-                uint16_t x = (uint16_t)((load16(at) & ~mask) | exponent);
-                memcpy(at, &x, 2);
-            } else {
-                store32(at, (load32(at) & ~mask) | exponent);
-            }
+        if (t->itemsize == 1) {
+            PATCH_WHILE(uint8_t)
+        } else if (t->itemsize == 2) {
+            PATCH_WHILE(uint16_t)
+        } else {
+            PATCH_WHILE(uint32_t)
         }
         if ((cursor->group + 1) * ENDOR_GROUP >= tile_end) return;
         endor_enter_group(t, cursor, cursor->group + 1);

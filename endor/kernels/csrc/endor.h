@@ -159,7 +159,9 @@ typedef struct {
      * the rows done in each run, and moves the runs on by as many. */
     uint64_t (*rows)(endor_run *runs, int n_runs, const endor_span *span, const endor_operand *x);
     int (*row_runs)(const endor_operand *x, int exp);
-    int rows_without_bitmap; /* whether `rows` also multiplies runs that have none: every weight stored */
+    /* Whether `rows` also multiplies runs that have no bitmap, every weight being stored; bf16, by x in the order that
+     * `arrange` gives it. */
+    int rows_without_bitmap;
     /* Optional: the same for bf16 weights in an exp stream, n_runs being 1 or row_runs(x, 1), with x in the order that
      * `arrange` gives it. Stops early at a row whose stored elements could reach past the arrays. */
     uint64_t (*exp_rows)(endor_run *runs, int n_runs, const endor_span *span, const endor_operand *x,

@@ -21,7 +21,8 @@ typedef struct {
     endor_operand x;
     endor_operand arranged; /* x for `exp_rows`; NULL where they do not apply */
     uint64_t rows, cols, chunk;
-    float *out; /* (batch, rows) */
+    int by_rows; /* not by tiles */
+    float *out;  /* (batch, rows) */
     atomic_uint_fast64_t next;
     atomic_int status;
 } product_job;
@@ -187,13 +188,12 @@ static void product_of_rows(const product_job *job, uint64_t row, uint64_t end_r
 
 static void product_chunks(void *context) {
     product_job *job = context;
-    int direct = job->ops->rows && (job->tensor->bitmap || job->ops->rows_without_bitmap) && job->cols % 64 == 0;
     for (;;) {
         uint64_t row = atomic_fetch_add_explicit(&job->next, job->chunk, memory_order_relaxed);
         if (row >= job->rows || atomic_load_explicit(&job->status, memory_order_relaxed)) return;
         uint64_t end = min64(row + job->chunk, job->rows);
         int status = ENDOR_OK;
-        if (direct) product_of_rows(job, row, end);
+        if (job->by_rows) product_of_rows(job, row, end);
         else status = product_of_tiles(job, row, end);
         if (status != ENDOR_OK) atomic_store(&job->status, status);
     }
@@ -249,7 +249,9 @@ ENDOR_API int endor_matvec(int kernel, const endor_tensor *tensor, int weight_ki
     job.x.stride = (cols + 31) / 32 * 32;
     int in_place = job.ops->exp_rows && tensor->codec == ENDOR_EXP && weight_kind == ENDOR_X_BF16 && tensor->bitmap &&
                    cols % 64 == 0 && tensor->patches <= tensor->nnz / RARE && tensor->nnz / 13 <= tensor->numel / 16;
-    uint8_t *operand = copy_operand(&job, x, x_kind, batch, 0);
+    job.by_rows = job.ops->rows && (tensor->bitmap || job.ops->rows_without_bitmap) && cols % 64 == 0;
+    int reorder = job.by_rows && !tensor->bitmap && weight_kind == ENDOR_X_BF16;
+    uint8_t *operand = copy_operand(&job, x, x_kind, batch, reorder);
     uint8_t *arranged = in_place ? copy_operand(&job, x, x_kind, batch, 1) : NULL;
     if (!operand || (in_place && !arranged)) {
         free(operand);
