@@ -5,6 +5,7 @@
 #if defined(__x86_64__)
 #include "avx2.h"
 
+#include <cpuid.h>
 #include <pthread.h>
 
 endor_avx2_controls endor_avx2_tables ENDOR_ALIGNED;
@@ -84,9 +85,14 @@ static endor_ops ops = {
 
 static int supported;
 
+static int has_f16c(void) { /* which clang's __builtin_cpu_supports does not know */
+    unsigned eax, ebx, ecx, edx;
+    return __get_cpuid(1, &eax, &ebx, &ecx, &edx) && ecx & bit_F16C;
+}
+
 static void probe(void) {
     supported = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("bmi2") && __builtin_cpu_supports("fma") &&
-                __builtin_cpu_supports("f16c") && __builtin_cpu_supports("popcnt");
+                has_f16c() && __builtin_cpu_supports("popcnt");
     fill_tables();
     endor_avx2_fill_gather();
 }
