@@ -111,7 +111,9 @@ def test_window_past_the_largest_exponent(
     """A code that the encoder never writes must not reach the sign."""
     item = DTYPES[name]
     base = (1 << item.exponent_bits) - 3
-    bits = item.join(np.full(3001, base), rng.integers(0, 1 << item.rest_bits, 3001, dtype=np.uint64))
+    bits = item.join(
+        np.full(3001, base), rng.integers(0, 1 << item.rest_bits, 3001, dtype=np.uint64)
+    )
     encoded = codecs.exp.encode(bits, item, bitmap=bitmap, k=3, base=base)
     planes = encoded.arrays["planes"]
     planes[-3:] = rng.integers(0, 256, (3, planes.shape[1]), dtype=np.uint8)

@@ -1,7 +1,7 @@
 /* out[b, r] = sum over c of W[r, c] * x[b, c], in float, W packed, straight from the packed arrays.
  *
  * Two ways, the same for any number of threads (a row's sum has one order):
- *   rows   a bitmap, cols a multiple of 64, an instruction set that has it: weights are placed in registers and
+ *   rows   a bitmap (AVX2: or none), cols a multiple of 64, an instruction set that has it: weights are placed in registers and
  *          multiplied there, several runs of rows in lockstep, which share the loads of x. A run finds its first stored
  *          element by its tile's offset and at most 15 popcounts, and carries its place on. Raw values, and bf16 in
  *          an exp stream where patches are rare, are taken from where they are; else, and near the end of the arrays,
