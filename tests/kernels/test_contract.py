@@ -103,6 +103,44 @@ def test_every_code_width(compiled: str, packable: DType, code_bits: int) -> Non
     assert_same(kernels.encode(bits, packable, codec="exp", kernel=compiled), chosen)
 
 
+@pytest.mark.parametrize("name", ["BF16", "F16", "F32", "F8_E4M3"])
+@pytest.mark.parametrize("bitmap", [True, False])
+def test_window_past_the_largest_exponent(
+    compiled: str, name: str, bitmap: bool, rng: np.random.Generator
+) -> None:
+    """A code that the encoder never writes must not reach the sign."""
+    item = DTYPES[name]
+    base = (1 << item.exponent_bits) - 3
+    bits = item.join(
+        np.full(3001, base), rng.integers(0, 1 << item.rest_bits, 3001, dtype=np.uint64)
+    )
+    encoded = codecs.exp.encode(bits, item, bitmap=bitmap, k=3, base=base)
+    planes = encoded.arrays["planes"]
+    planes[-3:] = rng.integers(0, 256, (3, planes.shape[1]), dtype=np.uint8)
+    planes[:, -1] = 0
+    assert_decodes(encoded, codecs.decode(encoded).reshape(-1), compiled, 0, bits.size, 2)
+
+
+@pytest.mark.parametrize("pad_bytes", [0, 16, 32, 48, 4])
+@pytest.mark.parametrize("name", ["BF16", "F32", "U8"])
+def test_streaming_to_any_alignment(
+    compiled: str, name: str, pad_bytes: int, rng: np.random.Generator
+) -> None:
+    """Lines that two tiles share: numpy's own large arrays begin 16 bytes into one."""
+    item = DTYPES[name]
+    bits = elements(rng, item, 9000, 0.5, "window")
+    store = np.full(64 + 64 + bits.nbytes + 64, CANARY, dtype=np.uint8)
+    begin = -store.ctypes.data % 64 + pad_bytes
+    out = store[begin : begin + bits.nbytes].view(item.uint)
+    for codec, bitmap in (("raw", True), ("exp", True), ("exp", False)):
+        encoded = codecs.encode(bits, item, codec=codec, bitmap=bitmap)  # type: ignore[arg-type]
+        out[:] = 0
+        kernels.decode(encoded, out, kernel=compiled, streaming=True)
+        assert np.array_equal(out, bits)
+        assert (store[:begin] == CANARY).all()
+        assert (store[begin + bits.nbytes :] == CANARY).all()
+
+
 def test_integer_window_wraps(compiled: str, rng: np.random.Generator) -> None:
     bits = (rng.integers(-6, 7, 20000) % 256).astype(np.uint8)
     encoded = kernels.encode(bits, DTYPES["I8"], codec="exp", kernel=compiled)

@@ -93,13 +93,17 @@ def test_against_float64(
 
 
 @pytest.mark.parametrize("name", KINDS)
-@pytest.mark.parametrize("codec", ["raw", "exp"])
+@pytest.mark.parametrize(
+    ("codec", "bitmap"), [("raw", True), ("exp", True), ("exp", False), ("dense", None)]
+)
 @pytest.mark.parametrize("batch", range(1, 10))
-def test_threads_do_not_change_the_sum(compiled: str, name: str, codec: str, batch: int) -> None:
+def test_threads_do_not_change_the_sum(
+    compiled: str, name: str, codec: codecs.CodecChoice, bitmap: bool | None, batch: int
+) -> None:
     rng = np.random.default_rng(batch)
     item = DTYPES[name]
     weight = weights(rng, item, 301, 192, 0.5)
-    encoded = codecs.encode(weight, item, codec=codec)  # type: ignore[arg-type]
+    encoded = codecs.encode(weight, item, codec=codec, bitmap=bitmap)
     for x in (rng.standard_normal((batch, 192)).astype(np.float32),):
         for given_x in (x, rounded(x, item)):
             outs = [

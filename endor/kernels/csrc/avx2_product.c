@@ -4,6 +4,8 @@
 #if defined(__x86_64__)
 #include "avx2.h"
 
+#define PREFETCH 2048 /* bytes of values ahead */
+
 INLINE TARGET __m256 floats_of(const uint8_t *w, uint64_t i, int kind) {
     if (kind == ENDOR_X_F32) return _mm256_loadu_ps((const float *)(w + 4 * i));
     __m128i x = load128(w + 2 * i);
@@ -51,16 +53,14 @@ TARGET void endor_avx2_dot(const void *w, const endor_operand *x, uint64_t colum
     else dot_of(w, x, column, len, acc, ENDOR_X_F32);
 }
 
-/* Eight weights as floats, placed by the bits m. */
-INLINE TARGET __m256 place(const uint8_t *v, uint32_t m, int kind) {
-    if (kind == ENDOR_X_BF16) {
-        __m256i both = _mm256_broadcastsi128_si256(load128(v));
-        return _mm256_castsi256_ps(_mm256_shuffle_epi8(both, load256(endor_avx2_tables.place_bf16[m])));
-    }
-    if (kind == ENDOR_X_F16) return _mm256_cvtph_ps(_mm_shuffle_epi8(load128(v), load128(endor_avx2_tables.place16[m])));
-    __m256i index = _mm256_cvtepi8_epi32(_mm_cvtsi64_si128((long long)endor_avx2_tables.place[m]));
-    __m256i x = _mm256_permutevar8x32_epi32(load256(v), index);
-    return _mm256_castsi256_ps(_mm256_andnot_si256(_mm256_srai_epi32(index, 31), x));
+/* Bytes of an entry of the controls, as a shift. */
+INLINE int entry_shift(int kind) { return kind == ENDOR_X_BF16 ? 5 : kind == ENDOR_X_F16 ? 4 : 3; }
+
+/* Eight weights as floats. */
+INLINE TARGET __m256 place(const uint8_t *v, uint64_t entry, int kind) {
+    if (kind == ENDOR_X_F32) return _mm256_castsi256_ps(placed32(v, entry));
+    if (kind == ENDOR_X_F16) return _mm256_cvtph_ps(_mm_shuffle_epi8(load128(v), place16(entry)));
+    return _mm256_castsi256_ps(_mm256_shuffle_epi8(_mm256_broadcastsi128_si256(load128(v)), place_bf16(entry)));
 }
 
 INLINE TARGET float total(__m256 x) {
@@ -69,75 +69,159 @@ INLINE TARGET float total(__m256 x) {
     return _mm_cvtss_f32(_mm_add_ss(y, _mm_movehdup_ps(y)));
 }
 
-/* Sums of a row: enough that additions need not wait for each other, few enough for the registers. */
-#define SUMS(batch) ((batch) == 1 ? 4 : (batch) == 2 ? 2 : 1)
+/* As many runs as keep all sums in registers, and sums of a row, which must not depend on the number of runs. */
+#define RUNS(batch) ((batch) <= 4 ? 2 : 1)
+#define SUMS(batch) ((batch) == 1 ? 2 : 1)
 
-INLINE TARGET uint64_t rows_of(endor_run *run, const endor_span *span, const endor_operand *x, int kind, int batch) {
-    const uint64_t itemsize = kind == ENDOR_X_F32 ? 4 : 2;
-    const uint8_t *v = run->values, *bitmap = run->bitmap;
-    const float *xs = (const float *)x->x + span->column;
-    uint64_t row = 0;
-    for (; row < span->rows; row++) {
-        __m256 sum[8][4];
-        if (span->end && (uint64_t)(span->end - v) < itemsize * span->columns + ENDOR_SLACK) break;
+typedef struct {
+    const uint8_t *values[ENDOR_MAX_RUNS], *bitmap[ENDOR_MAX_RUNS];
+    __m256 sum[ENDOR_MAX_RUNS][ENDOR_MAX_BATCH][2];
+} lanes;
+
+INLINE TARGET void begin_row(lanes *l, const endor_run *runs, const endor_span *span, int n_runs, int batch) {
+    for (int r = 0; r < n_runs; r++) {
         for (int b = 0; b < batch; b++) {
             for (int i = 0; i < SUMS(batch); i++) {
-                sum[b][i] = span->begins ? _mm256_setzero_ps() : _mm256_loadu_ps(run->sums + 32 * b + 8 * i);
+                l->sum[r][b][i] = span->begins ? _mm256_setzero_ps() : _mm256_load_ps(runs[r].sums + 32 * b + 8 * i);
             }
-        }
-        for (uint64_t k = 0; k < span->columns; k += 64) {
-            uint64_t bits = load64(bitmap + k / 8);
-            _mm_prefetch((const char *)v + 1024, _MM_HINT_T0);
-#pragma GCC unroll 8
-            for (uint64_t i = 0; i < 8; i++) {
-                uint32_t m = (uint8_t)(bits >> 8 * i);
-                __m256 w = place(v, m, kind);
-                v += itemsize * count(m);
-                for (int b = 0; b < batch; b++) {
-                    __m256 at = _mm256_loadu_ps(xs + (uint64_t)b * x->stride + k + 8 * i);
-                    sum[b][i % SUMS(batch)] = _mm256_fmadd_ps(w, at, sum[b][i % SUMS(batch)]);
-                }
-            }
-        }
-        bitmap += span->columns / 8;
-        for (int b = 0; b < batch; b++) {
-            if (span->finishes && b >= x->batch) break;
-            if (!span->finishes) {
-                for (int i = 0; i < SUMS(batch); i++) _mm256_storeu_ps(run->sums + 32 * b + 8 * i, sum[b][i]);
-                continue;
-            }
-            __m256 all = sum[b][0];
-            if (SUMS(batch) == 4) all = _mm256_add_ps(_mm256_add_ps(all, sum[b][2]), _mm256_add_ps(sum[b][1], sum[b][3]));
-            if (SUMS(batch) == 2) all = _mm256_add_ps(all, sum[b][1]);
-            run->out[(uint64_t)b * span->out_stride + row] = total(all);
         }
     }
-    run->values = v, run->bitmap = bitmap;
-    if (span->finishes) run->out += row;
+}
+
+INLINE TARGET void end_row(const lanes *l, endor_run *runs, const endor_span *span, const endor_operand *x, uint64_t row,
+                           int n_runs, int batch) {
+    for (int r = 0; r < n_runs; r++) {
+        for (int b = 0; b < batch; b++) {
+            if (span->finishes && b >= x->batch) break;
+            if (span->finishes) {
+                __m256 all = SUMS(batch) == 2 ? _mm256_add_ps(l->sum[r][b][0], l->sum[r][b][1]) : l->sum[r][b][0];
+                runs[r].out[(uint64_t)b * span->out_stride + row] = total(all);
+            } else {
+                for (int i = 0; i < SUMS(batch); i++) _mm256_store_ps(runs[r].sums + 32 * b + 8 * i, l->sum[r][b][i]);
+            }
+        }
+    }
+}
+
+/* 64 columns of all runs, the bits of which are at `byte` of the bitmap. */
+INLINE TARGET void step(lanes *l, const float *xs, uint64_t stride, uint64_t byte, int kind, int n_runs, int batch,
+                        int placed, int direct) {
+    const uint64_t itemsize = kind == ENDOR_X_F32 ? 4 : 2;
+    uint64_t word[ENDOR_MAX_RUNS], used[ENDOR_MAX_RUNS] = {0};
+    for (int r = 0; r < n_runs; r++) {
+        if (placed) word[r] = load64(l->bitmap[r] + byte);
+        if (direct) _mm_prefetch((const char *)l->values[r] + PREFETCH, _MM_HINT_T0);
+    }
+    __m256i pair[ENDOR_MAX_RUNS];
+#pragma GCC unroll 8
+    for (int i = 0; i < 8; i++) {
+        __m256 w[ENDOR_MAX_RUNS];
+        for (int r = 0; r < n_runs; r++) {
+            if (placed) {
+                uint64_t m = entry(word[r], i, entry_shift(kind));
+                w[r] = place(l->values[r] + itemsize * used[r], m, kind);
+                used[r] += count(m);
+            } else if (kind == ENDOR_X_BF16) { /* x is arranged: each second weight is the upper half of a float already */
+                if (i % 2 == 0) pair[r] = load256(l->values[r] + 16 * i);
+                __m256i half = i % 2 ? _mm256_and_si256(pair[r], _mm256_set1_epi32((int)0xffff0000))
+                                     : _mm256_slli_epi32(pair[r], 16);
+                w[r] = _mm256_castsi256_ps(half);
+            } else {
+                w[r] = floats_of(l->values[r], 8 * (uint64_t)i, kind);
+            }
+        }
+        for (int b = 0; b < batch; b++) {
+            __m256 at = _mm256_load_ps(xs + (uint64_t)b * stride + 8 * i);
+            for (int r = 0; r < n_runs; r++) {
+                l->sum[r][b][i % SUMS(batch)] = _mm256_fmadd_ps(w[r], at, l->sum[r][b][i % SUMS(batch)]);
+            }
+        }
+    }
+    for (int r = 0; r < n_runs; r++) l->values[r] += itemsize * (placed ? used[r] : 64);
+}
+
+INLINE TARGET uint64_t rows_of(endor_run *runs, const endor_span *span, const endor_operand *x, int kind, int n_runs,
+                               int batch, int placed) {
+    const uint64_t itemsize = kind == ENDOR_X_F32 ? 4 : 2, stride = x->stride, columns = span->columns;
+    const float *xs = (const float *)x->x + span->column;
+    lanes l;
+    uint64_t row = 0;
+    for (int r = 0; r < n_runs; r++) l.values[r] = runs[r].values, l.bitmap[r] = runs[r].bitmap;
+    for (; row < span->rows; row++) {
+        if (span->end) {
+            int past = 0;
+            for (int r = 0; r < n_runs; r++) past |= (uint64_t)(span->end - l.values[r]) < itemsize * columns + ENDOR_SLACK;
+            if (past) break;
+        }
+        begin_row(&l, runs, span, n_runs, batch);
+        if (span->end) {
+            for (uint64_t k = 0; k < columns; k += 64) step(&l, xs + k, stride, k / 8, kind, n_runs, batch, placed, 1);
+        } else {
+            for (uint64_t k = 0; k < columns; k += 64) step(&l, xs + k, stride, k / 8, kind, n_runs, batch, placed, 0);
+        }
+        for (int r = 0; r < n_runs && placed; r++) l.bitmap[r] += columns / 8;
+        end_row(&l, runs, span, x, row, n_runs, batch);
+    }
+    for (int r = 0; r < n_runs; r++) {
+        runs[r].values = l.values[r], runs[r].bitmap = l.bitmap[r];
+        if (span->finishes) runs[r].out += row;
+    }
     return row;
 }
 
-#define ROWS(KIND)                                                                                                \
-    static TARGET uint64_t rows_##KIND(endor_run *run, const endor_span *span, const endor_operand *x) {          \
-        if (x->batch == 1) return rows_of(run, span, x, ENDOR_X_##KIND, 1);                                       \
-        if (x->batch == 2) return rows_of(run, span, x, ENDOR_X_##KIND, 2);                                       \
-        if (x->batch <= 4) return rows_of(run, span, x, ENDOR_X_##KIND, 4);                                       \
-        return rows_of(run, span, x, ENDOR_X_##KIND, 8);                                                          \
+/* Compiled for some batches; the others run as the next larger one, on rows of zeros, whose sums nobody stores. */
+#define BATCHES(CALL)                                                                                             \
+    switch (x->batch) {                                                                                           \
+    case 1: CALL(1);                                                                                              \
+    case 2: CALL(2);                                                                                              \
+    case 3:                                                                                                       \
+    case 4: CALL(4);                                                                                              \
+    default: CALL(8);                                                                                             \
     }
+
+#define ROWS(KIND)                                                                                                \
+    static TARGET uint64_t rows_##KIND(endor_run *runs, int n_runs, const endor_span *span,                       \
+                                       const endor_operand *x) {                                                  \
+        if (runs->bitmap) {                                                                                       \
+            if (n_runs == 1) BATCHES(ONE_PLACED_##KIND) else BATCHES(PLACED_##KIND)                               \
+        }                                                                                                         \
+        if (n_runs == 1) BATCHES(ONE_##KIND) else BATCHES(ALL_##KIND)                                             \
+    }
+#define ONE_PLACED_BF16(B) return rows_of(runs, span, x, ENDOR_X_BF16, 1, B, 1)
+#define ONE_PLACED_F16(B) return rows_of(runs, span, x, ENDOR_X_F16, 1, B, 1)
+#define ONE_PLACED_F32(B) return rows_of(runs, span, x, ENDOR_X_F32, 1, B, 1)
+#define PLACED_BF16(B) return rows_of(runs, span, x, ENDOR_X_BF16, RUNS(B), B, 1)
+#define PLACED_F16(B) return rows_of(runs, span, x, ENDOR_X_F16, RUNS(B), B, 1)
+#define PLACED_F32(B) return rows_of(runs, span, x, ENDOR_X_F32, RUNS(B), B, 1)
+#define ONE_BF16(B) return rows_of(runs, span, x, ENDOR_X_BF16, 1, B, 0)
+#define ONE_F16(B) return rows_of(runs, span, x, ENDOR_X_F16, 1, B, 0)
+#define ONE_F32(B) return rows_of(runs, span, x, ENDOR_X_F32, 1, B, 0)
+#define ALL_BF16(B) return rows_of(runs, span, x, ENDOR_X_BF16, RUNS(B), B, 0)
+#define ALL_F16(B) return rows_of(runs, span, x, ENDOR_X_F16, RUNS(B), B, 0)
+#define ALL_F32(B) return rows_of(runs, span, x, ENDOR_X_F32, RUNS(B), B, 0)
 ROWS(BF16)
 ROWS(F16)
 ROWS(F32)
 
 uint64_t endor_avx2_rows(endor_run *runs, int n_runs, const endor_span *span, const endor_operand *x) {
-    (void)n_runs;
-    if (x->weight == ENDOR_X_BF16) return rows_BF16(runs, span, x);
-    if (x->weight == ENDOR_X_F16) return rows_F16(runs, span, x);
-    return rows_F32(runs, span, x);
+    if (x->weight == ENDOR_X_BF16) return rows_BF16(runs, n_runs, span, x);
+    if (x->weight == ENDOR_X_F16) return rows_F16(runs, n_runs, span, x);
+    return rows_F32(runs, n_runs, span, x);
 }
 
 int endor_avx2_row_runs(const endor_operand *x, int exp) {
-    (void)x, (void)exp;
-    return 1;
+    (void)exp;
+    return RUNS(x->batch);
+}
+
+/* Sixteen columns at a time, those of even number first: the order of `step` for bf16 without a bitmap. */
+void endor_avx2_arrange(void *x, uint64_t cols, int itemsize) {
+    (void)itemsize;
+    for (float *at = x; cols >= 16; at += 16, cols -= 16) {
+        float old[16];
+        memcpy(old, at, sizeof old);
+        for (int i = 0; i < 16; i++) at[i] = old[2 * (i & 7) + (i >> 3)];
+    }
 }
 
 TARGET uint64_t endor_avx2_popcount(const uint8_t *bitmap, uint64_t words) {

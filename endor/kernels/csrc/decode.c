@@ -30,22 +30,30 @@ void endor_stream_of(const endor_tensor *t, endor_stream *s) {
     }
 }
 
-/* Decode plane words [first, last) into buf; the word that holds element nnz - 1 may be partial. */
-void endor_stream_words(const endor_ops *ops, const endor_tensor *t, const endor_stream *s, uint64_t first,
-                        uint64_t last, uint8_t *buf) {
-    uint64_t whole = min64(last, t->nnz / 64);
-    if (whole > first) ops->stream(s, first, whole - first, buf);
-    if (whole == last) return;
-    uint8_t bytes[3 * 64 + ENDOR_SLACK] = {0}, planes[8 * 8];
-    uint64_t at = 64 * whole;
-    endor_stream tail = *s;
-    for (int j = 0; j < s->byte_planes; j++) memcpy(bytes + 64 * j, s->bytes + j * s->byte_stride + at, t->nnz - at);
-    for (int j = 0; j < s->bit_planes; j++) memcpy(planes + 8 * j, s->planes + j * s->plane_stride + 8 * whole, 8);
-    tail.bytes = bytes;
-    tail.planes = planes;
-    tail.byte_stride = 64;
-    tail.plane_stride = 8;
-    ops->stream(&tail, 0, 1, buf + (at - 64 * first) * (uint64_t)t->itemsize);
+/* Decode stored elements [first, last), last at most nnz, into buf, and some before and after them; returns where the
+ * first one is. Whole plane words, or what `stream_from` takes; the last of the array are decoded from a copy. */
+uint8_t *endor_stream_run(const endor_ops *ops, const endor_tensor *t, const endor_stream *s, uint64_t first,
+                          uint64_t last, uint8_t *buf) {
+    uint64_t step = ops->stream_from ? 32 : 64, begin = first / (ops->stream_from ? 8 : 64) * (ops->stream_from ? 8 : 64);
+    uint64_t n = (last - begin + step - 1) / step * step, itemsize = (uint64_t)t->itemsize;
+    uint64_t whole = min64(n, (t->nnz - begin) / step * step), at = begin + whole;
+    if (whole && ops->stream_from) ops->stream_from(s, begin, whole, buf);
+    else if (whole) ops->stream(s, begin / 64, whole / 64, buf);
+    if (whole < n) {
+        uint8_t bytes[3 * 64 + ENDOR_SLACK] = {0}, planes[8 * 8] = {0};
+        endor_stream tail = *s;
+        for (int j = 0; j < s->byte_planes; j++) memcpy(bytes + 64 * j, s->bytes + j * s->byte_stride + at, t->nnz - at);
+        for (int j = 0; j < s->bit_planes; j++) {
+            memcpy(planes + 8 * j, s->planes + j * s->plane_stride + at / 8, min64(8, s->plane_stride - at / 8));
+        }
+        tail.bytes = bytes;
+        tail.planes = planes;
+        tail.byte_stride = 64;
+        tail.plane_stride = 8;
+        if (ops->stream_from) ops->stream_from(&tail, 0, step, buf + whole * itemsize);
+        else ops->stream(&tail, 0, 1, buf + whole * itemsize);
+    }
+    return buf + (first - begin) * itemsize;
 }
 
 /* The patches from stored element `rank` on, which tile `tile` holds. */
@@ -62,63 +70,86 @@ endor_patches endor_patches_at(const endor_tensor *t, uint64_t tile, uint64_t ra
     return cursor;
 }
 
+#define PATCH_WHILE(FIELD)                                                                                        \
+    for (; cursor->at < cursor->end; cursor->at++) {                                                              \
+        uint64_t rank = cursor->start + load16(t->patch_ranks + 2 * cursor->at);                                  \
+        uint32_t exponent = (uint32_t)t->patch_exponents[cursor->at] << t->mantissa_bits & mask;                  \
+        if (rank >= last) break;                                                                                  \
+        if (rank < first) continue;                                                                               \
+        FIELD x, *at = (FIELD *)elements + (rank - first);                                                        \
+        memcpy(&x, at, sizeof x);                                                                                 \
+        x = (FIELD)((x & ~mask) | exponent);                                                                      \
+        memcpy(at, &x, sizeof x);                                                                                 \
+    }
+
 /* Put true exponents into stored elements [first, last), which lie at `elements`, are those of tiles before tile_end,
  * and come next after those that the cursor has passed. */
 void endor_patch(const endor_tensor *t, endor_patches *cursor, uint64_t tile_end, uint64_t first, uint64_t last,
                  uint8_t *elements) {
     const uint32_t mask = ((1u << t->exponent_bits) - 1) << t->mantissa_bits;
     for (;;) {
-        for (; cursor->at < cursor->end; cursor->at++) {
-            uint64_t rank = cursor->start + load16(t->patch_ranks + 2 * cursor->at);
-            if (rank >= last) break;
-            if (rank < first) continue;
-            uint32_t exponent = (uint32_t)t->patch_exponents[cursor->at] << t->mantissa_bits & mask;
-            uint8_t *at = elements + (rank - first) * (uint64_t)t->itemsize;
-            if (t->itemsize == 1) {
-                *at = (uint8_t)((*at & ~mask) | exponent);
-            } else if (t->itemsize == 2) {
-                uint16_t x = (uint16_t)((load16(at) & ~mask) | exponent);
-                memcpy(at, &x, 2);
-            } else {
-                store32(at, (load32(at) & ~mask) | exponent);
-            }
+        if (t->itemsize == 1) {
+            PATCH_WHILE(uint8_t)
+        } else if (t->itemsize == 2) {
+            PATCH_WHILE(uint16_t)
+        } else {
+            PATCH_WHILE(uint32_t)
         }
         if ((cursor->group + 1) * ENDOR_GROUP >= tile_end) return;
         endor_enter_group(t, cursor, cursor->group + 1);
     }
 }
 
-/* Write the 1024 elements of a tile to out; what lies past numel in the last tile is unspecified. */
-int endor_decode_tile(const endor_ops *ops, const endor_tensor *t, const endor_stream *s, endor_patches *cursor,
-                      uint64_t tile, void *out, int streaming) {
-    ENDOR_ALIGNED uint8_t buf[ENDOR_BUFFER * 4];
+/* The stored elements of a tile, where they can be read a register at a time. */
+typedef struct {
+    const uint8_t *values;
+    uint64_t count;
+} run_of_tile;
+
+/* Bring a tile's stored elements into buf, of ENDOR_BUFFER elements, or find them where they are. */
+static int bring(const endor_ops *ops, const endor_tensor *t, const endor_stream *s, endor_patches *cursor,
+                 uint64_t tile, uint8_t *buf, run_of_tile *run) {
     uint64_t itemsize = (uint64_t)t->itemsize, first = endor_rank_of_tile(t, tile), last = endor_rank_of_tile(t, tile + 1);
-    int ls = log2_itemsize(t->itemsize);
     if (t->tile_offsets) __builtin_prefetch(t->tile_offsets + 4 * tile + 256); /* too rare for the hardware to see */
     if (last < first || last - first > ENDOR_TILE) return ENDOR_CORRUPT;
-    const uint8_t *values = buf;
+    run->values = buf;
+    run->count = last - first;
     if (t->codec == ENDOR_EXP) {
-        uint64_t word = first / 64;
-        endor_stream_words(ops, t, s, word, (last + 63) / 64, buf);
-        values += (first - 64 * word) * itemsize;
-        if (t->patches) endor_patch(t, cursor, tile + 1, first, last, (uint8_t *)values);
+        uint8_t *values = endor_stream_run(ops, t, s, first, last, buf);
+        if (t->patches) endor_patch(t, cursor, tile + 1, first, last, values);
+        run->values = values;
+        return ENDOR_OK;
+    }
+    const uint8_t *source = t->values + first * itemsize;
+    uint64_t left = (t->nnz - first) * itemsize;
+    if (left >= ENDOR_TILE * itemsize + ENDOR_SLACK) {
+        run->values = source;
     } else {
-        const uint8_t *source = t->values + first * itemsize;
-        uint64_t left = (t->nnz - first) * itemsize;
-        if (left >= ENDOR_TILE * itemsize + ENDOR_SLACK) {
-            values = source;
-        } else {
-            memcpy(buf, source, left);
-            memset(buf + left, 0, ENDOR_TILE * itemsize + ENDOR_SLACK - left);
-        }
+        memcpy(buf, source, left);
+        memset(buf + left, 0, ENDOR_TILE * itemsize + ENDOR_SLACK - left);
     }
-    if (t->bitmap) {
-        uint32_t used = ops->expand[ls](t->bitmap + tile * (ENDOR_TILE / 8), values, out, streaming);
-        return used == last - first ? ENDOR_OK : ENDOR_CORRUPT;
-    }
-    if (streaming) ops->copy_streaming(out, values, (last - first) * itemsize);
-    else memcpy(out, values, (last - first) * itemsize);
     return ENDOR_OK;
+}
+
+/* Write the 1024 elements of a tile to out; what lies past numel in the last tile is unspecified. */
+static int place(const endor_ops *ops, const endor_tensor *t, uint64_t tile, const run_of_tile *run, void *out,
+                 int streaming) {
+    if (t->bitmap) {
+        const uint8_t *bitmap = t->bitmap + tile * (ENDOR_TILE / 8);
+        uint32_t used = ops->expand[log2_itemsize(t->itemsize)](bitmap, run->values, out, streaming);
+        return used == run->count ? ENDOR_OK : ENDOR_CORRUPT;
+    }
+    if (streaming) ops->copy_streaming(out, run->values, run->count * (uint64_t)t->itemsize);
+    else memcpy(out, run->values, run->count * (uint64_t)t->itemsize);
+    return ENDOR_OK;
+}
+
+int endor_decode_tile(const endor_ops *ops, const endor_tensor *t, const endor_stream *s, endor_patches *cursor,
+                      uint64_t tile, void *out) {
+    ENDOR_ALIGNED uint8_t buf[ENDOR_BUFFER * 4];
+    run_of_tile run;
+    int status = bring(ops, t, s, cursor, tile, buf, &run);
+    return status == ENDOR_OK ? place(ops, t, tile, &run, out, 0) : status;
 }
 
 typedef struct {
@@ -132,34 +163,47 @@ typedef struct {
     atomic_int status;
 } decode_job;
 
-static void decode_tile_part(decode_job *job, endor_patches *cursor, uint64_t tile) {
+static int place_part(decode_job *job, uint64_t tile, const run_of_tile *run) {
     const endor_ops *ops = job->ops;
     uint64_t itemsize = (uint64_t)job->tensor->itemsize, begin = tile * ENDOR_TILE, end = begin + ENDOR_TILE;
     uint64_t low = begin > job->start ? begin : job->start, high = min64(end, job->stop);
     uint8_t *dst = job->out + (low - job->start) * itemsize;
-    int whole = high - low == ENDOR_TILE, status;
-    if (whole && (!job->streaming || ((uintptr_t)dst & 63) == 0)) {
-        status = endor_decode_tile(ops, job->tensor, &job->stream, cursor, tile, dst, job->streaming);
-    } else {
-        ENDOR_ALIGNED uint8_t tmp[ENDOR_TILE * 4];
-        status = endor_decode_tile(ops, job->tensor, &job->stream, cursor, tile, tmp, 0);
-        if (status == ENDOR_OK) {
-            const uint8_t *src = tmp + (low - begin) * itemsize;
-            if (job->streaming) ops->copy_streaming(dst, src, (high - low) * itemsize);
-            else memcpy(dst, src, (high - low) * itemsize);
-        }
+    uint64_t unaligned = (uintptr_t)dst & ((ops->streaming_bytes ? ops->streaming_bytes : 64) - 1);
+    if (high - low == ENDOR_TILE && !(job->streaming && unaligned)) {
+        return place(ops, job->tensor, tile, run, dst, job->streaming);
     }
-    if (status != ENDOR_OK) atomic_store(&job->status, status);
+    ENDOR_ALIGNED uint8_t tmp[ENDOR_TILE * 4];
+    int status = place(ops, job->tensor, tile, run, tmp, 0);
+    if (status != ENDOR_OK) return status;
+    const uint8_t *src = tmp + (low - begin) * itemsize;
+    if (job->streaming) ops->copy_streaming(dst, src, (high - low) * itemsize);
+    else memcpy(dst, src, (high - low) * itemsize);
+    return ENDOR_OK;
+}
+
+/* A tile is brought before the one in front of it is placed: what was just stored in buf would still be on its way to L1,
+ * behind the streaming stores of that tile, and loads that straddle two such stores wait for it. */
+static int decode_tiles(decode_job *job, uint64_t tile, uint64_t end) {
+    ENDOR_ALIGNED uint8_t buf[2][ENDOR_BUFFER * 4];
+    const endor_tensor *t = job->tensor;
+    endor_patches cursor = endor_patches_at(t, tile, endor_rank_of_tile(t, tile));
+    run_of_tile run[2];
+    int status = bring(job->ops, t, &job->stream, &cursor, tile, buf[tile & 1], &run[tile & 1]);
+    for (; tile < end && status == ENDOR_OK; tile++) {
+        uint64_t next = tile + 1;
+        if (next < end) status = bring(job->ops, t, &job->stream, &cursor, next, buf[next & 1], &run[next & 1]);
+        if (status == ENDOR_OK) status = place_part(job, tile, &run[tile & 1]);
+    }
+    return status;
 }
 
 static void decode_chunks(void *context) {
     decode_job *job = context;
     for (;;) {
         uint64_t tile = atomic_fetch_add_explicit(&job->next, job->chunk, memory_order_relaxed);
-        uint64_t end = min64(tile + job->chunk, job->end_tile);
         if (tile >= job->end_tile || atomic_load_explicit(&job->status, memory_order_relaxed)) break;
-        endor_patches cursor = endor_patches_at(job->tensor, tile, endor_rank_of_tile(job->tensor, tile));
-        for (; tile < end; tile++) decode_tile_part(job, &cursor, tile);
+        int status = decode_tiles(job, tile, min64(tile + job->chunk, job->end_tile));
+        if (status != ENDOR_OK) atomic_store(&job->status, status);
     }
     if (job->streaming) job->ops->fence();
 }

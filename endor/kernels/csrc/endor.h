@@ -129,10 +129,12 @@ typedef struct {
 typedef struct {
     const char *name;
     /* Expand one tile. `values` is readable ENDOR_SLACK bytes past the run; `out` holds 1024 elements and, when
-     * streaming, is 64-byte aligned. Returns the elements used. */
+     * streaming, is aligned to `streaming_bytes`. Returns the elements used. */
     uint32_t (*expand[3])(const uint8_t *bitmap, const void *values, void *out, int streaming);
     /* Decode stored elements [64 * word, 64 * (word + words)) into buf (64-byte aligned, 64 * words elements). */
     void (*stream)(const endor_stream *s, uint64_t word, uint64_t words, void *buf);
+    /* Instead of `stream`: stored elements [first, first + n), from a multiple of 8 on, n being one of 32. */
+    void (*stream_from)(const endor_stream *s, uint64_t first, uint64_t n, void *buf);
     /* Bitmap of one tile; returns its popcount. */
     uint32_t (*scan[3])(const void *src, uint8_t *bitmap);
     /* Stored elements of one tile to dst, which has ENDOR_SLACK bytes to spare. Returns their number. */
@@ -149,6 +151,7 @@ typedef struct {
     void (*copy_streaming)(void *dst, const void *src, size_t nbytes);
     uint64_t (*read)(const void *src, size_t nbytes);
     void (*fence)(void);
+    uint64_t streaming_bytes; /* 64 where 0 */
     /* acc[b * 16 + lane] += w[0:len] . x[b, column : column + len]; may read ENDOR_SLACK bytes past w, never past x. */
     void (*dot)(const void *w, const endor_operand *x, uint64_t column, uint64_t len, float *acc);
     /* Optional: products of the next rows of each of n_runs runs in lockstep, n_runs being 1 or row_runs(x, 0). Reads
@@ -156,6 +159,9 @@ typedef struct {
      * the rows done in each run, and moves the runs on by as many. */
     uint64_t (*rows)(endor_run *runs, int n_runs, const endor_span *span, const endor_operand *x);
     int (*row_runs)(const endor_operand *x, int exp);
+    /* Whether `rows` also multiplies runs that have no bitmap, every weight being stored; bf16, by x in the order that
+     * `arrange` gives it. */
+    int rows_without_bitmap;
     /* Optional: the same for bf16 weights in an exp stream, n_runs being 1 or row_runs(x, 1), with x in the order that
      * `arrange` gives it. Stops early at a row whose stored elements could reach past the arrays. */
     uint64_t (*exp_rows)(endor_run *runs, int n_runs, const endor_span *span, const endor_operand *x,
@@ -178,13 +184,13 @@ void endor_parallel(int threads, uint64_t nbytes, void (*fn)(void *), void *cont
 
 /* decode.c, used by the product as well */
 void endor_stream_of(const endor_tensor *t, endor_stream *s);
-void endor_stream_words(const endor_ops *ops, const endor_tensor *t, const endor_stream *s, uint64_t first,
-                        uint64_t last, uint8_t *buf);
+uint8_t *endor_stream_run(const endor_ops *ops, const endor_tensor *t, const endor_stream *s, uint64_t first,
+                          uint64_t last, uint8_t *buf);
 endor_patches endor_patches_at(const endor_tensor *t, uint64_t tile, uint64_t rank);
 void endor_patch(const endor_tensor *t, endor_patches *cursor, uint64_t tile_end, uint64_t first, uint64_t last,
                  uint8_t *elements);
 int endor_decode_tile(const endor_ops *ops, const endor_tensor *t, const endor_stream *s, endor_patches *cursor,
-                      uint64_t tile, void *out, int streaming);
+                      uint64_t tile, void *out);
 
 ENDOR_INLINE uint64_t load64(const uint8_t *p) { uint64_t v; memcpy(&v, p, 8); return v; }
 ENDOR_INLINE uint32_t load32(const uint8_t *p) { uint32_t v; memcpy(&v, p, 4); return v; }

@@ -1,7 +1,7 @@
 /* out[b, r] = sum over c of W[r, c] * x[b, c], in float, W packed, straight from the packed arrays.
  *
  * Two ways, the same for any number of threads (a row's sum has one order):
- *   rows   a bitmap, cols a multiple of 64, an instruction set that has it: weights are placed in registers and
+ *   rows   a bitmap (AVX2: or none), cols a multiple of 64, an instruction set that has it: weights are placed in registers and
  *          multiplied there, several runs of rows in lockstep, which share the loads of x. A run finds its first stored
  *          element by its tile's offset and at most 15 popcounts, and carries its place on. Raw values, and bf16 in
  *          an exp stream where patches are rare, are taken from where they are; else, and near the end of the arrays,
@@ -21,7 +21,8 @@ typedef struct {
     endor_operand x;
     endor_operand arranged; /* x for `exp_rows`; NULL where they do not apply */
     uint64_t rows, cols, chunk;
-    float *out; /* (batch, rows) */
+    int by_rows; /* not by tiles */
+    float *out;  /* (batch, rows) */
     atomic_uint_fast64_t next;
     atomic_int status;
 } product_job;
@@ -45,7 +46,7 @@ static int product_of_tiles(product_job *job, uint64_t row, uint64_t end_row) {
     endor_patches cursor = endor_patches_at(t, flat / ENDOR_TILE, endor_rank_of_tile(t, flat / ENDOR_TILE));
     while (flat < end) {
         uint64_t tile = flat / ENDOR_TILE, tile_end = min64((tile + 1) * ENDOR_TILE, end);
-        int status = endor_decode_tile(job->ops, t, &job->stream, &cursor, tile, weights, 0);
+        int status = endor_decode_tile(job->ops, t, &job->stream, &cursor, tile, weights);
         if (status != ENDOR_OK) return status;
         while (flat < tile_end) {
             uint64_t len = min64(job->cols - column, tile_end - flat);
@@ -74,14 +75,14 @@ typedef struct {
 
 static void start(const product_job *job, uint64_t row, endor_run *run, source *from) {
     const endor_tensor *t = job->tensor;
-    uint64_t flat = row * job->cols, tile = flat / ENDOR_TILE, rank = endor_rank_of_tile(t, tile);
-    for (uint64_t w = tile * ENDOR_WORDS; w < flat / 64; w++) {
+    uint64_t flat = row * job->cols, tile = flat / ENDOR_TILE, rank = t->bitmap ? endor_rank_of_tile(t, tile) : flat;
+    for (uint64_t w = tile * ENDOR_WORDS; t->bitmap && w < flat / 64; w++) {
         rank += (uint64_t)__builtin_popcountll(load64(t->bitmap + 8 * w));
     }
     from->flat = flat;
     from->rank = run->rank = min64(rank, t->nnz);
     run->patches = endor_patches_at(t, tile, from->rank);
-    run->bitmap = t->bitmap + flat / 8;
+    run->bitmap = t->bitmap ? t->bitmap + flat / 8 : NULL;
     run->values = t->values ? t->values + from->rank * (uint64_t)t->itemsize : NULL;
     run->out = job->out + row;
 }
@@ -94,7 +95,7 @@ static void prefetch(const uint8_t *at, uint64_t nbytes) {
 static void look_ahead(const product_job *job, const source *from, uint64_t weights, uint64_t count) {
     const endor_stream *s = &job->stream;
     uint64_t rank = from->rank + AHEAD;
-    prefetch(job->tensor->bitmap + (from->flat + AHEAD) / 8, weights / 8);
+    if (job->tensor->bitmap) prefetch(job->tensor->bitmap + (from->flat + AHEAD) / 8, weights / 8);
     for (int j = 0; j < s->bit_planes; j++) prefetch(s->planes + (uint64_t)j * s->plane_stride + rank / 8, count / 8);
     for (int j = 0; j < s->byte_planes; j++) prefetch(s->bytes + (uint64_t)j * s->byte_stride + rank, count);
 }
@@ -103,16 +104,14 @@ static void look_ahead(const product_job *job, const source *from, uint64_t weig
 static void fill(const product_job *job, source *from, endor_run *run, uint64_t weights) {
     const endor_tensor *t = job->tensor;
     uint64_t itemsize = (uint64_t)t->itemsize;
-    run->bitmap = t->bitmap + from->flat / 8;
-    uint64_t count = job->ops->popcount(run->bitmap, weights / 64);
+    run->bitmap = t->bitmap ? t->bitmap + from->flat / 8 : NULL;
+    uint64_t count = t->bitmap ? job->ops->popcount(run->bitmap, weights / 64) : weights;
     uint64_t last = min64(from->rank + count, t->nnz);
     from->flat += weights;
     run->values = from->buffer;
     if (t->codec == ENDOR_EXP) {
-        uint64_t word = from->rank / 64;
         look_ahead(job, from, weights, count);
-        endor_stream_words(job->ops, t, &job->stream, word, (last + 63) / 64, from->buffer);
-        run->values += (from->rank - 64 * word) * itemsize;
+        run->values = endor_stream_run(job->ops, t, &job->stream, from->rank, last, from->buffer);
         if (t->patches) {
             endor_patch(t, &run->patches, tiles_of(from->flat), from->rank, last, (uint8_t *)run->values);
         }
@@ -124,12 +123,12 @@ static void fill(const product_job *job, source *from, endor_run *run, uint64_t 
 
 /* The next `count` rows of each run, a span at a time. */
 static void product_of_spans(const product_job *job, endor_run *runs, source *from, int n_runs, uint64_t count) {
-    uint64_t rows = SPAN / job->cols;
+    uint64_t most = job->tensor->bitmap ? SPAN : SPAN / 2, rows = most / job->cols;
     endor_span span = {.out_stride = job->rows};
     for (uint64_t row = 0; row < count; row += span.rows) {
         span.rows = rows ? min64(rows, count - row) : 1;
         for (span.column = 0; span.column < job->cols; span.column += span.columns) {
-            span.columns = min64(job->cols - span.column, SPAN);
+            span.columns = min64(job->cols - span.column, most);
             span.begins = span.column == 0;
             span.finishes = span.column + span.columns == job->cols;
             for (int r = 0; r < n_runs; r++) fill(job, from + r, runs + r, span.rows * span.columns);
@@ -145,7 +144,7 @@ static uint64_t product_in_place(const product_job *job, endor_run *runs, source
     uint64_t done = 0;
     if (job->arranged.x) {
         done = job->ops->exp_rows(runs, n_runs, &span, &job->arranged, t, &job->stream);
-    } else if (t->codec == ENDOR_RAW) {
+    } else if (t->codec != ENDOR_EXP) {
         span.end = t->values + t->nnz * (uint64_t)t->itemsize;
         done = job->ops->rows(runs, n_runs, &span, &job->x);
         for (int i = 0; i < n_runs; i++) runs[i].rank = (uint64_t)(runs[i].values - t->values) / (uint64_t)t->itemsize;
@@ -170,7 +169,7 @@ static void product_of_runs(const product_job *job, uint64_t row, int n_runs, ui
         start(job, row + (uint64_t)i * each, runs + i, from + i);
     }
     uint64_t done = product_in_place(job, runs, from, n_runs, each);
-    for (int i = 0; i < n_runs && done < each && (job->arranged.x || job->tensor->codec == ENDOR_RAW); i++) {
+    for (int i = 0; i < n_runs && done < each && (job->arranged.x || job->tensor->codec != ENDOR_EXP); i++) {
         uint64_t more = product_in_place(job, runs + i, from + i, 1, each - done);
         product_of_spans(job, runs + i, from + i, 1, each - done - more);
         if (i == n_runs - 1) return;
@@ -189,13 +188,12 @@ static void product_of_rows(const product_job *job, uint64_t row, uint64_t end_r
 
 static void product_chunks(void *context) {
     product_job *job = context;
-    int direct = job->ops->rows && job->tensor->bitmap && job->cols % 64 == 0;
     for (;;) {
         uint64_t row = atomic_fetch_add_explicit(&job->next, job->chunk, memory_order_relaxed);
         if (row >= job->rows || atomic_load_explicit(&job->status, memory_order_relaxed)) return;
         uint64_t end = min64(row + job->chunk, job->rows);
         int status = ENDOR_OK;
-        if (direct) product_of_rows(job, row, end);
+        if (job->by_rows) product_of_rows(job, row, end);
         else status = product_of_tiles(job, row, end);
         if (status != ENDOR_OK) atomic_store(&job->status, status);
     }
@@ -251,7 +249,9 @@ ENDOR_API int endor_matvec(int kernel, const endor_tensor *tensor, int weight_ki
     job.x.stride = (cols + 31) / 32 * 32;
     int in_place = job.ops->exp_rows && tensor->codec == ENDOR_EXP && weight_kind == ENDOR_X_BF16 && tensor->bitmap &&
                    cols % 64 == 0 && tensor->patches <= tensor->nnz / RARE && tensor->nnz / 13 <= tensor->numel / 16;
-    uint8_t *operand = copy_operand(&job, x, x_kind, batch, 0);
+    job.by_rows = job.ops->rows && (tensor->bitmap || job.ops->rows_without_bitmap) && cols % 64 == 0;
+    int reorder = job.by_rows && !tensor->bitmap && weight_kind == ENDOR_X_BF16;
+    uint8_t *operand = copy_operand(&job, x, x_kind, batch, reorder);
     uint8_t *arranged = in_place ? copy_operand(&job, x, x_kind, batch, 1) : NULL;
     if (!operand || (in_place && !arranged)) {
         free(operand);
