@@ -17,6 +17,7 @@ ROOMS = [
     "jsontext",
     "codecs",
     "kernels",
+    "machine",
     "packed",
     "storage",
     "checkpoint",

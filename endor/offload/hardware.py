@@ -1,16 +1,11 @@
 """What this machine can do, measured once and remembered.
 
-The cache is `$XDG_CACHE_HOME/endor/hw.json` (`~/.cache/endor/hw.json`), keyed by a fingerprint of
-the processor, its memory, the threads in use, the kernels and the GPUs: another machine, another
-thread count or another build measures again. Disks are keyed by device, since a model and the home
-directory rarely share one.
+Where, and until what changes, is said in `endor.machine`. Disks are keyed by device, since a model
+and the home directory rarely share one.
 """
 
-import hashlib
-import json
 import os
 import platform
-import tempfile
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -18,13 +13,10 @@ from typing import Any
 
 import torch
 
-from endor import __version__, kernels
-from endor.errors import ConfigError, EndorError
-from endor.jsontext import read_object
+from endor import kernels
+from endor.errors import ConfigError
+from endor.machine import Facts, digest, fingerprint_facts, load, store
 from endor.offload import probes
-
-CACHE_VERSION = 2
-Facts = Mapping[str, Any]
 
 
 @dataclass(frozen=True, slots=True)
@@ -175,7 +167,7 @@ def machine(dtype: str = "BF16", *, refresh: bool = False) -> Machine:
     if cached is not None:
         return cached
     found = measure(dtype)
-    _store("machines", key, {"facts": facts, "constants": found.to_dict()})
+    store("machines", key, {"facts": facts, "constants": found.to_dict()})
     return found
 
 
@@ -216,42 +208,17 @@ def disk(path: Path | str, *, refresh: bool = False) -> Disk:
         return cached
     found = Disk(**probes.disk(target))
     if target.stat().st_size >= 64 << 20:  # a small file tells little about the next one
-        _store("disks", key, asdict(found))
+        store("disks", key, asdict(found))
     return found
 
 
-def fingerprint_facts() -> dict[str, Any]:
-    """Return what, when it changes, makes old measurements worthless."""
-    described = kernels.describe()
-    gpus = [
-        torch.cuda.get_device_properties(index).name
-        for index in range(torch.cuda.device_count() if torch.cuda.is_available() else 0)
-    ]
-    return {
-        "endor": __version__,
-        "torch": torch.__version__,
-        "cpu": _cpu_name(),
-        "cores": len(os.sched_getaffinity(0)),
-        "threads": torch.get_num_threads(),
-        "memory_gib": round(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30),
-        "kernels": str(described["kernel"]),
-        "gpus": gpus,
-    }
-
-
-def cache_path() -> Path:
-    """Return where the measurements are remembered."""
-    home = os.environ.get("XDG_CACHE_HOME")
-    return (Path(home) if home else Path.home() / ".cache") / "endor" / "hw.json"
-
-
 def _machine_key(facts: Facts, dtype: str) -> str:
-    return f"{_digest(facts)}/{dtype}"
+    return f"{digest(facts)}/{dtype}"
 
 
 def _remembered_machine(key: str) -> Machine | None:
     """Return a cached machine; None when there is none, or another version wrote it."""
-    cached = _load()["machines"].get(key)
+    cached = load()["machines"].get(key)
     try:
         return None if cached is None else Machine.from_dict(cached["constants"])
     except (KeyError, TypeError):
@@ -260,54 +227,13 @@ def _remembered_machine(key: str) -> Machine | None:
 
 def _remembered_disk(key: str) -> Disk | None:
     """Return a cached disk; None when there is none, or another version wrote it."""
-    cached = _load()["disks"].get(key)
+    cached = load()["disks"].get(key)
     try:
         return None if cached is None else Disk(**cached)
     except TypeError:
         return None
 
 
-def _digest(facts: Facts) -> str:
-    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
-
-
-def _cpu_name() -> str:
-    try:
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    except OSError:
-        pass
-    return platform.processor() or platform.machine()
-
-
 def _disk_key(path: Path) -> str:
     device = path.stat().st_dev
-    return f"{_digest({'node': platform.node()})}/{os.major(device)}:{os.minor(device)}"
-
-
-def _load() -> dict[str, dict[str, Any]]:
-    """Return the cache's content; an unreadable or foreign file counts as empty."""
-    empty: dict[str, dict[str, Any]] = {"machines": {}, "disks": {}}
-    try:
-        content = read_object(cache_path())
-    except (OSError, EndorError):
-        return empty
-    if content.get("version") != CACHE_VERSION:
-        return empty
-    parts = {name: content.get(name) for name in empty}
-    return {name: part if isinstance(part, dict) else {} for name, part in parts.items()}
-
-
-def _store(part: str, key: str, value: Facts) -> None:
-    """Add one entry; a cache that cannot be written is no reason to fail."""
-    content = _load()
-    content[part][key] = dict(value)
-    path = cache_path()
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False) as file:
-            json.dump({"version": CACHE_VERSION, **content}, file, indent=1)
-        Path(file.name).replace(path)
-    except OSError:
-        return
+    return f"{digest({'node': platform.node()})}/{os.major(device)}:{os.minor(device)}"

@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 
+from endor import machine
 from endor.errors import ConfigError
 from endor.offload import hardware, probes
 
@@ -54,22 +55,22 @@ def test_another_machine_measures_again(quick, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "damage", ["", "[]", "not json", '{"version": 99}', '{"version": 2, "machines": 3}']
+    "damage", ["", "[]", "not json", '{"version": 99}', '{"version": 3, "machines": 3}']
 )
 def test_a_damaged_cache_is_replaced(quick, damage):
     hardware.machine("BF16")
-    hardware.cache_path().write_text(damage)
+    machine.cache_path().write_text(damage)
     hardware.machine("BF16")
     assert len(quick) == 2
-    assert json.loads(hardware.cache_path().read_text())["version"] == hardware.CACHE_VERSION
+    assert json.loads(machine.cache_path().read_text())["version"] == machine.CACHE_VERSION
 
 
 def test_an_entry_of_another_version_is_replaced(quick):
     hardware.machine("BF16")
-    content = json.loads(hardware.cache_path().read_text())
+    content = json.loads(machine.cache_path().read_text())
     for entry in content["machines"].values():
         del entry["constants"]["linear_gbps"]
-    hardware.cache_path().write_text(json.dumps(content))
+    machine.cache_path().write_text(json.dumps(content))
     hardware.machine("BF16")
     assert len(quick) == 2
 
