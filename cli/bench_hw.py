@@ -40,4 +40,5 @@ def hw_command(path: Path | None, dtype: str, remeasure: bool, as_json: bool) ->
         return
     rows = [[item.name, f"{item.value:.4g}", item.unit] for item in constants(machine, disk)]
     show(table([f"{machine.dtype}, {machine.threads} threads", "", "unit"], rows))
-    show(f"\nremembered in {cache_path()}")
+    show(f"\nmeasured {machine.measured} with kernel {machine.kernel}")
+    show(f"remembered in {cache_path()}")

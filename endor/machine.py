@@ -168,6 +168,17 @@ def store(part: str, key: str, value: Facts) -> None:
     """Add one entry; a cache that cannot be written is no reason to fail."""
     content = load()
     content[part][key] = dict(value)
+    _write(content)
+
+
+def forget(part: str, key: str) -> None:
+    """Remove one entry, if it is there."""
+    content = load()
+    if content[part].pop(key, None) is not None:
+        _write(content)
+
+
+def _write(content: Facts) -> None:
     path = cache_path()
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

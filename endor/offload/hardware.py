@@ -7,7 +7,8 @@ and the home directory rarely share one.
 import os
 import platform
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ import torch
 
 from endor import kernels
 from endor.errors import ConfigError
-from endor.machine import Facts, digest, fingerprint_facts, load, store
+from endor.machine import Facts, digest, fingerprint_facts, forget, load, positive, store
 from endor.offload import probes
 
 
@@ -76,6 +77,13 @@ class Machine:
         gemm_gflops: Torch's dense product with 256 rows.
         op_us: One small elementwise operation of torch.
         link: The first CUDA device, or `None`.
+        small_expand_gbps, small_product_gbps, small_linear_gbps: The same of a matrix of less than
+            a million weights; without them the others stand in.
+        product_row_cost: What each further row adds to a packed product, as a share of the first.
+        float32_gflops: Torch's product of 64 rows in float32; 0 means unknown.
+        widen_gbps: Bytes of a 16-bit type that are widened to float32 in the caches.
+        measured: When, in UTC; empty means never.
+        kernel: Which CPU kernels ran.
     """
 
     dtype: str
@@ -88,6 +96,14 @@ class Machine:
     gemm_gflops: float
     op_us: float
     link: Link | None = None
+    small_expand_gbps: Mapping[str, float] = field(default_factory=dict)
+    small_product_gbps: Mapping[str, float] = field(default_factory=dict)
+    small_linear_gbps: float = 0.0
+    product_row_cost: Mapping[str, float] = field(default_factory=dict)
+    float32_gflops: float = 0.0
+    widen_gbps: float = 0.0
+    measured: str = ""
+    kernel: str = ""
 
     def to_dict(self) -> dict[str, Any]:
         """Return the JSON form."""
@@ -95,10 +111,37 @@ class Machine:
 
     @classmethod
     def from_dict(cls, values: Facts) -> "Machine":
-        """Return the machine that `to_dict` wrote; `KeyError` or `TypeError` when it is not one."""
+        """Return the machine that `to_dict` wrote.
+
+        Raises:
+            KeyError, TypeError, ValueError: It is not one that a measurement gives.
+        """
         link = values["link"]
-        rest = {field.name: values[field.name] for field in fields(cls) if field.name != "link"}
+        rest = {item.name: values[item.name] for item in fields(cls) if item.name != "link"}
+        _check_rates(rest, cls)
+        if link is not None:
+            _check_rates(link, Link)
         return cls(**rest, link=None if link is None else Link(**link))
+
+
+KINDS = ("raw+bitmap", "exp+bitmap", "exp")
+"""Kinds of stored tensor that rates are measured of."""
+
+
+def _check_rates(values: Facts, of: type) -> None:
+    """Raise unless every number among the fields of `of` is positive, where it must be."""
+    for item in fields(of):
+        if item.name == "link":  # has rates of its own
+            continue
+        value = values[item.name]
+        if item.type in (str, bool):
+            right = isinstance(value, item.type)
+        elif isinstance(value, Mapping):
+            right = all(positive(value[kind]) for kind in KINDS)
+        else:
+            right = positive(value)
+        if not right:
+            raise ValueError(f"{item.name}: no measurement gives {value!r}")
 
 
 TYPICAL_LINK = Link(
@@ -118,14 +161,13 @@ TYPICAL_DISK = Disk(
 
 def typical(dtype: str) -> Machine:
     """Return the constants of an ordinary desktop with a CUDA device."""
-    kinds = ("raw+bitmap", "exp+bitmap", "exp")
     return Machine(
         dtype=dtype,
         threads=torch.get_num_threads(),
         copy_gbps=10.0,
         read_gbps=20.0,
-        expand_gbps=dict.fromkeys(kinds, 10.0),
-        product_gbps=dict.fromkeys(kinds, 15.0),
+        expand_gbps=dict.fromkeys(KINDS, 10.0),
+        product_gbps=dict.fromkeys(KINDS, 15.0),
         linear_gbps=10.0,
         gemm_gflops=200.0,
         op_us=2.0,
@@ -144,7 +186,14 @@ def measure(dtype: str = "BF16") -> Machine:
         **probes.linear(dtype),
     }
     link = Link(**probes.cuda()) if torch.cuda.is_available() else None
-    return Machine(dtype=dtype, threads=threads, link=link, **constants)
+    return Machine(
+        dtype=dtype,
+        threads=threads,
+        link=link,
+        measured=datetime.now(UTC).isoformat(timespec="seconds"),
+        kernel=str(kernels.describe()["kernel"]),
+        **constants,
+    )
 
 
 def machine(dtype: str = "BF16", *, refresh: bool = False) -> Machine:
@@ -169,6 +218,11 @@ def machine(dtype: str = "BF16", *, refresh: bool = False) -> Machine:
     found = measure(dtype)
     store("machines", key, {"facts": facts, "constants": found.to_dict()})
     return found
+
+
+def doubt(dtype: str) -> None:
+    """Forget the constants of this machine: the next `machine` measures them again."""
+    forget("machines", _machine_key(fingerprint_facts(), dtype))
 
 
 def remembered(dtype: str, path: Path | str) -> tuple[Machine, Disk]:
@@ -221,7 +275,7 @@ def _remembered_machine(key: str) -> Machine | None:
     cached = load()["machines"].get(key)
     try:
         return None if cached is None else Machine.from_dict(cached["constants"])
-    except (KeyError, TypeError):
+    except (KeyError, TypeError, ValueError):
         return None
 
 
@@ -229,8 +283,12 @@ def _remembered_disk(key: str) -> Disk | None:
     """Return a cached disk; None when there is none, or another version wrote it."""
     cached = load()["disks"].get(key)
     try:
-        return None if cached is None else Disk(**cached)
-    except TypeError:
+        if cached is None:
+            return None
+        # Reading may cost no processor time that the clock shows.
+        _check_rates({**cached, "cpu_s_per_gb": cached["cpu_s_per_gb"] or 1e-9}, Disk)
+        return Disk(**cached)
+    except (KeyError, TypeError, ValueError):
         return None
 
 
