@@ -124,6 +124,10 @@ class Machine:
         return cls(**rest, link=None if link is None else Link(**link))
 
 
+DOUBT = 0.25
+"""A step further from its prediction than this share of it puts the constants in doubt."""
+DOUBT_AGE_S = 600.0
+
 KINDS = ("raw+bitmap", "exp+bitmap", "exp")
 """Kinds of stored tensor that rates are measured of."""
 
@@ -220,9 +224,32 @@ def machine(dtype: str = "BF16", *, refresh: bool = False) -> Machine:
     return found
 
 
-def doubt(dtype: str) -> None:
-    """Forget the constants of this machine: the next `machine` measures them again."""
-    forget("machines", _machine_key(fingerprint_facts(), dtype))
+def doubt(dtype: str, predicted_s: float, found_s: float) -> str:
+    """Return what to say about the constants that a step was predicted from; empty if nothing.
+
+    Constants that are off by more than `DOUBT` are forgotten, and the next plan measures again.
+    Those of the last `DOUBT_AGE_S` are kept: then it is the load of the machine that changes.
+
+    Args:
+        dtype: The element type of the weights.
+        predicted_s: A step by the plan.
+        found_s: What it took.
+    """
+    key = _machine_key(fingerprint_facts(), dtype)
+    found = _remembered_machine(key)
+    off = found_s / predicted_s - 1
+    if found is None or abs(off) <= DOUBT:
+        return ""
+    text = f"steps took {off:+.0%} of what was predicted from constants of {found.measured}"
+    try:
+        age = datetime.now(UTC) - datetime.fromisoformat(found.measured)
+        recent = age.total_seconds() < DOUBT_AGE_S
+    except (ValueError, TypeError):  # no time, or one without a zone
+        recent = False
+    if recent:
+        return f"{text}, which are recent: is the machine busy?"
+    forget("machines", key)
+    return f"{text}: they will be measured again for the next plan"
 
 
 def remembered(dtype: str, path: Path | str) -> tuple[Machine, Disk]:

@@ -75,5 +75,6 @@ def wide_rows(machine: "Machine") -> int:
 
 
 def _wide_s(machine: "Machine", rows: int) -> float:
-    """Seconds per weight: widening it, and its products."""
-    return (2 / machine.widen_gbps + 2 * rows / machine.float32_gflops) / 1e9
+    """Seconds per weight: reading it, widening it, reading it again, and its products."""
+    moved = 2 / machine.read_gbps + 2 / machine.widen_gbps + 4 / machine.widen_gbps
+    return (moved + 2 * rows / machine.float32_gflops) / 1e9

@@ -1,6 +1,7 @@
 """Machine constants are measured once, remembered, and measured again when the machine changes."""
 
 import json
+from datetime import UTC, datetime
 
 import pytest
 import torch
@@ -106,3 +107,52 @@ def test_read_only_cache_is_no_reason_to_fail(quick, monkeypatch, tmp_path):
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
     assert hardware.machine("BF16").threads == torch.get_num_threads()
+
+
+@pytest.mark.parametrize("ratio", [0.7, 1.3])
+def test_constants_that_steps_show_wrong_are_measured_again(quick, ratio):
+    hardware.machine("BF16")
+    said = hardware.doubt("BF16", 1.0, ratio)
+    assert f"{ratio - 1:+.0%}" in said
+    assert "measured again" in said
+    assert hardware.doubt("BF16", 1.0, ratio) == ""  # nothing is remembered that could be wrong
+    hardware.machine("BF16")
+    assert len(quick) == 2
+
+
+def test_constants_that_were_right_or_are_recent_stay(quick, monkeypatch):
+    hardware.machine("BF16")
+    assert hardware.doubt("BF16", 1.0, 1.2) == ""
+    content = json.loads(machine.cache_path().read_text())
+    for entry in content["machines"].values():
+        entry["constants"]["measured"] = datetime.now(UTC).isoformat()
+    machine.cache_path().write_text(json.dumps(content))
+    assert "is the machine busy" in hardware.doubt("BF16", 1.0, 2.0)
+    hardware.machine("BF16")
+    assert len(quick) == 1
+
+
+@pytest.mark.parametrize("value", [0, -1.0, None, "9", [], float("nan"), True])
+@pytest.mark.parametrize("field", ["linear_gbps", "float32_gflops", "expand_gbps"])
+def test_constants_that_no_measurement_gives_are_replaced(quick, field, value):
+    hardware.machine("BF16")
+    content = json.loads(machine.cache_path().read_text())
+    for entry in content["machines"].values():
+        if field == "expand_gbps":
+            entry["constants"][field]["exp"] = value
+        else:
+            entry["constants"][field] = value
+    machine.cache_path().write_text(json.dumps(content))
+    assert hardware.machine("BF16").linear_gbps > 0
+    assert len(quick) == 2
+
+
+def test_a_disk_that_no_measurement_gives_is_measured_again(quick, tmp_path):
+    with (tmp_path / "weights").open("wb") as file:
+        file.truncate(65 << 20)
+    hardware.disk(tmp_path / "weights")
+    content = json.loads(machine.cache_path().read_text())
+    for entry in content["disks"].values():
+        entry["read_gbps"] = 0
+    machine.cache_path().write_text(json.dumps(content))
+    assert hardware.disk(tmp_path / "weights").read_gbps > 0
