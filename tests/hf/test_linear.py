@@ -6,7 +6,7 @@ from torch import nn
 
 from endor.errors import BackendError, ConfigError, EndorError
 from endor.hf import EndorLinear, load_model, opening
-from endor.offload import Placement, store
+from endor.offload import Placement, planner, store
 from endor.offload.products import Products
 
 
@@ -137,3 +137,14 @@ def test_a_layer_without_a_checkpoint():
     layer = EndorLinear(4, 4, None, torch.float32)
     with pytest.raises(EndorError, match="has no weights"):
         layer(torch.zeros(1, 4))
+
+
+def test_a_prompt_in_float32_gives_the_logits_within_rounding(make_pair, monkeypatch):
+    pair = make_pair("llama")
+    monkeypatch.setattr(planner, "choose", lambda costs, machine: Products({}, 2))
+    model = load_model(pair.packed, exact=False)
+    ids = torch.randint(3, 200, (1, 24), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        found = model(ids).logits.float()
+    expected = pair.logits(pair.dense, ids).float()
+    assert (found - expected).abs().max() <= 0.05 * expected.abs().max()
