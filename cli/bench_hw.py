@@ -31,7 +31,7 @@ def hw_command(path: Path | None, dtype: str, remeasure: bool, as_json: bool) ->
     They are remembered until the machine, its thread count or the kernels change.
     """
     from endor.bench.hw import constants, hw
-    from endor.offload import hardware
+    from endor.machine import cache_path
 
     machine, disk = hw(dtype, path, refresh=remeasure)
     if as_json:
@@ -40,4 +40,5 @@ def hw_command(path: Path | None, dtype: str, remeasure: bool, as_json: bool) ->
         return
     rows = [[item.name, f"{item.value:.4g}", item.unit] for item in constants(machine, disk)]
     show(table([f"{machine.dtype}, {machine.threads} threads", "", "unit"], rows))
-    show(f"\nremembered in {hardware.cache_path()}")
+    show(f"\nmeasured {machine.measured} with kernel {machine.kernel}")
+    show(f"remembered in {cache_path()}")

@@ -14,6 +14,10 @@ from endor.cli.terminal import echo, show, stream
 if TYPE_CHECKING:
     from endor.hf.generation import Generation
     from endor.offload.kv_plan import KVSetting
+    from endor.offload.planner import Plan
+
+LEAST_STEPS = 5
+"""Fewer tokens say little about the constants: the first steps warm up."""
 
 
 @click.command("generate")
@@ -104,6 +108,7 @@ def generate_command(
             "predicted_prefill_tokens_per_s": plan.prefill_tokens_per_s,
             "predicted_decode_tokens_per_s": plan.decode_tokens_per_s,
             "bound": plan.decode.bound,
+            "doubt": doubt(plan, store, result),
         }
     if report is not None and store is not None:
         from endor.offload.report import write_report
@@ -112,7 +117,11 @@ def generate_command(
             report,
             store,
             seconds=(result.began_s, result.ended_s),
-            predicted={"decode_s": plan.decode.seconds, "prefill_s": plan.prefill.seconds}
+            predicted={
+                "decode_s": plan.decode.seconds,
+                "prefill_s": plan.prefill.seconds,
+                "doubt": facts["doubt"],
+            }
             if plan
             else None,
             title=f"{packed.name}: {result.new_tokens} tokens",
@@ -141,6 +150,17 @@ def figures(result: "Generation", load_s: float) -> dict[str, Any]:
     }
 
 
+def doubt(plan: "Plan", store: Any, result: "Generation") -> str:
+    """Return what to say when the steps show the plan's constants wrong; see `hardware.doubt`."""
+    from endor.hf.outline import most_common
+    from endor.offload import hardware
+
+    if result.new_tokens < LEAST_STEPS or plan.vram_bytes or not result.decode_tokens_per_s:
+        return ""
+    predicted_s, found_s = 1 / plan.decode_tokens_per_s, 1 / result.decode_tokens_per_s
+    return hardware.doubt(most_common(store.units), predicted_s, found_s)
+
+
 def summary(facts: dict[str, Any]) -> str:
     """Return the figures for a reader."""
     lines = [
@@ -154,6 +174,8 @@ def summary(facts: dict[str, Any]) -> str:
             f"{facts['predicted_decode_tokens_per_s']:.2f} tokens/s were predicted, bound by the "
             f"{facts['bound']}"
         )
+    if facts.get("doubt"):
+        lines.append(f"         {facts['doubt']}")
     if facts["packed_bytes"]:
         lines.append(
             f"moved    {facts['disk_bytes_per_token'] / 1e6:.2f} MB from disk and "

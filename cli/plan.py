@@ -143,6 +143,27 @@ def verdict(result: "Plan") -> list[str]:
     return [f"{text}: at least as fast; unpack the checkpoint if memory is not scarce{advice}"]
 
 
+def ways(result: "Plan") -> list[str]:
+    """Return how units are multiplied, by the number of input rows."""
+    from endor.offload.products import NEVER, PRODUCT_ROWS
+
+    packed = [name for name, tier in result.tiers.items() if tier != "dense"]
+    rows = [result.products.packed_rows[name] for name in packed]
+    lines = []
+    for limit in sorted(set(rows), reverse=True):
+        count = rows.count(limit)
+        if limit:
+            upto = "1 row" if limit == 1 else f"1 to {limit} rows"
+            more = "" if limit == PRODUCT_ROWS else ", expanded from there on"
+            lines.append(f"{count} units: {upto} multiplied from the packed form{more}")
+        else:
+            lines.append(f"{count} units: expanded and multiplied, which is faster here")
+    wide = result.products.wide_rows
+    if wide < NEVER:
+        lines.append(f"expanded units are multiplied in float32 from {wide} rows on")
+    return lines
+
+
 def arithmetic(planned: "Planned") -> str:
     """Return the constants, and how they become the predicted times."""
     machine, disk, result = planned.machine, planned.disk, planned.plan
@@ -152,6 +173,7 @@ def arithmetic(planned: "Planned") -> str:
         ["memory read / copy", f"{machine.read_gbps:.1f} / {machine.copy_gbps:.1f} GB/s"],
         ["dense product, batch 1", f"{machine.linear_gbps:.1f} GB/s"],
         ["dense product, long prompt", f"{machine.gemm_gflops:.0f} Gflop/s"],
+        ["  in float32", f"{machine.float32_gflops:.0f} Gflop/s"],
         ["small operation", f"{machine.op_us:.1f} us"],
     ]
     for kind, rate in machine.expand_gbps.items():
@@ -163,7 +185,13 @@ def arithmetic(planned: "Planned") -> str:
             [f"link to {machine.link.name}", f"{machine.link.h2d_gbps:.1f} GB/s"],
             ["device memory", f"{machine.link.hbm_gbps:.0f} GB/s"],
         ]
-    lines = [table([f"constant ({machine.dtype}, {machine.threads} threads)", "value"], rows)]
+    when = machine.measured or "never; typical ones"
+    lines = [
+        table([f"constant ({machine.dtype}, {machine.threads} threads)", "value"], rows),
+        f"measured: {when}, kernel {machine.kernel or 'unknown'}",
+    ]
+    if result.workload.product == "direct" and not result.vram_bytes:
+        lines += ["", *ways(result)]
     for name, step in (("decode", result.decode), ("prefill", result.prefill)):
         main = next(place for place in step.resources if place != "disk" and place != "link")
         parts = " + ".join(f"{what} {seconds:.4f}" for what, seconds in step.parts.items())

@@ -19,6 +19,7 @@ from typing import Any
 from endor.bench.plot import Bar, Point, bars, quality
 from endor.checkpoint import inspect_checkpoint
 from endor.cli.tables import table
+from endor.machine import arithmetic
 
 ROOT = Path(__file__).resolve().parent.parent
 WORK = ROOT / ".demo"
@@ -29,6 +30,11 @@ QUESTION = "What is the capital of France, and what is it known for?"
 SPARSITY = 0.5
 CALIBRATED = "auto"
 """The best method, on few calibration windows: a few minutes."""
+SAMPLES = 8
+WEIGHTS = 135e6
+TOKENS = 48
+START_S = 8.0
+"""What a command takes to import torch and transformers and to open a model, about."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +59,7 @@ VARIANTS = (
     Variant(
         f"endor, {CALIBRATED} 50 %",
         WORK / f"{CALIBRATED}-50",
-        ("--prune", CALIBRATED, "--sparsity", str(SPARSITY), "--samples", "16"),
+        ("--prune", CALIBRATED, "--sparsity", str(SPARSITY), "--samples", str(SAMPLES)),
         fast=True,
     ),
 )
@@ -73,6 +79,11 @@ def endor(*arguments: str | Path, quiet: bool = False) -> str:
     return done.stdout
 
 
+def about(seconds: float, why: str) -> None:
+    """Say how long the next step will take."""
+    print(f"\nnext: about {seconds:.0f} s ({why})", flush=True)
+
+
 def facts(*arguments: str | Path) -> dict[str, Any]:
     """Run an `endor` command with `--json` and return its object."""
     found: dict[str, Any] = json.loads(endor(*arguments, "--json", quiet=True))
@@ -89,6 +100,8 @@ def make_model() -> None:
 def pack_all() -> None:
     """Pack the model in each way, and verify each result."""
     for variant in VARIANTS[1:]:
+        if CALIBRATED in variant.options:
+            print("\nnext: the longest step; it says how long it will take", flush=True)
         endor("pack", MODEL, variant.path, *variant.options, "--overwrite")
         lossless = variant.options == ("--prune", "none")
         endor("verify", variant.path, *(("--against", MODEL) if lossless else ()))
@@ -100,13 +113,18 @@ def pack_all() -> None:
 def scores() -> list[dict[str, Any]]:
     """Return the perplexity of every variant, in order, from one command."""
     paths = [variant.path for variant in VARIANTS]
-    lines = endor("eval", *paths, "--max-windows", str(WINDOWS), "--json", quiet=True)
+    flops = 2 * WEIGHTS * 512 * WINDOWS * len(paths)
+    rate = arithmetic().float32_gflops
+    about(flops / rate / 1e9 + START_S, f"{len(paths)} models at {rate:.0f} Gflop/s")
+    # In float32: every CPU multiplies it fast, and not every one bfloat16.
+    options = ("--max-windows", str(WINDOWS), "--dtype", "float32")
+    lines = endor("eval", *paths, *options, "--json", quiet=True)
     return [json.loads(line) for line in lines.splitlines()]
 
 
 def measure(variant: Variant, score: dict[str, Any]) -> dict[str, Any]:
     """Return size, perplexity and speed of one variant."""
-    prompt = ["--prompt", QUESTION, "--chat", "--max-new-tokens", "48"]
+    prompt = ["--prompt", QUESTION, "--chat", "--max-new-tokens", str(TOKENS)]
     exact = facts("generate", variant.path, *prompt)
     fast = facts("generate", variant.path, *prompt, "--fast") if variant.fast else None
     return {
@@ -192,7 +210,10 @@ def main() -> None:
     began = time.perf_counter()
     make_model()
     pack_all()
-    rows = [measure(*pair) for pair in zip(VARIANTS, scores(), strict=True)]
+    found = scores()
+    runs = sum(1 + variant.fast for variant in VARIANTS)
+    about(runs * (START_S + TOKENS / 10), f"{TOKENS} tokens from {runs} models, one by one")
+    rows = [measure(*pair) for pair in zip(VARIANTS, found, strict=True)]
     print("\nAn answer from the lossless packed model:")
     prompt = ("--prompt", QUESTION, "--chat", "--max-new-tokens", "64")
     endor("generate", WORK / "lossless", *prompt, "--fast")

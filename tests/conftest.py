@@ -146,6 +146,14 @@ def packable(request: pytest.FixtureRequest) -> DType:
     return item
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Remember what is measured of this machine for the session, and not in the user's cache."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
 @pytest.fixture(autouse=True)
 def _gpu(request: pytest.FixtureRequest) -> None:
     """Skip tests marked `gpu` without a device; fail them under ENDOR_REQUIRE_GPU=1."""

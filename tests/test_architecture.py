@@ -18,6 +18,7 @@ ROOMS = [
     "jsontext",
     "codecs",
     "kernels",
+    "machine",
     "packed",
     "storage",
     "checkpoint",

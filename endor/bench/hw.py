@@ -46,12 +46,21 @@ def constants(machine: Machine, disk: Disk | None = None) -> list[Constant]:
         Constant("memory copy", machine.copy_gbps, "GB/s"),
         Constant("dense product at batch 1, weight bytes", machine.linear_gbps, "GB/s"),
         Constant("dense product of 256 rows", machine.gemm_gflops, "Gflop/s"),
+        Constant("dense product of 64 rows in float32", machine.float32_gflops, "Gflop/s"),
+        Constant("widening to float32, narrow bytes", machine.widen_gbps, "GB/s"),
+        Constant("small dense product at batch 1", machine.small_linear_gbps, "GB/s"),
         Constant("one small operation", machine.op_us, "us"),
     ]
     for kind, rate in machine.expand_gbps.items():
         out.append(Constant(f"expand {kind}, dense bytes", rate, "GB/s"))
     for kind, rate in machine.product_gbps.items():
         out.append(Constant(f"product {kind}, packed bytes", rate, "GB/s"))
+    for kind, rate in machine.small_expand_gbps.items():
+        out.append(Constant(f"small expand {kind}", rate, "GB/s"))
+    for kind, rate in machine.small_product_gbps.items():
+        out.append(Constant(f"small product {kind}", rate, "GB/s"))
+    for kind, share in machine.product_row_cost.items():
+        out.append(Constant(f"product {kind}, each further row", 100 * share, "%"))
     if disk is not None:
         how = "past the page cache" if disk.direct else "through the page cache"
         out += [

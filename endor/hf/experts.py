@@ -10,8 +10,9 @@ import torch.nn.functional as F
 from torch import nn
 
 from endor.errors import ConfigError
-from endor.hf.linear import PRODUCT_ROWS, refuse_conversion
+from endor.hf.linear import fast_product, refuse_conversion
 from endor.hf.routing import Router, routers
+from endor.offload.products import NEVER
 from endor.offload.state import State
 from endor.offload.store import Weight
 
@@ -43,7 +44,7 @@ class ExpertStack:
         weight = self.weights[int(index)]
         if torch.is_grad_enabled():
             return weight.fresh(hold=True)
-        if not self.exact and weight.multiplies_packed:
+        if not self.exact and (weight.product_rows or weight.wide_rows < NEVER):
             return PackedMatrix(weight)
         return weight.dense(hold=True)
 
@@ -79,12 +80,13 @@ class PackedMatrix:
         if func is F.linear and len(args) >= 2 and isinstance(args[1], cls):
             input, weight = args[0], args[1].weight
             bias = args[2] if len(args) > 2 else kwargs.get("bias")
-            cols = weight.shape[1]
-            if 0 < input.numel() <= PRODUCT_ROWS * cols and input.dtype == weight.dtype:
-                rows = weight.product(input.reshape(-1, cols).contiguous(), hold=True)
+            found = None
+            if input.dtype == weight.dtype:
+                found = fast_product(input, weight, hold=True)
+            if found is not None:
                 if bias is not None:
-                    rows += bias
-                return rows.to(input.dtype).view(*input.shape[:-1], weight.shape[0])
+                    found += bias
+                return found.to(input.dtype).view(*input.shape[:-1], weight.shape[0])
         expanded = [
             item.weight.dense(hold=True) if isinstance(item, cls) else item for item in args
         ]

@@ -12,17 +12,14 @@ from endor.offload.store import Weight
 
 _CPU = torch.device("cpu")
 
-PRODUCT_ROWS = 8
-"""With at most so many input rows, a layer that need not be exact multiplies the packed form."""
-
 
 class EndorLinear(nn.Module):
     """`nn.Linear` without a weight parameter: the store expands the weight when it is needed.
 
     There is nothing to initialise, tie, move or save, so transformers loads and places the model
     as if the weight did not exist. With `exact` the result has the bits of `nn.Linear` on the
-    unpacked weight. Without it, up to eight rows are multiplied straight from the packed form, in
-    float32 sums of another order.
+    unpacked weight. Without it, up to eight rows may be multiplied straight from the packed form,
+    and many rows in float32, whichever is fastest here: sums of another order.
 
     Gradients flow to the input and the bias; the weight has none.
 
@@ -95,16 +92,12 @@ class EndorLinear(nn.Module):
         ):
             out: torch.Tensor = _Linear.apply(input, bias, source)  # type: ignore[no-untyped-call]
             return out
-        if (
-            not self.exact
-            and 0 < input.numel() <= PRODUCT_ROWS * self.in_features
-            and input.dtype == self.weight_dtype
-            and source.multiplies_packed
-        ):
-            rows = source.product(input.reshape(-1, self.in_features).contiguous())
-            if bias is not None:
-                rows += bias
-            return rows.to(input.dtype).view(*input.shape[:-1], self.out_features)
+        if not self.exact and input.dtype == self.weight_dtype:
+            found = fast_product(input, source)
+            if found is not None:
+                if bias is not None:
+                    found += bias
+                return found.to(input.dtype).view(*input.shape[:-1], self.out_features)
         return F.linear(input, source.dense(), bias)
 
     def extra_repr(self) -> str:
@@ -122,6 +115,20 @@ class EndorLinear(nn.Module):
         device = _CPU if self._source is None else self._source.device
         refuse_conversion(fn, self.weight_dtype, device)
         return super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+
+
+def fast_product(input: torch.Tensor, source: Weight, *, hold: bool = False) -> torch.Tensor | None:
+    """Return `input` times the weight as the plan says, float32 `(rows, out_features)`.
+
+    None when torch's own product with the expanded weight is the way to take.
+    """
+    cols = source.shape[1]
+    rows = input.numel() // cols
+    if 0 < rows <= source.product_rows:
+        return source.product(input.reshape(-1, cols).contiguous(), hold=hold)
+    if rows >= source.wide_rows:
+        return source.wide(input.reshape(-1, cols), hold=hold)
+    return None
 
 
 class _Linear(torch.autograd.Function):

@@ -15,7 +15,7 @@ from endor.hf.model import parameter_bytes
 from endor.hf.names import Assignment
 from endor.hf.outline import model_shape, most_common
 from endor.offload import Placement, Store, available_bytes, collect_units, hardware
-from endor.offload.costs import DeviceTier, ModelShape
+from endor.offload.costs import DeviceTier, ModelShape, unit_costs
 from endor.offload.device import Device
 from endor.offload.device_group import DeviceGroup
 from endor.offload.device_placement import DevicePlacement
@@ -24,6 +24,7 @@ from endor.offload.filling import share_host_bytes
 from endor.offload.hardware import TYPICAL_LINK, Disk, Machine
 from endor.offload.ledger import Ledger
 from endor.offload.planner import Plan, Workload, combine, plan
+from endor.offload.products import Products, choose
 from endor.offload.units import Unit, WeightSpec
 from endor.storage import FileLayout
 
@@ -97,9 +98,12 @@ class Opener:
     def _on_host(self) -> Opened:
         config = self.config
         units = collect_units(self.layouts, [spec for spec, _ in self.specs])
-        placement, planned = config.placement, None
+        placement, planned, products = config.placement, None, Products()
+        machine, disk = self._constants(units)
+        if placement is not None and not config.exact:
+            shape = self._shape(self.specs)
+            products = choose(unit_costs(units, machine, shape), machine)
         if placement is None:
-            machine, disk = self._constants(units)
             # The parameters are loaded: what they take is no longer available, but in the budget.
             room = available_bytes() + parameter_bytes(self.model)
             planned = plan(
@@ -112,6 +116,7 @@ class Opener:
                 wishes=self._wishes(units, self.specs),
             )
             placement = whole_weights(planned.placement, units, self.specs)
+            products = planned.products
         if not isinstance(placement, Placement):
             raise ConfigError(
                 f"placement: must be a Placement on the CPU, got {type(placement).__name__}"
@@ -127,6 +132,7 @@ class Opener:
                 verify=config.verify,
                 threads=config.threads,
                 unpacked=self.assignment.dense,
+                products=products,
             )
         except BaseException:
             reader.close()

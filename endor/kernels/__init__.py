@@ -6,6 +6,7 @@ this CPU runs).
 """
 
 import ctypes
+from collections.abc import Callable
 
 import numpy as np
 
@@ -25,6 +26,7 @@ __all__ = [
     "describe",
     "encode",
     "matvec",
+    "prepared_matvec",
     "probe_copy",
     "probe_read",
     "select",
@@ -209,6 +211,42 @@ def matvec(
         )
     )
     return out
+
+
+def prepared_matvec(
+    encoded: Encoded, *, threads: int | None = None, kernel: str | None = None
+) -> Callable[[int, int, int], None] | None:
+    """Return `matvec` by one weight with all checks made beforehand; None without the C kernels.
+
+    A model of many small matrices spends more time on those checks than on some products. The
+    function keeps `encoded` alive.
+
+    Args:
+        encoded: As for `matvec`, whose errors these are.
+        threads: As everywhere here.
+        kernel: As everywhere here.
+
+    Returns:
+        A function of three numbers: the address of `(batch, cols)` elements of the weight's type,
+        C-contiguous; batch; and the address of float32 `(batch, rows)`, which it writes.
+    """
+    spec, number, count = encoded.spec, select(kernel), thread_count(threads)
+    kind = native.WEIGHT_KINDS.get(spec.dtype.name)
+    if kind is None:
+        raise DTypeError(f"products take {', '.join(native.WEIGHT_KINDS)}, not {spec.dtype.name}")
+    if len(spec.shape) != 2:
+        raise ShapeError(f"a product takes a weight of shape (rows, cols), not {spec.shape}")
+    if number is None:
+        return None
+    view, multiply = ctypes.byref(native.view(encoded)), native.library().endor_matvec
+    rows, cols = spec.shape
+
+    def run(x: int, batch: int, out: int, _encoded: Encoded = encoded) -> None:
+        status = multiply(number, view, kind, rows, cols, x, kind, batch, out, count)
+        if status:
+            native.check(status)
+
+    return run
 
 
 def probe_copy(

@@ -12,7 +12,8 @@ that need the unit (1 but for experts):
 
 Reading overlaps computing, since reads take hardly any processor time; expanding and multiplying
 share the same cores and do not overlap. With the direct product, up to eight rows, a unit costs
-p / B_product instead, and a little more for each further row.
+p / B_product instead, and a little more for each further row, unless expanding is faster even so;
+and with many rows products may be in float32: `endor.offload.products` has both choices.
 Which experts a token needs is known only when it needs them, so nothing hides their reads.
 
 On a CUDA device the host only moves bytes:
@@ -30,24 +31,28 @@ from typing import Any, Literal
 from endor.codecs import TensorSpec
 from endor.errors import ConfigError
 from endor.offload.hardware import Disk, Machine
+from endor.offload.products import multiply_s, packed_rows, packed_s
 from endor.offload.units import Unit
 
 DeviceTier = Literal["vram-dense", "vram", "dense", "resident", "disk"]
 """`vram*`: on the CUDA device, expanded or packed; the rest as in `endor.offload.placement`."""
 
 Product = Literal["exact", "direct"]
-"""`exact`: expand, then torch's product; `direct`: multiply from the packed form at batch 1."""
+"""`exact`: expand, then torch's product; `direct`: whichever is fastest of that, a product from the
+packed form, and one in float32; see `endor.offload.products`."""
 
 OPS_PER_LAYER = 200
 """What a decoder layer does besides its weights (norms, rotary embedding, attention, cache update,
 the interpreter between them), in small operations."""
-OPS_PER_UNIT = 16
+OPS_PER_UNIT = 8
 """What calling a layer with a packed weight costs besides the work, in small operations."""
+SMALL_WEIGHTS = 1 << 20
+"""Up to so many weights a matrix is small: its work is not shared by threads that sleep, and what a
+call costs counts. Its rates are measured on such a one."""
 LAUNCHES_PER_LAYER = 24
-PRODUCT_ROWS = 8
-"""Rows up to which the direct product applies."""
 PRODUCT_ROW_COST = 0.3
-"""What each further row adds to a packed product: unpacking is shared, arithmetic is not."""
+"""What each further row adds to a packed product where it was not measured: unpacking is shared,
+arithmetic is not."""
 SYNC_S = 0.5e-3
 """The host samples a token and submits the next step."""
 
@@ -144,6 +149,7 @@ class UnitCost:
         product_s: One product from the packed form.
         use: Share of decode steps that need it.
         scheduled: Whether it can be read ahead (experts cannot).
+        row_cost: What each further row adds to a packed product, as a share of the first.
     """
 
     name: str
@@ -155,6 +161,7 @@ class UnitCost:
     product_s: float
     use: float
     scheduled: bool
+    row_cost: float = PRODUCT_ROW_COST
 
 
 @dataclass(frozen=True, slots=True)
@@ -210,18 +217,26 @@ def unit_costs(units: Sequence[Unit], machine: Machine, shape: ModelShape) -> tu
     """Return the cost of each unit on `machine`."""
     out = []
     for unit in units:
-        expand = product = 0.0
+        expand = product = linear = further = 0.0
         weights = 0
         for name in unit.tensors:
             spec = unit.layout.tensors[name].spec
             weights += spec.numel
-            kind = kind_of(spec)
+            kind, small = kind_of(spec), spec.numel <= SMALL_WEIGHTS
+            rate = machine.small_linear_gbps if small else 0.0
+            dense_bytes = spec.numel * shape.itemsize or spec.dense_nbytes
+            linear += dense_bytes / (rate or machine.linear_gbps) / 1e9
             if kind == "dense":  # copied to the scratch, since its record is only passing through
                 expand += spec.nbytes / machine.copy_gbps / 1e9
                 product += spec.nbytes * (1 / machine.copy_gbps + 1 / machine.linear_gbps) / 1e9
                 continue
-            expand += spec.dense_nbytes / machine.expand_gbps[kind] / 1e9
-            product += spec.nbytes / machine.product_gbps[kind] / 1e9
+            expanding = machine.small_expand_gbps if small else {}
+            multiplying = machine.small_product_gbps if small else {}
+            expand_gbps = expanding.get(kind) or machine.expand_gbps[kind]
+            expand += spec.dense_nbytes / expand_gbps / 1e9
+            one = spec.nbytes / (multiplying.get(kind) or machine.product_gbps[kind]) / 1e9
+            product += one
+            further += one * machine.product_row_cost.get(kind, PRODUCT_ROW_COST)
         dense_bytes = weights * shape.itemsize or unit.dense_nbytes
         out.append(
             UnitCost(
@@ -230,10 +245,11 @@ def unit_costs(units: Sequence[Unit], machine: Machine, shape: ModelShape) -> tu
                 dense_bytes=dense_bytes,
                 weights=weights,
                 expand_s=expand,
-                linear_s=dense_bytes / machine.linear_gbps / 1e9,
+                linear_s=linear,
                 product_s=product,
                 use=1.0 if unit.scheduled else shape.expert_use,
                 scheduled=unit.scheduled,
+                row_cost=further / product if further else PRODUCT_ROW_COST,
             )
         )
     return tuple(out)
@@ -269,7 +285,7 @@ def predict(
     sums = _Sums()
     flops = (machine.link.gemm_gflops if machine.link else machine.gemm_gflops) * 1e9
     weight_gbps = machine.link.hbm_gbps if machine.link else machine.linear_gbps
-    direct = step.product == "direct" and step.rows <= PRODUCT_ROWS and not on_device
+    direct = step.product == "direct"
     for cost in costs:
         tier = tiers[cost.name]
         use = _use(cost, step)
@@ -283,11 +299,13 @@ def predict(
             if tier not in ("vram", "vram-dense"):
                 sums.link_bytes += use * cost.packed_bytes
                 sums.copies += use
-        elif direct and tier != "dense":
-            sums.multiply += use * cost.product_s * (1 + PRODUCT_ROW_COST * (step.rows - 1))
+        elif direct and tier != "dense" and step.rows <= packed_rows(cost, machine):
+            sums.multiply += use * packed_s(cost, step.rows)
         else:
+            # Of experts, each multiplies the rows that were routed to it.
+            rows = max(1, round(step.rows * cost.use))
             sums.expand += 0.0 if tier == "dense" else use * cost.expand_s
-            sums.multiply += max(use * cost.linear_s, arithmetic)
+            sums.multiply += use * multiply_s(cost, machine, rows, wide=direct)
         if tier == "disk":
             sums.disk_bytes += use * cost.packed_bytes
             sums.routed_bytes += 0.0 if cost.scheduled else use * cost.packed_bytes

@@ -15,6 +15,7 @@ from endor.offload.device_placement import DevicePlacement
 from endor.offload.engine import Engine
 from endor.offload.ledger import Ledger
 from endor.offload.placement import Placement, Tier
+from endor.offload.products import Products
 from endor.offload.state import State
 from endor.offload.store import Owner, Store, Weight, scratch_bytes
 from endor.offload.units import Part, Unit, WeightSpec, stored_dtype
@@ -97,6 +98,7 @@ class DeviceStore(Store):
         }
         self.placement = Placement(host, placement.staging_bytes)
         self.reader = reader
+        self.products = Products()
         self.device_scratch = DeviceScratch(device, scratch_bytes(layouts, specs))
         self.scratch = self.device_scratch  # type: ignore[assignment]
         self.device_engine = DeviceEngine(
@@ -182,6 +184,8 @@ class DeviceWeight(Weight):
         store_tiers = store.device_placement.tiers
         super().__init__(store, key, spec, states, item, dtype)
         self._keep = all(store_tiers[state.unit.name] == "vram-dense" for state in self.states)
+        if self._keep:
+            self.product_rows = 0
 
     def dense(self, *, hold: bool = False) -> torch.Tensor:
         """Return the matrix in scratch memory: valid until the thread's next but one expansion.

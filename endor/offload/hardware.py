@@ -1,30 +1,23 @@
 """What this machine can do, measured once and remembered.
 
-The cache is `$XDG_CACHE_HOME/endor/hw.json` (`~/.cache/endor/hw.json`), keyed by a fingerprint of
-the processor, its memory, the threads in use, the kernels and the GPUs: another machine, another
-thread count or another build measures again. Disks are keyed by device, since a model and the home
-directory rarely share one.
+Where, and until what changes, is said in `endor.machine`. Disks are keyed by device, since a model
+and the home directory rarely share one.
 """
 
-import hashlib
-import json
 import os
 import platform
-import tempfile
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from endor import __version__, kernels
-from endor.errors import ConfigError, EndorError
-from endor.jsontext import read_object
+from endor import kernels
+from endor.errors import ConfigError
+from endor.machine import Facts, digest, fingerprint_facts, forget, load, positive, store
 from endor.offload import probes
-
-CACHE_VERSION = 2
-Facts = Mapping[str, Any]
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,6 +77,13 @@ class Machine:
         gemm_gflops: Torch's dense product with 256 rows.
         op_us: One small elementwise operation of torch.
         link: The first CUDA device, or `None`.
+        small_expand_gbps, small_product_gbps, small_linear_gbps: The same of a matrix of less than
+            a million weights; without them the others stand in.
+        product_row_cost: What each further row adds to a packed product, as a share of the first.
+        float32_gflops: Torch's product of 64 rows in float32; 0 means unknown.
+        widen_gbps: Bytes of a 16-bit type that are widened to float32 in the caches.
+        measured: When, in UTC; empty means never.
+        kernel: Which CPU kernels ran.
     """
 
     dtype: str
@@ -96,6 +96,14 @@ class Machine:
     gemm_gflops: float
     op_us: float
     link: Link | None = None
+    small_expand_gbps: Mapping[str, float] = field(default_factory=dict)
+    small_product_gbps: Mapping[str, float] = field(default_factory=dict)
+    small_linear_gbps: float = 0.0
+    product_row_cost: Mapping[str, float] = field(default_factory=dict)
+    float32_gflops: float = 0.0
+    widen_gbps: float = 0.0
+    measured: str = ""
+    kernel: str = ""
 
     def to_dict(self) -> dict[str, Any]:
         """Return the JSON form."""
@@ -103,10 +111,41 @@ class Machine:
 
     @classmethod
     def from_dict(cls, values: Facts) -> "Machine":
-        """Return the machine that `to_dict` wrote; `KeyError` or `TypeError` when it is not one."""
+        """Return the machine that `to_dict` wrote.
+
+        Raises:
+            KeyError, TypeError, ValueError: It is not one that a measurement gives.
+        """
         link = values["link"]
-        rest = {field.name: values[field.name] for field in fields(cls) if field.name != "link"}
+        rest = {item.name: values[item.name] for item in fields(cls) if item.name != "link"}
+        _check_rates(rest, cls)
+        if link is not None:
+            _check_rates(link, Link)
         return cls(**rest, link=None if link is None else Link(**link))
+
+
+DOUBT = 0.25
+"""A step further from its prediction than this share of it puts the constants in doubt."""
+DOUBT_AGE_S = 600.0
+
+KINDS = ("raw+bitmap", "exp+bitmap", "exp")
+"""Kinds of stored tensor that rates are measured of."""
+
+
+def _check_rates(values: Facts, of: type) -> None:
+    """Raise unless every number among the fields of `of` is positive, where it must be."""
+    for item in fields(of):
+        if item.name == "link":  # has rates of its own
+            continue
+        value = values[item.name]
+        if item.type in (str, bool):
+            right = isinstance(value, item.type)
+        elif isinstance(value, Mapping):
+            right = all(positive(value[kind]) for kind in KINDS)
+        else:
+            right = positive(value)
+        if not right:
+            raise ValueError(f"{item.name}: no measurement gives {value!r}")
 
 
 TYPICAL_LINK = Link(
@@ -126,14 +165,13 @@ TYPICAL_DISK = Disk(
 
 def typical(dtype: str) -> Machine:
     """Return the constants of an ordinary desktop with a CUDA device."""
-    kinds = ("raw+bitmap", "exp+bitmap", "exp")
     return Machine(
         dtype=dtype,
         threads=torch.get_num_threads(),
         copy_gbps=10.0,
         read_gbps=20.0,
-        expand_gbps=dict.fromkeys(kinds, 10.0),
-        product_gbps=dict.fromkeys(kinds, 15.0),
+        expand_gbps=dict.fromkeys(KINDS, 10.0),
+        product_gbps=dict.fromkeys(KINDS, 15.0),
         linear_gbps=10.0,
         gemm_gflops=200.0,
         op_us=2.0,
@@ -152,7 +190,14 @@ def measure(dtype: str = "BF16") -> Machine:
         **probes.linear(dtype),
     }
     link = Link(**probes.cuda()) if torch.cuda.is_available() else None
-    return Machine(dtype=dtype, threads=threads, link=link, **constants)
+    return Machine(
+        dtype=dtype,
+        threads=threads,
+        link=link,
+        measured=datetime.now(UTC).isoformat(timespec="seconds"),
+        kernel=str(kernels.describe()["kernel"]),
+        **constants,
+    )
 
 
 def machine(dtype: str = "BF16", *, refresh: bool = False) -> Machine:
@@ -175,8 +220,36 @@ def machine(dtype: str = "BF16", *, refresh: bool = False) -> Machine:
     if cached is not None:
         return cached
     found = measure(dtype)
-    _store("machines", key, {"facts": facts, "constants": found.to_dict()})
+    store("machines", key, {"facts": facts, "constants": found.to_dict()})
     return found
+
+
+def doubt(dtype: str, predicted_s: float, found_s: float) -> str:
+    """Return what to say about the constants that a step was predicted from; empty if nothing.
+
+    Constants that are off by more than `DOUBT` are forgotten, and the next plan measures again.
+    Those of the last `DOUBT_AGE_S` are kept: then it is the load of the machine that changes.
+
+    Args:
+        dtype: The element type of the weights.
+        predicted_s: A step by the plan.
+        found_s: What it took.
+    """
+    key = _machine_key(fingerprint_facts(), dtype)
+    found = _remembered_machine(key)
+    off = found_s / predicted_s - 1
+    if found is None or abs(off) <= DOUBT:
+        return ""
+    text = f"steps took {off:+.0%} of what was predicted from constants of {found.measured}"
+    try:
+        age = datetime.now(UTC) - datetime.fromisoformat(found.measured)
+        recent = age.total_seconds() < DOUBT_AGE_S
+    except (ValueError, TypeError):  # no time, or one without a zone
+        recent = False
+    if recent:
+        return f"{text}, which are recent: is the machine busy?"
+    forget("machines", key)
+    return f"{text}: they will be measured again for the next plan"
 
 
 def remembered(dtype: str, path: Path | str) -> tuple[Machine, Disk]:
@@ -216,124 +289,36 @@ def disk(path: Path | str, *, refresh: bool = False) -> Disk:
         return cached
     found = Disk(**probes.disk(target))
     if target.stat().st_size >= 64 << 20:  # a small file tells little about the next one
-        _store("disks", key, asdict(found))
+        store("disks", key, asdict(found))
     return found
 
 
-def fingerprint_facts() -> dict[str, Any]:
-    """Return what, when it changes, makes old measurements worthless."""
-    described = kernels.describe()
-    gpus = [
-        torch.cuda.get_device_properties(index).name
-        for index in range(torch.cuda.device_count() if torch.cuda.is_available() else 0)
-    ]
-    return {
-        "endor": __version__,
-        "torch": torch.__version__,
-        "cpu": _cpu_name(),
-        "cores": len(os.sched_getaffinity(0)),
-        "threads": torch.get_num_threads(),
-        "memory_gib": round(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30),
-        "kernels": str(described["kernel"]),
-        "gpus": gpus,
-    }
-
-
-def cache_path() -> Path:
-    """Return where the measurements are remembered."""
-    home = os.environ.get("XDG_CACHE_HOME")
-    return (Path(home) if home else Path.home() / ".cache") / "endor" / "hw.json"
-
-
 def _machine_key(facts: Facts, dtype: str) -> str:
-    return f"{_digest(facts)}/{dtype}"
+    return f"{digest(facts)}/{dtype}"
 
 
 def _remembered_machine(key: str) -> Machine | None:
-    """Return a cached machine; None when there is none that another measurement could be."""
-    cached: Any = _load()["machines"].get(key)
+    """Return a cached machine; None when there is none, or another version wrote it."""
+    cached = load()["machines"].get(key)
     try:
-        found = Machine.from_dict(cached["constants"])
-    except (AttributeError, KeyError, TypeError):
+        return None if cached is None else Machine.from_dict(cached["constants"])
+    except (AttributeError, KeyError, TypeError, ValueError):
         return None
-    known = typical(found.dtype)
-    complete = all(
-        isinstance(getattr(found, name), dict) and getattr(found, name).keys() >= kinds.keys()
-        for name, kinds in asdict(known).items()
-        if isinstance(kinds, dict) and name != "link"
-    )
-    return found if complete and _sound(found) else None
 
 
 def _remembered_disk(key: str) -> Disk | None:
-    """Return a cached disk; None when there is none that another measurement could be."""
-    cached: Any = _load()["disks"].get(key)
+    """Return a cached disk; None when there is none, or another version wrote it."""
+    cached = load()["disks"].get(key)
     try:
-        found = Disk(**cached)
-    except TypeError:
+        if cached is None:
+            return None
+        # Reading may cost no processor time that the clock shows.
+        _check_rates({**cached, "cpu_s_per_gb": cached["cpu_s_per_gb"] or 1e-9}, Disk)
+        return Disk(**cached)
+    except (AttributeError, KeyError, TypeError, ValueError):
         return None
-    return found if _sound(found) else None
-
-
-def _sound(value: Any) -> bool:
-    """Whether a record from the cache could have been measured: each number finite and above 0."""
-    if isinstance(value, Machine | Link | Disk):
-        expected = {Machine: str, Link: str, Disk: bool}[type(value)]
-        for field in fields(value):
-            part = getattr(value, field.name)
-            if field.name in ("dtype", "name", "direct"):
-                sound = isinstance(part, expected)
-            elif field.name in ("expand_gbps", "product_gbps"):
-                sound = all(_sound(rate) for rate in part.values())
-            else:
-                sound = _sound(part) or (field.name == "link" and part is None)
-            if not sound:
-                return False
-        return True
-    return type(value) in (int, float) and 0 < value < 1e18
-
-
-def _digest(facts: Facts) -> str:
-    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
-
-
-def _cpu_name() -> str:
-    try:
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    except OSError:
-        pass
-    return platform.processor() or platform.machine()
 
 
 def _disk_key(path: Path) -> str:
     device = path.stat().st_dev
-    return f"{_digest({'node': platform.node()})}/{os.major(device)}:{os.minor(device)}"
-
-
-def _load() -> dict[str, dict[str, Any]]:
-    """Return the cache's content; an unreadable or foreign file counts as empty."""
-    empty: dict[str, dict[str, Any]] = {"machines": {}, "disks": {}}
-    try:
-        content = read_object(cache_path())
-    except (OSError, EndorError):
-        return empty
-    if content.get("version") != CACHE_VERSION:
-        return empty
-    parts = {name: content.get(name) for name in empty}
-    return {name: part if isinstance(part, dict) else {} for name, part in parts.items()}
-
-
-def _store(part: str, key: str, value: Facts) -> None:
-    """Add one entry; a cache that cannot be written is no reason to fail."""
-    content = _load()
-    content[part][key] = dict(value)
-    path = cache_path()
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False) as file:
-            json.dump({"version": CACHE_VERSION, **content}, file, indent=1)
-        Path(file.name).replace(path)
-    except OSError:
-        return
+    return f"{digest({'node': platform.node()})}/{os.major(device)}:{os.minor(device)}"

@@ -8,7 +8,7 @@ works while residents compute, and stops neither.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from endor.errors import BudgetError, ConfigError
 from endor.offload.costs import (
@@ -32,6 +32,7 @@ from endor.offload.filling import (
 from endor.offload.hardware import Disk, Machine
 from endor.offload.kv_plan import SETTINGS, KVBytes, KVSetting, kv_bytes
 from endor.offload.placement import Placement, Tier
+from endor.offload.products import Products, choose
 from endor.offload.units import Unit
 
 SHARES = 20
@@ -64,7 +65,7 @@ class Workload:
         batch: Sequences at once.
         prompt: Tokens of each prompt.
         context: Tokens that the cache must hold, prompt included.
-        product: How weights are multiplied at batch 1.
+        product: How weights are multiplied.
         kv: Where keys and values are kept; `auto` takes the first place that fits.
     """
 
@@ -101,6 +102,7 @@ class Plan:
         packed_bytes: All units, packed.
         dense_bytes: All units, expanded.
         workload: What was planned for.
+        products: How weights are multiplied where the bits need not be torch's.
     """
 
     tiers: Mapping[str, DeviceTier]
@@ -116,6 +118,7 @@ class Plan:
     packed_bytes: int
     dense_bytes: int
     workload: Workload
+    products: Products = field(default_factory=Products)
 
     @property
     def decode_tokens_per_s(self) -> float:
@@ -325,7 +328,13 @@ class _Search:
             packed_bytes=self.packed_bytes,
             dense_bytes=self.dense_bytes,
             workload=self.workload,
+            products=self._products(),
         )
+
+    def _products(self) -> Products:
+        if self.workload.product == "exact" or self.vram_bytes:
+            return Products()
+        return choose(self.costs, self.machine)
 
     def _predict(self, tiers: Mapping[str, DeviceTier], step: Step) -> Prediction:
         return predict(self.costs, tiers, self.machine, self.disk, self.shape, step)

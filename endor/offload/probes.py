@@ -30,7 +30,11 @@ ROWS, COLS = 4096, 4096
 DENSITY = 0.5
 WORKING_SET = 256 << 20
 """Bytes that a probe of main memory goes through, so that caches do not answer."""
-MOST_COPIES = 64
+MOST_COPIES = 256
+PROBE_S = 0.2
+"""Seconds of one of many probes."""
+FURTHER_ROWS = 8
+WIDE_ROWS = 64
 
 
 def median_seconds(work: Callable[[], object], *, least: int = 5, budget_s: float = 0.4) -> float:
@@ -80,24 +84,47 @@ def memory(threads: int, nbytes: int = WORKING_SET) -> dict[str, float]:
 
 
 def codecs(dtype: str, threads: int, *, rows: int = ROWS, cols: int = COLS) -> dict[str, Any]:
-    """Return `expand_gbps` (dense bytes written) and `product_gbps` (packed bytes read) by kind."""
-    expand: dict[str, float] = {}
-    product: dict[str, float] = {}
-    x = sample_weights(dtype, 1, cols, 1.0)
-    y = np.empty((1, rows), np.float32)
-    for kind, encoded in samples(dtype, rows=rows, cols=cols).items():
-        spec = encoded.spec
-        turns = cycle(copies(encoded))
-        out = np.empty(spec.numel, spec.dtype.uint)
-        seconds = median_seconds(
-            lambda turns=turns, dense=out: kernels.decode(next(turns), dense, threads=threads)  # type: ignore[misc]
+    """Return the rates of expansions and packed products by kind.
+
+    `expand_gbps` counts dense bytes written, `product_gbps` packed bytes read at batch 1; `small_*`
+    are the same of a matrix an eighth as high and a quarter as wide; `product_row_cost` is what
+    each further row adds to a product, as a share of the first.
+    """
+    found: dict[str, dict[str, float]] = {}
+    for prefix, height, width in (("", rows, cols), ("small_", max(8, rows // 8), cols // 4)):
+        for kind, encoded in samples(dtype, rows=height, cols=width).items():
+            rates = _codec(dtype, encoded, threads, with_rows=not prefix)
+            for name, value in rates.items():
+                found.setdefault(prefix * (name != "product_row_cost") + name, {})[kind] = value
+    return found
+
+
+def _codec(dtype: str, encoded: Encoded, threads: int, *, with_rows: bool) -> dict[str, float]:
+    """Return the rates of one encoded matrix."""
+    spec = encoded.spec
+    height, width = spec.shape
+    turns = cycle(copies(encoded))
+    out = np.empty(spec.numel, spec.dtype.uint)
+    expand_s = median_seconds(
+        lambda: kernels.decode(next(turns), out, threads=threads), budget_s=PROBE_S
+    )
+
+    def product_s(batch: int) -> float:
+        x = sample_weights(dtype, batch, width, 1.0)
+        y = np.empty((batch, height), np.float32)
+        return median_seconds(
+            lambda: kernels.matvec(next(turns), x, y, threads=threads), budget_s=PROBE_S
         )
-        expand[kind] = spec.dense_nbytes / seconds / 1e9
-        seconds = median_seconds(
-            lambda turns=turns: kernels.matvec(next(turns), x, y, threads=threads)  # type: ignore[misc]
-        )
-        product[kind] = spec.nbytes / seconds / 1e9
-    return {"expand_gbps": expand, "product_gbps": product}
+
+    one = product_s(1)
+    rates = {
+        "expand_gbps": spec.dense_nbytes / expand_s / 1e9,
+        "product_gbps": spec.nbytes / one / 1e9,
+    }
+    if with_rows:
+        further = (product_s(FURTHER_ROWS) / one - 1) / (FURTHER_ROWS - 1)
+        rates["product_row_cost"] = max(further, 0.01)
+    return rates
 
 
 def copies(encoded: Encoded) -> list[Encoded]:
@@ -117,19 +144,34 @@ def linear(
 ) -> dict[str, Any]:
     """Return torch's dense product: `linear_gbps` (weight bytes, batch 1) and `gemm_gflops`.
 
+    `small_linear_gbps` is that of a small matrix; `float32_gflops` of `WIDE_ROWS` rows in float32,
+    on a panel that `widen_gbps` (bytes of `dtype`) made.
     `op_us` is the time of one small elementwise operation: what the rest of a layer is made of.
     """
     kind = TORCH_TYPES[dtype]
     weight = (torch.randn(rows, cols) * 0.02).to(kind)
     vector, matrix = torch.randn(1, cols).to(kind), torch.randn(batch, cols).to(kind)
     row = torch.randn(1, 1, cols).to(kind)
+    linear = torch.nn.functional.linear
+    small = (torch.randn(max(8, rows // 8), max(8, cols // 8)) * 0.02).to(kind)
+    count = min(MOST_COPIES, -(-WORKING_SET // small.nbytes))
+    smalls = cycle([small.clone() for _ in range(count)])
+    short = torch.randn(1, small.shape[1]).to(kind)
+    panel = torch.randn(max(8, rows // 4), max(8, cols // 8))
+    narrow, many = panel.to(kind), torch.randn(WIDE_ROWS, panel.shape[1])
     with torch.inference_mode():
-        linear_s = median_seconds(lambda: torch.nn.functional.linear(vector, weight))
-        gemm_s = median_seconds(lambda: torch.nn.functional.linear(matrix, weight), least=3)
+        linear_s = median_seconds(lambda: linear(vector, weight))
+        small_s = median_seconds(lambda: linear(short, next(smalls)), budget_s=PROBE_S)
+        gemm_s = median_seconds(lambda: linear(matrix, weight), least=3)
         op_s = median_seconds(lambda: row * row, budget_s=0.1)
+        wide_s = median_seconds(lambda: linear(many, panel), budget_s=PROBE_S)
+        widen_s = median_seconds(lambda: panel.copy_(narrow), budget_s=PROBE_S)
     return {
         "linear_gbps": weight.nbytes / linear_s / 1e9,
+        "small_linear_gbps": small.nbytes / small_s / 1e9,
         "gemm_gflops": 2 * batch * rows * cols / gemm_s / 1e9,
+        "float32_gflops": 2 * WIDE_ROWS * panel.numel() / wide_s / 1e9,
+        "widen_gbps": narrow.nbytes / widen_s / 1e9,
         "op_us": op_s * 1e6,
     }
 

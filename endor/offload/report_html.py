@@ -103,7 +103,8 @@ def _speeds(summary: Summary, predicted: Mapping[str, Any]) -> str:
     if summary.decode_s:
         rows.append(["steps a second", f"{1 / summary.decode_s:.3g}", "", ""])
     rows.append(["read from disk, a step", f"{summary.bytes_per_step / 1e9:.3f} GB", "", ""])
-    return _table(["", "actual", "predicted", "difference"], rows)
+    doubt = f"<p>{escape(str(predicted['doubt']))}</p>" if predicted.get("doubt") else ""
+    return _table(["", "actual", "predicted", "difference"], rows) + doubt
 
 
 def _shares(summary: Summary) -> str:

@@ -3,7 +3,7 @@
 import threading
 import time
 import weakref
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NoReturn
 
 import numpy as np
@@ -16,6 +16,7 @@ from endor.offload.engine import Engine
 from endor.offload.ledger import Ledger
 from endor.offload.memory import Scratch
 from endor.offload.placement import Placement
+from endor.offload.products import NEVER, PANEL, PRODUCT_ROWS, Products
 from endor.offload.state import State
 from endor.offload.units import Part, Unit, WeightSpec, stored_dtype
 from endor.packed import bits_of, tensor_of, torch_dtype
@@ -50,6 +51,7 @@ class Store:
         verify: Check each record whenever it is read into host memory.
         threads: Reads in flight.
         unpacked: Packed tensors that no layer can use packed: expanded when the model was loaded.
+        products: How weights are multiplied by layers that need not be exact.
     """
 
     owner: Owner | None = None
@@ -65,8 +67,10 @@ class Store:
         verify: bool = True,
         threads: int = 2,
         unpacked: Sequence[str] = (),
+        products: Products | None = None,
     ) -> None:
         self.unpacked = tuple(unpacked)
+        self.products = products or Products()
         self.layouts = tuple(layouts)
         self.units = tuple(units)
         self.placement = placement
@@ -125,7 +129,7 @@ class Store:
         """Stop reading and release the memory; using a weight afterwards is a BackendError."""
         self.engine.close()
         for weight in self.weights.values():
-            weight.kept = None
+            weight.close()
 
     def report(self) -> dict[str, Any]:
         """Return where the units live, what the reader is, and the counters; all plain data."""
@@ -159,9 +163,12 @@ class Weight:
         shape: Dense shape.
         dtype: Element type that callers see; the stored one is converted when it differs.
         kept: The dense matrix itself, in the tier `dense`, once it was expanded.
+        product_rows: Input rows up to which `product` is to be used; 0 where it cannot be.
+        wide_rows: Input rows from which `wide` is to be used.
     """
 
     __slots__ = (
+        "_call",
         "_convert",
         "_item",
         "_keep",
@@ -176,8 +183,10 @@ class Weight:
         "kept",
         "name",
         "numel",
+        "product_rows",
         "shape",
         "states",
+        "wide_rows",
     )
 
     def __init__(
@@ -205,6 +214,18 @@ class Weight:
         self._keep = all(store.placement.tiers[state.unit.name] == "dense" for state in self.states)
         self._whole = all(self._covers_rows(part, state) for part, state in self._parts)
         self._packed_nbytes = sum(_share(part, state) for part, state in self._parts)
+        self._call: Callable[[int, int, int], None] | None = None
+        chosen = store.products
+        self.product_rows = 0
+        if self.multiplies_packed:
+            self.product_rows = min(
+                chosen.packed_rows.get(state.unit.name, PRODUCT_ROWS) for state in self.states
+            )
+        self.wide_rows = chosen.wide_rows if dtype.itemsize == 2 else NEVER
+
+    def close(self) -> None:
+        """Let go of what refers to the store's memory."""
+        self.kept = self._call = None
 
     def dense(self, *, hold: bool = False) -> torch.Tensor:
         """Return the matrix in this thread's scratch: valid until its next weight is expanded.
@@ -258,19 +279,21 @@ class Weight:
         Returns:
             `(batch, rows)`, float32, new.
         """
-        x = bits_of(inputs)
         out = torch.empty((inputs.shape[0], self.shape[0]), dtype=torch.float32)
         start = time.perf_counter()
-        if len(self._parts) == 1:
-            self._multiply(*self._parts[0], x, out.numpy(), hold)
+        part, state = self._parts[0]
+        fixed = state.fixed
+        if len(self._parts) > 1:
+            self._multiply_parts(inputs, out, hold)
+        elif fixed is None:
+            self._multiply(part, state, bits_of(inputs), out.numpy(), hold)
         else:
-            cols = self.shape[1]
-            for part, state in self._parts:
-                rows = (part.stop - part.start) // cols
-                piece = np.empty((inputs.shape[0], rows), dtype=np.float32)
-                self._multiply(part, state, x, piece, hold)
-                at = part.offset // cols
-                out[:, at : at + rows] = torch.from_numpy(piece)
+            if self._call is None:
+                self._call = kernels.prepared_matvec(fixed[part.tensor])
+            if self._call is None:
+                kernels.matvec(fixed[part.tensor], bits_of(inputs), out.numpy())
+            else:
+                self._call(inputs.data_ptr(), inputs.shape[0], out.data_ptr())
         stop = time.perf_counter()
         ledger = self.engine.ledger
         counters = ledger.counters
@@ -279,6 +302,60 @@ class Weight:
         counters.product_s += stop - start
         ledger.note("product", self.name, start, stop, self._packed_nbytes)
         return out
+
+    def wide(self, inputs: torch.Tensor, *, hold: bool = False) -> torch.Tensor:
+        """Return `inputs @ matrix.T` computed in float32, for CPUs that emulate the weight's type.
+
+        Panels of rows are expanded, widened and multiplied in turn.
+
+        Args:
+            inputs: `(batch, cols)` of the weight's dtype.
+            hold: As for `dense`.
+
+        Returns:
+            `(batch, rows)`, float32, new.
+        """
+        rows, cols = self.shape
+        x = inputs.float()
+        out = torch.empty((inputs.shape[0], rows), dtype=torch.float32)
+        step = max(1, PANEL // cols)
+        panel = torch.empty(min(step, rows), cols, dtype=torch.float32)
+        if not self._whole or self._convert or self.kept is not None or self._keep:
+            matrix = self.dense(hold=hold)
+            for at in range(0, rows, step):
+                wide = panel[: min(step, rows - at)].copy_(matrix[at : at + step])
+                torch.mm(x, wide.T, out=out[:, at : at + len(wide)])
+            return out
+        narrow = torch.empty(panel.shape, dtype=self.dtype)
+        flat = bits_of(narrow).reshape(-1)
+        began, spent = time.perf_counter(), 0.0
+        for part, state in self._parts:
+            fixed, engine = state.fixed, self.engine
+            try:
+                encoded = (engine.take(state) if fixed is None else fixed)[part.tensor]
+                for first in range(part.start, part.stop, step * cols):
+                    start = time.perf_counter()
+                    last = min(first + step * cols, part.stop)
+                    kernels.decode(encoded, flat, start=first, stop=last)
+                    spent += time.perf_counter() - start
+                    count = (last - first) // cols
+                    at = (part.offset + first - part.start) // cols
+                    wide = panel[:count].copy_(narrow[:count])
+                    torch.mm(x, wide.T, out=out[:, at : at + count])
+            finally:
+                if fixed is None and not hold:
+                    engine.drop()
+        self._count_expansion(began, began + spent, self.numel * self._item.itemsize)
+        return out
+
+    def _multiply_parts(self, inputs: torch.Tensor, out: torch.Tensor, hold: bool) -> None:
+        x, cols = bits_of(inputs), self.shape[1]
+        for part, state in self._parts:
+            rows = (part.stop - part.start) // cols
+            piece = np.empty((inputs.shape[0], rows), dtype=np.float32)
+            self._multiply(part, state, x, piece, hold)
+            at = part.offset // cols
+            out[:, at : at + rows] = torch.from_numpy(piece)
 
     def _multiply(
         self, part: Part, state: State, x: np.ndarray, out: np.ndarray, hold: bool
@@ -309,12 +386,14 @@ class Weight:
             finally:
                 if not hold:
                     engine.drop()
-        stop = time.perf_counter()
+        self._count_expansion(start, time.perf_counter(), flat.nbytes)
+
+    def _count_expansion(self, start: float, stop: float, dense_nbytes: int) -> None:
         ledger = self.engine.ledger
         counters = ledger.counters
         counters.expands += 1
         counters.packed_bytes += self._packed_nbytes
-        counters.dense_bytes += flat.nbytes
+        counters.dense_bytes += dense_nbytes
         counters.expand_s += stop - start
         ledger.note("expand", self.name, start, stop, self._packed_nbytes)
 

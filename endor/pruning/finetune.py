@@ -48,6 +48,7 @@ def finetune(
     matrices: Sequence[Matrix],
     seed: int,
     schedule: Schedule,
+    dtype: torch.dtype,
 ) -> None:
     """Train the non-zero elements of `matrices` in place; zeros stay zero.
 
@@ -60,6 +61,7 @@ def finetune(
         matrices: Its pruned matrices; what else their parameters hold stays as it is.
         seed: Orders the batches.
         schedule: See `Schedule`.
+        dtype: What the layer's products are computed in; weights and optimizer stay in float32.
     """
     spans = list(batches(windows, max(1, BATCH_TOKENS // inputs.shape[1])))
     steps = schedule.passes * len(spans)
@@ -84,13 +86,19 @@ def finetune(
                 for update in updates:
                     update.pace(warm, fall)
                 wanted = targets.read(start, stop).to(device)
-                with torch.autocast(device.type, torch.bfloat16):
+                with autocast(device, dtype):
                     found = call.run(layer, inputs.read(start, stop).to(device))
                 loss = token_loss(found.float(), wanted)
                 loss.backward()  # type: ignore[no-untyped-call]
     finally:
         for update in updates:
             update.close()
+
+
+def autocast(device: torch.device, dtype: torch.dtype) -> torch.autocast:
+    """Return a context in which a float32 layer computes its products in `dtype`."""
+    narrow = dtype != torch.float32
+    return torch.autocast(device.type, dtype if narrow else torch.bfloat16, enabled=narrow)
 
 
 class _Update:

@@ -6,6 +6,7 @@ and the hidden states exist at a time.
 """
 
 import hashlib
+import math
 import os
 import stat
 import tempfile
@@ -18,6 +19,7 @@ from typing import cast
 import torch
 from torch import nn
 
+from endor import machine
 from endor.checkpoint.tensors import CheckpointSource
 from endor.errors import BackendError, PruningError
 from endor.packed import torch_dtype
@@ -25,7 +27,7 @@ from endor.pruning.activations import Activations, batches
 from endor.pruning.allocation import layer_sparsities, outlier_share
 from endor.pruning.calibration import calibration_windows
 from endor.pruning.contract import METHODS, LayerPruner, PruneOptions
-from endor.pruning.finetune import Schedule, finetune
+from endor.pruning.finetune import Schedule, autocast, finetune
 from endor.pruning.heap import reused_blocks
 from endor.pruning.layer import LayerMatrices
 from endor.pruning.skeleton import Call, Skeleton
@@ -33,6 +35,9 @@ from endor.pruning.statistics import collect
 
 BATCH_TOKENS = 2048
 """Tokens of the windows that pass through a layer together."""
+
+SOLVER_PRODUCTS = 20
+"""Products with the Gram matrix that a solver takes, for the estimate: those of ADMM."""
 
 Progress = Callable[[int, int, str], None]
 """Called with layers done, layers in all, and what goes on."""
@@ -71,6 +76,10 @@ class LayerStream:
         self._method = METHODS[options.method]
         assert self._method.calibrated, "only calibrated methods are streamed"
         self._solver = cast(LayerPruner, self._method.create(options))
+        # Statistics without re-training afterwards were always of float32 forwards.
+        self._compute = (
+            machine.compute_dtype(self._device) if self._method.finetune else torch.float32
+        )
         self._names = self._pruned_names(selected)
         ids = calibration_windows(source.directory, options)
         self.windows, self._tokens = ids.shape
@@ -83,6 +92,7 @@ class LayerStream:
         self._began = time.perf_counter()
         self.done = 0
         self.errors: list[float] = []
+        self._announce()
 
     @property
     def layers(self) -> int:
@@ -148,6 +158,7 @@ class LayerStream:
                 matrices.all,
                 self._options.seed + index,
                 Schedule(passes=self._options.passes),
+                self._compute,
             )
         for matrix in matrices.all:
             # What is stored is what the layers behind must see.
@@ -174,8 +185,8 @@ class LayerStream:
                 hidden.write(start, out)
 
     def _forward(self, layer: nn.Module, index: int, given: torch.Tensor) -> torch.Tensor:
-        """Run a layer; in bfloat16 when survivors are re-trained so afterwards, else in float32."""
-        with torch.autocast(self._device.type, torch.bfloat16, enabled=self._method.finetune):
+        """Run a layer, in the type that its survivors are re-trained in."""
+        with autocast(self._device, self._compute):
             return self._calls[index].run(layer, given)
 
     def _matrices(self, index: int) -> LayerMatrices:
@@ -288,11 +299,38 @@ class LayerStream:
         except SafetensorError:
             return None
 
+    def _announce(self) -> None:
+        """Say how long it will take, by what this processor computes; a device is not known."""
+        if self._device.type != "cpu":
+            return
+        found = machine.arithmetic()
+        gflops = found.gflops if self._method.finetune else found.float32_gflops
+        seconds = self.layers * self._layer_flops() / gflops / 1e9
+        self._progress(0, self.layers, f"about {duration(seconds)} at {gflops:.0f} Gflop/s")
+
+    def _layer_flops(self) -> float:
+        """Return the operations that a layer takes, about: its products, and those of ADMM."""
+        shapes = [self._source.tensors[name].shape for name in self._names]
+        weights = sum(math.prod(shape) for shape in shapes) / max(1, self.layers)
+        forwards = 3.5 if self._options.sequential else 2.0
+        if self._method.finetune:
+            forwards += 1 + 3 * self._options.passes
+        flops = 2.0 * self.windows * self._tokens * weights * forwards
+        if self._method.statistics == "gram":
+            solved = sum(math.prod(shape) * shape[-1] for shape in shapes) / max(1, self.layers)
+            flops += 2.0 * SOLVER_PRODUCTS * solved
+        return flops
+
     def _report(self) -> None:
         spent = time.perf_counter() - self._began
         left = spent / self.done * (self.layers - self.done)
         error = f", output error {self.errors[-1]:.3f}" if self.errors else ""
-        self._progress(self.done, self.layers, f"{left / 60:.1f} min left{error}")
+        self._progress(self.done, self.layers, f"{duration(left)} left{error}")
+
+
+def duration(seconds: float) -> str:
+    """Return a time for a reader."""
+    return f"{seconds:.0f} s" if seconds < 90 else f"{seconds / 60:.1f} min"
 
 
 def _device(name: str) -> torch.device:

@@ -1,6 +1,7 @@
 """`endor plan` prints a placement, its arithmetic and its picture."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -8,9 +9,10 @@ import transformers
 from click.testing import CliRunner
 
 import endor
-from endor.cli.plan import plan_command
+from endor.cli.plan import plan_command, ways
 from endor.errors import BudgetError
 from endor.offload import hardware, probes
+from endor.offload.products import Products
 
 
 @pytest.fixture(scope="module")
@@ -61,6 +63,23 @@ def test_explain_prints_the_arithmetic(packed):
     assert "expand exp+bitmap, dense bytes" in out
     assert "decode: cpu = expand" in out
     assert "unhidden" in out
+
+
+def test_explain_says_which_way_units_are_multiplied(packed):
+    exact = run(packed, "--ram", "100MB", "--explain")
+    assert "measured: " in exact
+    assert "multiplied" not in exact
+    plan = SimpleNamespace(
+        tiers={"a": "resident", "b": "dense", "c": "disk", "d": "disk", "e": "disk"},
+        products=Products({"a": 8, "b": 8, "c": 3, "d": 1, "e": 0}, 4),
+    )
+    assert ways(plan) == [
+        "1 units: 1 to 8 rows multiplied from the packed form",
+        "1 units: 1 to 3 rows multiplied from the packed form, expanded from there on",
+        "1 units: 1 row multiplied from the packed form, expanded from there on",
+        "1 units: expanded and multiplied, which is faster here",
+        "expanded units are multiplied in float32 from 4 rows on",
+    ]
 
 
 def test_json_holds_the_tier_of_every_unit(packed, tmp_path):

@@ -5,7 +5,9 @@ import torch
 from torch import nn
 
 from endor.errors import BackendError, ConfigError, EndorError
-from endor.hf import EndorLinear, load_model
+from endor.hf import EndorLinear, load_model, opening
+from endor.offload import Placement, planner, store
+from endor.offload.products import Products
 
 
 @pytest.fixture
@@ -26,9 +28,11 @@ def test_forward_has_the_bits(layers, shape):
 
 
 @pytest.mark.parametrize("rows", [1, 8, 9])
-def test_fast_products_keep_shape_dtype_and_bias(layers, rows):
-    packed, dense, model = layers
-    packed.exact = False
+def test_fast_products_keep_shape_dtype_and_bias(make_pair, rows):
+    pair = make_pair("opt")
+    model = load_model(pair.packed, exact=False)
+    name = "model.decoder.layers.1.fc1"
+    packed, dense = model.get_submodule(name), pair.dense.get_submodule(name)
     x = torch.randn(rows, 1, 64).bfloat16()
     before = model.endor.ledger.snapshot()
     with torch.no_grad():
@@ -36,6 +40,34 @@ def test_fast_products_keep_shape_dtype_and_bias(layers, rows):
     assert (found.shape, found.dtype) == (expected.shape, expected.dtype)
     assert model.endor.ledger.since(before)["products"] == (rows <= 8)
     torch.testing.assert_close(found, expected, rtol=1.6e-2, atol=1e-2)
+
+
+@pytest.mark.parametrize("rows", [2, 3, 64])
+@pytest.mark.parametrize("tier", ["resident", "disk", "dense"])
+@pytest.mark.parametrize("panel", [1, 200, 1 << 20])
+def test_many_rows_are_multiplied_in_float32_where_the_plan_says_so(
+    make_pair, monkeypatch, rows, tier, panel
+):
+    pair = make_pair("opt")
+    monkeypatch.setattr(store, "PANEL", panel)
+    chosen = lambda costs, machine: Products({cost.name: 2 for cost in costs}, 3)  # noqa: E731
+    monkeypatch.setattr(opening, "choose", chosen)
+    units = load_model(pair.packed).endor.units
+    room = 4 * max(unit.nbytes for unit in units)
+    placement = Placement(dict.fromkeys((unit.name for unit in units), tier), room)
+    model = load_model(pair.packed, exact=False, placement=placement)
+    name = "model.decoder.layers.1.fc1"
+    packed, dense = model.get_submodule(name), pair.dense.get_submodule(name)
+    x = torch.randn(1, rows, 64).bfloat16()
+    with torch.no_grad():
+        before = model.endor.ledger.snapshot()
+        found = packed(x)
+        products = model.endor.ledger.since(before)["products"]
+        exact = torch.nn.functional.linear(x.float(), dense.weight.float(), dense.bias.float())
+    assert products == (rows == 2 and tier != "dense")
+    assert found.dtype == torch.bfloat16
+    # The products are exact, and only their sum is rounded to bfloat16.
+    torch.testing.assert_close(found.float(), exact, rtol=2**-8, atol=1e-5)
 
 
 def test_gradients_reach_input_and_bias(layers):
@@ -105,3 +137,14 @@ def test_a_layer_without_a_checkpoint():
     layer = EndorLinear(4, 4, None, torch.float32)
     with pytest.raises(EndorError, match="has no weights"):
         layer(torch.zeros(1, 4))
+
+
+def test_a_prompt_in_float32_gives_the_logits_within_rounding(make_pair, monkeypatch):
+    pair = make_pair("llama")
+    monkeypatch.setattr(planner, "choose", lambda costs, machine: Products({}, 2))
+    model = load_model(pair.packed, exact=False)
+    ids = torch.randint(3, 200, (1, 24), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        found = model(ids).logits.float()
+    expected = pair.logits(pair.dense, ids).float()
+    assert (found - expected).abs().max() <= 0.05 * expected.abs().max()

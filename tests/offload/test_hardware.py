@@ -1,11 +1,12 @@
 """Machine constants are measured once, remembered, and measured again when the machine changes."""
 
 import json
-from dataclasses import asdict
+from datetime import UTC, datetime
 
 import pytest
 import torch
 
+from endor import machine
 from endor.errors import ConfigError
 from endor.offload import hardware, probes
 
@@ -61,7 +62,7 @@ def test_another_machine_measures_again(quick, monkeypatch):
         "[]",
         "not json",
         '{"version": 99}',
-        '{"version": 2, "machines": 3}',
+        '{"version": 3, "machines": 3}',
         "[" * 100_000,
         '{"version": ' + "9" * 5000 + "}",
     ],
@@ -69,55 +70,20 @@ def test_another_machine_measures_again(quick, monkeypatch):
 )
 def test_a_damaged_cache_is_replaced(quick, damage):
     hardware.machine("BF16")
-    hardware.cache_path().write_text(damage)
+    machine.cache_path().write_text(damage)
     hardware.machine("BF16")
     assert len(quick) == 2
-    assert json.loads(hardware.cache_path().read_text())["version"] == hardware.CACHE_VERSION
+    assert json.loads(machine.cache_path().read_text())["version"] == machine.CACHE_VERSION
 
 
 def test_an_entry_of_another_version_is_replaced(quick):
     hardware.machine("BF16")
-    content = json.loads(hardware.cache_path().read_text())
+    content = json.loads(machine.cache_path().read_text())
     for entry in content["machines"].values():
         del entry["constants"]["linear_gbps"]
-    hardware.cache_path().write_text(json.dumps(content))
+    machine.cache_path().write_text(json.dumps(content))
     hardware.machine("BF16")
     assert len(quick) == 2
-
-
-WRONG = [0, -1.0, "3", None, True, [], {}, float("nan"), float("inf"), 10**30]
-
-
-@pytest.mark.parametrize("wrong", WRONG, ids=repr)
-def test_constants_that_nobody_measured_are_measured_again(quick, wrong, tmp_path):
-    """Each number of the cache in turn: a plan divides by them."""
-    good = hardware.typical("BF16")
-    hardware._store("machines", "m", {"constants": good.to_dict()})
-    hardware._store("disks", "d", asdict(hardware.TYPICAL_DISK))
-    path = hardware.cache_path()
-    assert hardware._remembered_machine("m") is None  # a link without memory was never measured
-    content = json.loads(path.read_text())
-    constants, disk = content["machines"]["m"]["constants"], content["disks"]["d"]
-    constants["link"]["vram_bytes"] = 1 << 34
-
-    def remembered():
-        path.write_text(json.dumps(content))
-        return hardware._remembered_machine("m"), hardware._remembered_disk("d")
-
-    assert None not in remembered()
-    places = [(constants, name) for name in constants if name not in ("dtype", "link")]
-    places += [(constants["expand_gbps"], "exp"), (constants["link"], "h2d_gbps")]
-    for owner, name in places:
-        before, owner[name] = owner[name], wrong
-        assert remembered()[0] is None, name
-        owner[name] = before
-    for name in [name for name in disk if name != "direct"]:
-        before, disk[name] = disk[name], wrong
-        assert remembered()[1] is None, name
-        disk[name] = before
-    for entry in (wrong, {"constants": wrong}):
-        content["machines"]["m"] = entry
-        assert remembered()[0] is None
 
 
 def test_unknown_dtype_is_refused(quick):
@@ -151,3 +117,52 @@ def test_read_only_cache_is_no_reason_to_fail(quick, monkeypatch, tmp_path):
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
     assert hardware.machine("BF16").threads == torch.get_num_threads()
+
+
+@pytest.mark.parametrize("ratio", [0.7, 1.3])
+def test_constants_that_steps_show_wrong_are_measured_again(quick, ratio):
+    hardware.machine("BF16")
+    said = hardware.doubt("BF16", 1.0, ratio)
+    assert f"{ratio - 1:+.0%}" in said
+    assert "measured again" in said
+    assert hardware.doubt("BF16", 1.0, ratio) == ""  # nothing is remembered that could be wrong
+    hardware.machine("BF16")
+    assert len(quick) == 2
+
+
+def test_constants_that_were_right_or_are_recent_stay(quick, monkeypatch):
+    hardware.machine("BF16")
+    assert hardware.doubt("BF16", 1.0, 1.2) == ""
+    content = json.loads(machine.cache_path().read_text())
+    for entry in content["machines"].values():
+        entry["constants"]["measured"] = datetime.now(UTC).isoformat()
+    machine.cache_path().write_text(json.dumps(content))
+    assert "is the machine busy" in hardware.doubt("BF16", 1.0, 2.0)
+    hardware.machine("BF16")
+    assert len(quick) == 1
+
+
+@pytest.mark.parametrize("value", [0, -1.0, None, "9", [], float("nan"), True])
+@pytest.mark.parametrize("field", ["linear_gbps", "float32_gflops", "expand_gbps"])
+def test_constants_that_no_measurement_gives_are_replaced(quick, field, value):
+    hardware.machine("BF16")
+    content = json.loads(machine.cache_path().read_text())
+    for entry in content["machines"].values():
+        if field == "expand_gbps":
+            entry["constants"][field]["exp"] = value
+        else:
+            entry["constants"][field] = value
+    machine.cache_path().write_text(json.dumps(content))
+    assert hardware.machine("BF16").linear_gbps > 0
+    assert len(quick) == 2
+
+
+def test_a_disk_that_no_measurement_gives_is_measured_again(quick, tmp_path):
+    with (tmp_path / "weights").open("wb") as file:
+        file.truncate(65 << 20)
+    hardware.disk(tmp_path / "weights")
+    content = json.loads(machine.cache_path().read_text())
+    for entry in content["disks"].values():
+        entry["read_gbps"] = 0
+    machine.cache_path().write_text(json.dumps(content))
+    assert hardware.disk(tmp_path / "weights").read_gbps > 0

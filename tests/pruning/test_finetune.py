@@ -52,7 +52,7 @@ def test_the_error_falls_and_zeros_and_the_unselected_stay(problem):
     masks = [matrix.weight == 0 for matrix in matrices]
     rest = block.down.weight[8:].clone()
     schedule = Schedule(passes=30, rate=0.05)
-    finetune(block, Call((), {}), inputs, targets, 12, matrices, 0, schedule)
+    finetune(block, Call((), {}), inputs, targets, 12, matrices, 0, schedule, torch.float32)
     assert error(block, inputs, targets) < 0.7 * before
     for matrix, mask in zip(matrices, masks, strict=True):
         assert torch.equal(matrix.weight == 0, mask)
@@ -68,7 +68,9 @@ def test_the_same_seed_gives_the_same_bits(problem):
     for _ in range(2):
         for matrix, weight in zip(matrices, start, strict=True):
             matrix.weight.copy_(weight)
-        finetune(block, Call((), {}), inputs, targets, 12, matrices, 3, Schedule(passes=2))
+        finetune(
+            block, Call((), {}), inputs, targets, 12, matrices, 3, Schedule(passes=2), torch.float32
+        )
         results.append(block.up.weight.clone())
     assert torch.equal(*results)
     assert not torch.equal(results[0], start[0])

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 
+from endor import machine
 from endor.checkpoint import open_source
 from endor.checkpoint.plan import plan_units
 from endor.checkpoint.select import select
@@ -115,6 +116,26 @@ def test_same_seed_same_bits_and_spilling_changes_nothing(tmp_path, save, text):
         assert torch.equal(first[name], second[name]), name
 
 
+@pytest.mark.parametrize("rates", [(1.0, 9.0), (9.0, 1.0)])
+def test_re_training_computes_in_the_type_that_is_fast_here(
+    rates, tmp_path, save, text, monkeypatch
+):
+    save(tmp_path, "llama")
+    monkeypatch.setattr(machine, "arithmetic", lambda: machine.Arithmetic(*rates))
+    seen = set()
+    linear = torch.nn.functional.linear
+
+    def watched(*args):
+        out = linear(*args)
+        seen.add(out.dtype)
+        return out
+
+    monkeypatch.setattr(torch.nn.functional, "linear", watched)
+    run(tmp_path, small(text, method="auto"))
+    narrow = torch.bfloat16 in seen
+    assert narrow == (rates[0] > rates[1])
+
+
 def test_passes_train_the_survivors_of_auto_alone(tmp_path, save, text):
     save(tmp_path, "llama")
     once, _ = run(tmp_path, small(text, method="auto", passes=1))
@@ -165,8 +186,9 @@ def test_progress_counts_layers(tmp_path, save, text):
     save(tmp_path, "llama")
     seen = []
     run(tmp_path, small(text, method="wanda"), progress=lambda *what: seen.append(what))
-    assert [(done, total) for done, total, _ in seen] == [(1, 3), (2, 3), (3, 3)]
-    assert all("min left" in what for _, _, what in seen)
+    assert [(done, total) for done, total, _ in seen] == [(0, 3), (1, 3), (2, 3), (3, 3)]
+    assert seen[0][2].startswith("about ")
+    assert all("left, output error" in what for _, _, what in seen[1:])
 
 
 @pytest.mark.parametrize("rule", ["linear:0.2", "owl:0.1"])
