@@ -1,9 +1,8 @@
 """`endor pack`: a dense checkpoint to a packed one, pruned on the way if asked."""
 
 import json
-from functools import partial
 from pathlib import Path
-from typing import Any, get_args
+from typing import TYPE_CHECKING, Any, get_args
 
 import click
 
@@ -25,6 +24,10 @@ from endor.cli.pruning import calibration_options, method_help, pruned, refuse_i
 from endor.cli.terminal import echo, show
 from endor.codecs import CodecChoice
 from endor.pruning.contract import METHODS
+
+if TYPE_CHECKING:
+    from endor.checkpoint import CheckpointSource
+    from endor.checkpoint.manifest import Writes
 
 
 @click.command("pack")
@@ -81,14 +84,18 @@ def pack_command(
     refuse_existing(out, resume=resume, overwrite=overwrite)
     from endor.checkpoint.output import check_output
 
-    check = partial(check_output, out, resume=resume, overwrite=overwrite)
+    def check(source: Path, writes: "Writes | None" = None) -> None:
+        # A file that becomes a file is looked at when it is packed.
+        if not (source.is_file() and out.suffix == ".safetensors"):
+            check_output(out, source, writes=writes, resume=resume, overwrite=overwrite)
+
     check(model)
-    from endor.checkpoint import CheckpointSource, pack_checkpoint
+    from endor.checkpoint import pack_checkpoint
     from endor.checkpoint.companions import QUANTIZATION_KEY, quantization_name
     from endor.checkpoint.convert import pack_writes
 
-    def ready(source: CheckpointSource) -> None:
-        check(source.path, writes=pack_writes(source))
+    def ready(source: "CheckpointSource") -> None:
+        check(source.path, pack_writes(source))
 
     with (
         resumable(out),

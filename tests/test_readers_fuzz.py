@@ -77,7 +77,8 @@ def read_all(path: Path) -> None:
 def journal(folder: Path) -> Path:
     partial = folder / "out.partial"
     partial.mkdir()
-    (partial / "journal.jsonl").write_text('{"a": 1}\n{"file": "x"}\n')
+    head = '{"endor journal":1,"a":1}'
+    (partial / "journal.jsonl").write_text(f'{head}\n{{"file": "endor-00001.safetensors"}}\n')
     return folder
 
 

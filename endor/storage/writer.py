@@ -191,8 +191,8 @@ class RecordWriter:
                 f"{self._writer.path}: {name}: array {min(taken, default=name)!r} exists already; "
                 "rename one of the tensors"
             )
-        if name == METADATA_KEY or name.startswith(PAD_PREFIX):
-            raise FormatError(f"{self._writer.path}: {name!r} is reserved; rename the tensor")
+        if name == METADATA_KEY or name.startswith(PAD_PREFIX) or "\0" in name:
+            raise FormatError(f"{self._writer.path}: {name!r} is no name to use; rename the tensor")
         for array in encoded.spec.arrays:
             found = encoded.arrays[array.suffix]
             if found.shape != array.unit_shape or found.dtype != array.dtype.uint:

@@ -120,6 +120,7 @@ def test_a_hub_cache(tmp_path, model):
         pack_checkpoint(snapshot, tmp_path / "out", overwrite=True)
 
 
+@pytest.mark.filterwarnings("ignore:.*leaves alone")
 def test_folders_that_a_config_names(tmp_path, model):
     """sentence-transformers keeps each module in its folder; a dense one has weights there."""
     modules = [
@@ -152,6 +153,7 @@ INDEXES = ["model.safetensors.index.fp32.json", "pytorch_model.bin.index.json"]
 INDEXES += ["tf_model.h5.index.json", "flax_model.msgpack.index.json"]
 
 
+@pytest.mark.filterwarnings("ignore:.*leaves alone")
 def test_other_weights_are_named_and_left(tmp_path, model):
     for name in [*OTHER_WEIGHTS, *INDEXES]:
         (model / name).write_bytes(b"other")

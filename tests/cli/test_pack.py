@@ -238,6 +238,7 @@ def test_out_is_looked_at_before_the_work(tmp_path, model, monkeypatch, words, o
         assert isinstance(result.exception, OutputExistsError), result.exception
 
 
+@pytest.mark.filterwarnings("ignore:.*leaves alone")
 def test_what_is_left_out_is_named(tmp_path, model):
     (model / "model.onnx_data").write_text("other weights")
     (model / "original").mkdir()

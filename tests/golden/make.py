@@ -15,6 +15,8 @@ from endor.codecs import DTYPES, DType, Encoded, exp
 from endor.storage import FileWriter, header_capacity
 
 SHAPE = (4, 300)
+LATER = {"F4", "F6_E2M3", "F6_E3M2", "F8_E4M3FNUZ", "F8_E5M2FNUZ"}
+"""Element types, dense only, that came after the golden files of version 1."""
 METADATA = {"made by": "tests/golden/make.py", "Ω": '{"endor.checksum":"0"}'}
 
 
@@ -37,6 +39,8 @@ def records() -> dict[str, dict[str, Encoded]]:
     """Return every dtype dense, and in `exp` with a bitmap; some also in the other forms."""
     out: dict[str, dict[str, Encoded]] = {"dense": {}, "raw": {}, "exp": {}, "edge": {}}
     for dtype in DTYPES.values():
+        if dtype.name in LATER:
+            continue
         bits = elements(dtype)
         out["dense"][f"dense.{dtype.name}"] = codecs.encode(bits[:1, :20], dtype, codec="dense")
         if not dtype.packable:

@@ -40,8 +40,9 @@ def test_file_is_whole_and_holds_every_codec_and_dtype() -> None:
     layout = verify_file(PACKED)
     forms = {(tensor.spec.codec, tensor.spec.dtype.name) for tensor in layout.tensors.values()}
     packable = [item.name for item in DTYPES.values() if item.packable]
+    make = runpy.run_path(str(GOLDEN / "make.py"))
     assert forms == {
-        *(("dense", name) for name in DTYPES),
+        *(("dense", name) for name in DTYPES if name not in make["LATER"]),
         *(("raw", name) for name in packable),
         *(("exp", name) for name in packable),
     }
