@@ -128,7 +128,7 @@ DOUBT = 0.25
 """A step further from its prediction than this share of it puts the constants in doubt."""
 DOUBT_AGE_S = 600.0
 
-KINDS = ("raw+bitmap", "exp+bitmap", "exp")
+KINDS = ("raw+bitmap", "exp+bitmap", "exp", "int")
 """Kinds of stored tensor that rates are measured of."""
 
 

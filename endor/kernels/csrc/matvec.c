@@ -316,3 +316,22 @@ ENDOR_API int endor_matvec(int kernel, const endor_tensor *tensor, int weight_ki
     int reorder = job.by_rows && !tensor->bitmap && weight_kind == ENDOR_X_BF16;
     return multiply(&job, reorder, in_place, x, x_kind, batch, out, threads);
 }
+
+/* The same for codec int. */
+ENDOR_API int endor_int_matvec(int kernel, const endor_int *tensor, uint64_t rows, uint64_t cols, const void *x,
+                               int x_kind, uint64_t batch, float *out, int threads) {
+    endor_int_reader reader;
+    product_job job = {.ops = endor_ops_of(kernel), .integer = &reader, .rows = rows, .cols = cols};
+    if (!job.ops || (cols && rows > tensor->numel / cols)) return ENDOR_UNSUPPORTED;
+    if (!rows || !batch) return ENDOR_OK;
+    if (!cols) {
+        memset(out, 0, rows * batch * sizeof *out);
+        return ENDOR_OK;
+    }
+    job.x.weight = tensor->value_kind; /* ENDOR_BF16 is ENDOR_X_BF16, and so on */
+    job.x.bf16_pairs = job.ops->bf16_pairs && tensor->value_kind == ENDOR_BF16 && x_kind == ENDOR_X_BF16;
+    int status = endor_int_open(&reader, kernel, tensor, tensor->value_kind);
+    if (status == ENDOR_OK) status = multiply(&job, 0, 0, x, x_kind, batch, out, threads);
+    endor_int_close(&reader);
+    return status;
+}
