@@ -35,7 +35,6 @@ __all__ = [
 ]
 
 
-
 def encode(
     bits: np.ndarray,
     dtype: DType,
