@@ -28,9 +28,11 @@ static float power_of_two(int exponent) {
 }
 
 int endor_int_open(endor_int_reader *r, int kernel, const endor_int *t, int kind) {
-    static const endor_int_ops *(*const of[])(void) = {endor_int_scalar_ops, endor_int_avx2_ops, endor_int_avx512_ops};
     r->ops = endor_ops_of(kernel);
-    r->in = r->ops ? of[kernel]() : NULL;
+    r->in = !r->ops                  ? NULL
+            : kernel == ENDOR_AVX512 ? endor_int_avx512_ops()
+            : kernel == ENDOR_AVX2   ? endor_int_avx2_ops()
+                                     : endor_int_scalar_ops(); /* NEON has no way of its own yet */
     r->t = t;
     r->kind = kind;
     r->columns = NULL;
