@@ -15,7 +15,7 @@ from endor.cli.common import (
     progress_bar,
     selection_options,
 )
-from endor.cli.pruning import calibration_options, method_help, pruned
+from endor.cli.pruning import calibration_options, method_help, prepared
 from endor.pruning.contract import METHODS
 
 
@@ -60,16 +60,16 @@ def prune_command(
 
     with (
         calibration_progress() as watch,
-        pruned(model, method, options, include, exclude, watch) as (source, pruner, description),
+        prepared(model, method, options, include, exclude, watch) as found,
         progress_bar("prune") as progress,
     ):
         report: DenseReport | MaskReport
         if mask_only:
             report = write_masks(
-                source,
+                found.source,
                 out,
-                prune=pruner,
-                description=description,
+                prune=found.pruner,
+                description=found.description,
                 include=include,
                 exclude=exclude,
                 overwrite=overwrite,
@@ -78,10 +78,10 @@ def prune_command(
             )
         else:
             report = prune_checkpoint(
-                source,
+                found.source,
                 out,
-                prune=pruner,
-                description=description,
+                prune=found.pruner,
+                description=found.description,
                 include=include,
                 exclude=exclude,
                 resume=resume,

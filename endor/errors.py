@@ -12,6 +12,7 @@ EndorError
 ├── BackendError           a kernel, reader or device that was asked for cannot run here
 ├── BudgetError            a memory budget is too small for the plan
 ├── PruningError           a pruning run cannot go on
+├── QuantizationError      weights that cannot be quantised
 └── ConfigError            an option or combination of options makes no sense
 
 A message says where, the rule, what was found and the next step.
@@ -64,6 +65,10 @@ class BudgetError(EndorError):
 
 class PruningError(EndorError):
     """A pruning run cannot go on."""
+
+
+class QuantizationError(EndorError):
+    """Weights that cannot be quantised."""
 
 
 class ConfigError(EndorError):

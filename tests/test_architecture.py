@@ -11,7 +11,7 @@ import endor
 
 ROOT = Path(endor.__file__).resolve().parent.parent
 ROOMS = ["errors", "codecs", "kernels", "packed", "storage", "checkpoint"]
-ROOMS += ["pruning", "offload", "hf", "bench", "cli"]
+ROOMS += ["pruning", "quantization", "offload", "hf", "bench", "cli"]
 UPWARD = {("checkpoint", "pruning")}
 """Weight-only pruners are called by the conversion, calibrated ones drive it: a two-way door."""
 

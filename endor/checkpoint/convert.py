@@ -9,9 +9,11 @@ import hashlib
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from endor import kernels
 from endor.checkpoint.companions import copy_companions, packed_config
@@ -22,9 +24,9 @@ from endor.checkpoint.plan import Unit, plan_units
 from endor.checkpoint.reading import TensorLoader
 from endor.checkpoint.report import PackReport, Progress, Sizes, no_progress
 from endor.checkpoint.source import PACKED_INDEX_NAME
-from endor.checkpoint.tensors import CheckpointSource, SourceTensor
+from endor.checkpoint.tensors import CheckpointSource, CodedSource, SourceTensor
 from endor.checkpoint.verify import check_file
-from endor.codecs import CodecChoice, Encoded, TensorSpec
+from endor.codecs import CodecChoice, Encoded, TensorSpec, integer
 from endor.errors import CheckpointError
 from endor.pruning.contract import WeightPruner
 from endor.storage import FileLayout, FileWriter, header_capacity, largest_spec
@@ -46,11 +48,13 @@ class PackOptions:
         codec: For the selected tensors.
         max_shard_bytes: Size that a shard does not exceed, unless one record does.
         prune: How the weights were pruned, for config.json; empty when they were not.
+        quantize: How they were quantised; empty when they were not.
     """
 
     codec: CodecChoice
     max_shard_bytes: int
     prune: Mapping[str, Any]
+    quantize: Mapping[str, Any] = field(default_factory=dict)
 
 
 def convert(
@@ -79,6 +83,7 @@ def convert(
         "max_shard_bytes": options.max_shard_bytes,
         "selected": hashlib.sha256("\0".join(sorted(selected)).encode()).hexdigest(),
         "prune": dict(options.prune),
+        "quantize": dict(options.quantize),
     }
     config = packed_config(source.config(), _describe(options))
     with OutputDirectory(
@@ -98,7 +103,8 @@ def convert(
 
 
 def _describe(options: PackOptions) -> dict[str, Any]:
-    return {"codec": options.codec} | ({"prune": dict(options.prune)} if options.prune else {})
+    said = {"prune": dict(options.prune), "quantize": dict(options.quantize)}
+    return {"codec": options.codec} | {key: about for key, about in said.items() if about}
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,6 +138,8 @@ class _Run:
         self.total_bytes = sum(unit.nbytes for unit in units)
         self.converted_bytes = 0
         self.shards: list[Path] = []
+        self.coded = source if isinstance(source, CodedSource) else None
+        self.codes: dict[str, tuple[np.ndarray, np.ndarray]] = {}
         self.loader = TensorLoader(source, pruner, selected)
         self.scratches = ScratchPool(self.loader.budget_bytes)
         self.threads = 1
@@ -162,14 +170,28 @@ class _Run:
             lambda tensor: tensor.nbytes,
             threads=threads,
             budget_bytes=self.loader.budget_bytes,
-            prepare=self.loader.prepare,
+            prepare=self._prepare,
         )
         tensors = (tensor for unit in self.units[self.done :] for tensor in unit.tensors)
         with closing(work.run(tensors)) as results:
             while self.done < len(self.units):
                 self._write_shard(results)
 
+    def _prepare(self, tensor: SourceTensor) -> None:
+        """Read in order what a source with state demands so."""
+        found = self.coded.coded(tensor.name) if self.coded and self.coded.ordered else None
+        if found is None:
+            self.loader.prepare(tensor)
+        else:
+            self.codes[tensor.name] = found
+
     def _encode(self, tensor: SourceTensor) -> _Encoded:
+        found = self.codes.pop(tensor.name, None)
+        if found is None and self.coded and not self.coded.ordered:
+            found = self.coded.coded(tensor.name)
+        if found is not None:
+            encoded = integer.encode(*found, tensor.dtype, shape=tensor.shape)
+            return _Encoded(encoded, lambda: None)
         loaded = self.loader.load(tensor)
         scratch = self.scratches.take()
         together = max(1, min(self.threads, self.loader.budget_bytes // max(tensor.nbytes, 1)))

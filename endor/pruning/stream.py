@@ -1,4 +1,4 @@
-"""Calibrated pruning of one decoder layer after another, in the memory of one.
+"""Calibrated pruning and quantisation of one decoder layer after another, in the memory of one.
 
 A layer is loaded, sees the calibration windows as the pruned layers before it left them, gives up
 the statistics of its inputs, is pruned, and passes the windows on. Only one layer, its statistics
@@ -6,6 +6,7 @@ and the hidden states exist at a time.
 """
 
 import hashlib
+import json
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
@@ -16,15 +17,23 @@ import torch
 from torch import nn
 
 from endor.checkpoint.tensors import CheckpointSource
+from endor.codecs.integer import size_bits
 from endor.errors import BackendError, PruningError
 from endor.packed import torch_dtype
 from endor.pruning.activations import Activations, batches
 from endor.pruning.allocation import layer_sparsities, outlier_share
 from endor.pruning.calibration import calibration_windows
-from endor.pruning.contract import METHODS, LayerPruner, PruneOptions
+from endor.pruning.contract import (
+    METHODS,
+    NOTHING,
+    Coded,
+    LayerPruner,
+    LayerQuantizer,
+    PruneOptions,
+)
 from endor.pruning.finetune import Schedule, finetune
 from endor.pruning.heap import reused_blocks
-from endor.pruning.layer import LayerMatrices
+from endor.pruning.layer import LayerMatrices, Matrix
 from endor.pruning.skeleton import Call, Skeleton
 from endor.pruning.statistics import collect
 
@@ -44,6 +53,7 @@ class LayerStream:
         selected: Checkpoint names of the tensors to prune.
         scratch: An existing folder for hidden states and finished layers.
         progress: See `Progress`.
+        quantizer: Turns the matrices of each layer, pruned or not, into codes.
 
     Raises:
         PruningError: The model cannot be run layer by layer.
@@ -58,16 +68,20 @@ class LayerStream:
         selected: frozenset[str],
         scratch: Path,
         progress: Progress | None = None,
+        quantizer: LayerQuantizer | None = None,
     ) -> None:
+        self._quantizer = quantizer
         self._options = options
         self._scratch = scratch
         self._progress = progress or (lambda done, total, what: None)
         self._device = _device(options.device)
         self._skeleton = Skeleton(source, self._device)
         self._source = source
-        self._method = METHODS[options.method]
-        assert self._method.calibrated, "only calibrated methods are streamed"
-        self._solver = cast(LayerPruner, self._method.create(options))
+        self._method = METHODS.get(options.method, NOTHING)
+        assert self._method.calibrated or quantizer, "only calibrated methods are streamed"
+        self._solver: LayerPruner | None = None
+        if self._method.calibrated:
+            self._solver = cast(LayerPruner, self._method.create(options))
         self._names = self._pruned_names(selected)
         ids = calibration_windows(source.directory, options)
         self.windows, self._tokens = ids.shape
@@ -79,7 +93,10 @@ class LayerStream:
         self._sparsity = layer_sparsities(options, self.layers, self._outliers)
         self._began = time.perf_counter()
         self.done = 0
-        self.errors: list[float] = []
+        self.errors: dict[str, float] = {}
+        if quantizer is not None:
+            shapes = {name: source.tensors[name].numel for name in self._names}
+            quantizer.begin(shapes)
 
     @property
     def layers(self) -> int:
@@ -91,20 +108,26 @@ class LayerStream:
         return self._names.get(name)
 
     def next_layer(self) -> dict[str, torch.Tensor]:
-        """Prune the next layer and return its pruned tensors by checkpoint name, on the CPU."""
+        """Renew the next layer and return its tensors by checkpoint name, on the CPU.
+
+        Of a quantised tensor NAME there are also `codes_of(NAME)` and `steps_of(NAME)`.
+        """
         index = self.done
         layer = self._skeleton.load_layer(index)
         matrices = self._matrices(index)
         kept = self._kept(index)
+        coded: dict[str, torch.Tensor] = {}
         with torch.no_grad():
             if kept is None:
                 self._prune(index, layer, matrices)
+                if self._quantizer is not None:
+                    coded = self._quantize(index, layer, matrices)
             else:
                 if self._dense is not None:
                     self._advance(layer, index, self._dense)
                 matrices.load(kept)
             self._advance(layer, index, self._hidden)
-        pruned = kept or {
+        pruned = kept or coded | {
             name: tensor.to(self._dtype(name)).cpu().contiguous()
             for name, tensor in matrices.tensors().items()
         }
@@ -126,15 +149,16 @@ class LayerStream:
     def _prune(self, index: int, layer: nn.Module, matrices: LayerMatrices) -> None:
         if self._dense is not None:
             self._advance(layer, index, self._dense)
-        error = matrices.prune(
-            self._solver,
+        if self._solver is None:
+            return
+        solver, sparsity = self._solver, self._sparsity[index]
+        self.errors |= matrices.rewrite(
+            lambda matrix, found: solver.solve(matrix.weight.contiguous(), found, sparsity),
             self._method.statistics,
-            self._sparsity[index],
             lambda: self._batches(layer, index, self._hidden),
             self._room,
             sequential=self._options.sequential,
         )
-        self.errors.append(error)
         if self._dense is not None and matrices.all:
             finetune(
                 layer,
@@ -150,6 +174,40 @@ class LayerStream:
             # What is stored is what the layers behind must see.
             rounded = matrix.weight.to(self._dtype(matrix.name)).float()
             matrix.weight.copy_(torch.where(rounded == 0, 0.0, rounded))
+
+    def _quantize(
+        self, index: int, layer: nn.Module, matrices: LayerMatrices
+    ) -> dict[str, torch.Tensor]:
+        """Quantise all matrices and return codes and steps as they are stored."""
+        quantizer = self._quantizer
+        assert quantizer is not None
+        found: dict[str, list[tuple[Matrix, Coded]]] = {}
+
+        def solve(matrix: Matrix, gram: torch.Tensor) -> torch.Tensor:
+            weight, dtype = matrix.weight.contiguous(), self._dtype(matrix.name)
+            one = quantizer.quantize(matrix.name, weight, gram, dtype)
+            found.setdefault(matrix.name, []).append((matrix, one))
+            return one.values
+
+        errors = matrices.rewrite(
+            solve,
+            "gram",
+            lambda: self._batches(layer, index, self._hidden),
+            self._room,
+            sequential=self._options.sequential,
+        )
+        for name, error in errors.items():
+            self.errors[name] = self.errors.get(name, 0.0) + error
+        stored = {}
+        for name, parts in found.items():
+            parts.sort(key=lambda one: one[0].part.expert or 0)
+            turned = parts[0][0].transposed
+            codes = [one.codes.T if turned else one.codes for _, one in parts]
+            steps = torch.stack([one.steps for _, one in parts])
+            shape = self._source.tensors[name].shape
+            stored[codes_of(name)] = torch.stack(codes).reshape(shape).cpu().contiguous()
+            stored[steps_of(name)] = (steps.reshape(-1, 1) if turned else steps).cpu()
+        return stored
 
     def _batches(
         self, layer: nn.Module, index: int, hidden: Activations
@@ -251,6 +309,8 @@ class LayerStream:
         digest.update(self._source.fingerprint().encode())
         digest.update(ids.numpy().tobytes())
         digest.update("\0".join(sorted(self._names)).encode())
+        if self._quantizer is not None:
+            digest.update(self._quantizer.identity.encode())
         return digest.hexdigest()
 
     def path_of(self, index: int) -> Path:
@@ -262,7 +322,9 @@ class LayerStream:
 
         path = self.path_of(index)
         partial = path.with_suffix(".partial")
-        save_file(tensors, partial, metadata={"run": self.fingerprint})
+        errors = {name: self.errors[name] for name in tensors if name in self.errors}
+        said = {"run": self.fingerprint, "errors": json.dumps(errors)}
+        save_file(tensors, partial, metadata=said)
         partial.replace(path)
 
     def _kept(self, index: int) -> dict[str, torch.Tensor] | None:
@@ -274,17 +336,35 @@ class LayerStream:
             return None
         try:
             with safe_open(path, framework="pt") as file:
-                if (file.metadata() or {}).get("run") != self.fingerprint:
+                said = file.metadata() or {}
+                if said.get("run") != self.fingerprint:
                     return None
-                return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+                kept = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+                self.errors |= json.loads(said["errors"])
         except SafetensorError:
             return None
+        if self._quantizer is not None:
+            for name in [name for name in kept if codes_of(name) in kept]:
+                codes, steps = kept[codes_of(name)].numpy(), kept[steps_of(name)].numpy()
+                self._quantizer.adopt(name, size_bits(codes, steps))
+        return kept
 
     def _report(self) -> None:
         spent = time.perf_counter() - self._began
         left = spent / self.done * (self.layers - self.done)
-        error = f", output error {self.errors[-1]:.3f}" if self.errors else ""
+        mine = [self.errors[name] for name, at in self._names.items() if at == self.done - 1]
+        error = f", output error {max(mine):.3f}" if mine else ""
         self._progress(self.done, self.layers, f"{left / 60:.1f} min left{error}")
+
+
+def codes_of(name: str) -> str:
+    """Return the name of the codes, int16 of the tensor's shape, of a quantised tensor."""
+    return f"{name}:codes"
+
+
+def steps_of(name: str) -> str:
+    """Return the name of the steps, float32, laid out as `endor.codecs.integer.encode` takes them."""
+    return f"{name}:steps"
 
 
 def _device(name: str) -> torch.device:
