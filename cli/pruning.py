@@ -254,7 +254,9 @@ def prepared(
     chosen = PruneOptions(method=name, calibration=text or (), **options)
     calibrated = METHODS.get(name, NOTHING).calibrated
     if text is None and calibrated:
-        raise click.UsageError(f"{name} needs a calibration text; magnitude is the one that does not")
+        raise click.UsageError(
+            f"{name} needs a calibration text; magnitude is the one that does not"
+        )
     if text is None and not fields["bits"] and name == NOTHING.name:
         raise click.UsageError("'--calibration none' goes with --bits")
     with ExitStack() as stack:

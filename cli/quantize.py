@@ -76,8 +76,8 @@ def quantize_command(
         return
     bits = found.quantized["bits"]
     click.echo(
-        f"{out}: {report.weights:,} weights of {report.pruned_tensors} tensors take the values that "
-        f"{bits:.2f} bits give them ({report.sparsity:.4f} of them zero), {report.seconds:.1f} s"
+        f"{out}: {report.weights:,} weights of {report.pruned_tensors} tensors take the values "
+        f"that {bits:.2f} bits give them ({report.sparsity:.4f} of them zero), {report.seconds:.1f} s"
     )
     click.echo(
         f"{human(report.dense_bytes)} before and after; to make it smaller: "

@@ -94,7 +94,7 @@ def compress(
     bitmap: bool | None = None,
     bits: float | None = None,
 ) -> PackedTensor:
-    """Return `tensor` in stored form; `decompress` gives back its exact bits, unless `bits` is given.
+    """Return `tensor` in stored form; `decompress` gives back its exact bits, but with `bits`.
 
     Args:
         tensor: Any shape and element type of the safetensors format, on any device. Packing runs

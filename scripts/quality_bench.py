@@ -1,13 +1,12 @@
 """Quality against bits a weight, every method on the same statistics: docs/benchmarks/quality.md.
 
-    python scripts/quality_bench.py MODEL OUT.jsonl --rows ecq:3.5 gptq:4:64 --texts FILE:WINDOWS ...
+    python scripts/quality_bench.py MODEL OUT.jsonl --rows ecq:3.5 gptq:4:64 --texts FILE:WINDOWS
 
 Rows: `ecq:BITS`; `rtn:BITS` (entropy-coded, no calibration); `gptq:BITS:GROUP`, a plain GPTQ with
 symmetric integers and a float16 scale for each group of inputs, its scale searched; `gguf:TYPE`, a
-type of the gguf package; `dense`; `dir:PATH:BITS`, a checkpoint quantised or pruned elsewhere.
-Statistics are those of the dense model on the calibration windows (kept in --statistics, made
+type of the gguf package; `dense`; `dir:PATH:BITS`, a checkpoint made elsewhere. Statistics are those of the dense model on the calibration windows (kept in --statistics, made
 when missing), so that rows differ in nothing but the method. The model is in memory: for small ones.
-A record per row is appended to OUT.jsonl; rows that are there already are skipped.
+A record a row is appended to OUT.jsonl; rows that are there are skipped.
 """
 
 import argparse

@@ -85,7 +85,8 @@ def convert(
         "prune": dict(options.prune),
         "quantize": dict(options.quantize),
     }
-    config = packed_config(source.config(), _describe(options))
+    described = _describe(options)
+    config = packed_config(source.config(), described)
     with OutputDirectory(
         out, identity=identity, source=source.path, resume=resume, overwrite=overwrite
     ) as output:
@@ -93,6 +94,9 @@ def convert(
         run = _Run(source, output, units, selected, pruner, options, progress or no_progress)
         run.adopt_finished()
         run.write(kernels.thread_count(threads))
+        if isinstance(source, CodedSource) and "quantize" in described:
+            described["quantize"] |= source.outcome()
+            config = packed_config(source.config(), described)
         copy_companions(source, output.partial, config)
         layouts = run.name_shards()
         document = build_index(layouts, dense_file_names(source.tensors.values()))

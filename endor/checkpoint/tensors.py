@@ -94,3 +94,7 @@ class CodedSource(CheckpointSource, Protocol):
         exactly. The dense bytes of the tensor are what codes and steps decode to.
         """
         ...
+
+    def outcome(self) -> dict[str, Any]:
+        """Return what config.json says besides of the quantisation, once all tensors are read."""
+        ...

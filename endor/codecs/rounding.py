@@ -8,11 +8,12 @@ import math
 
 import numpy as np
 
+from endor.codecs.dtypes import DType
 from endor.codecs.integer import round_steps, size_bits
-from endor.errors import ConfigError, QuantizationError
+from endor.errors import ConfigError, DTypeError, QuantizationError
 
 EXCHANGE = math.log(2) / 6
-"""Squared error, in squared steps, that a bit is worth: -dD/dR for D = step² / 12, R = -log2 step."""
+"""Squared error, in squared steps, that a bit is worth: -dD/dR of D = step² / 12, R = -log2 step."""
 
 MOST_SHIFT = 0.4
 """A threshold between two codes moves by at most this many steps."""
@@ -123,3 +124,18 @@ def _round(values: np.ndarray, sample: np.ndarray, step: float) -> np.ndarray:
     codes = np.minimum(np.floor(sizes), MOST_CODE).astype(np.int16)
     np.negative(codes, out=codes, where=values < 0)
     return codes
+
+
+def floats_of(bits: np.ndarray, dtype: DType) -> np.ndarray:
+    """Return the values, float32, of elements of `dtype` given as unsigned integers.
+
+    Raises:
+        DTypeError: `dtype` is not BF16, F16 or F32.
+    """
+    if dtype.name == "F32":
+        return bits.view(np.float32)
+    if dtype.name == "F16":
+        return bits.view(np.float16).astype(np.float32)
+    if dtype.name != "BF16":
+        raise DTypeError(f"codes stand for BF16, F16 or F32, not {dtype.name}")
+    return (bits.astype(np.uint32) << np.uint32(16)).view(np.float32)

@@ -23,7 +23,6 @@ GRAM_BYTES = 1 << 30
 """Statistics of as many experts are collected in one pass over the tokens as fit in this."""
 
 
-
 def is_experts(module: nn.Module) -> bool:
     """Whether `module` holds experts stacked in 3-D parameters."""
     return isinstance(getattr(module, "down_proj", None), nn.Parameter) and hasattr(

@@ -363,7 +363,7 @@ def codes_of(name: str) -> str:
 
 
 def steps_of(name: str) -> str:
-    """Return the name of the steps, float32, laid out as `endor.codecs.integer.encode` takes them."""
+    """Return the name of the steps, float32, laid out as `codecs.integer.encode` takes them."""
     return f"{name}:steps"
 
 

@@ -1,9 +1,9 @@
 """ECQ: integer codes on a uniform grid of unlimited range, made to be entropy-coded.
 
-The step of column j is `scale * U_jj`, U being the upper Cholesky factor of the inverse Gram matrix:
-then every column adds the same to the squared output error, which is how an entropy coder's rate buys
-most (WaterSIC, 2026, has the same idea). Each column's error is spread over the columns after it, as in
-GPTQ (arXiv 2210.17323). One number, the scale, sets error and rate of a matrix.
+The step of column j is `scale * U_jj`, U being the upper Cholesky factor of the inverse Gram
+matrix: then every column adds the same to the squared output error, which is how an entropy coder's
+rate buys most (WaterSIC, 2026, has the same idea). Each column's error is spread over the columns
+after it, as in GPTQ (arXiv 2210.17323). One number, the scale, sets error and rate of a matrix.
 
 A value goes to the code that is best for error and rate together, at the exchange that a uniform
 grid offers (6.02 dB a bit): the nearest one, or one nearer to zero when that is so much cheaper.

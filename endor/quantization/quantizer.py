@@ -53,7 +53,7 @@ class EcqQuantizer:
         self._count(name, self._numel[name], bits)
 
     def _count(self, name: str, numel: int, bits: float) -> None:
-        """Take `numel` weights of a tensor (of a stack, one expert's at a time) off what is left."""
+        """Take `numel` weights of a tensor (of a stack, an expert at a time) off what is left."""
         self._left -= bits * numel
         self._numel[name] -= numel
         if not self._numel[name]:

@@ -1,5 +1,6 @@
-"""Checkpoints whose selected tensors come out quantised, in codes or as the values they stand for."""
+"""Checkpoints whose selected tensors come out quantised: in codes, or as what these stand for."""
 
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -9,9 +10,8 @@ import numpy as np
 from endor.checkpoint.reading import prune_in_place
 from endor.checkpoint.tensors import CheckpointSource, SourceTensor
 from endor.codecs import integer
-from endor.codecs.rounding import round_to_bits
+from endor.codecs.rounding import floats_of, round_to_bits
 from endor.errors import ConfigError, DTypeError, QuantizationError
-from endor.packed import tensor_of
 from endor.pruning.contract import PruneOptions, WeightPruner
 from endor.pruning.source import PrunedSource
 from endor.pruning.stream import Progress
@@ -49,6 +49,13 @@ class QuantizedSource(PrunedSource):
         check_quantizable(source, selected)
         self._ecq = EcqQuantizer(options)
         super().__init__(source, prune, selected, progress=progress, quantizer=self._ecq)
+
+    def outcome(self) -> dict[str, Any]:
+        """Return the relative output error of the tensors quantised so far: geometric mean."""
+        errors = [error for error in self._stream.errors.values() if error > 0]
+        if not errors:
+            return {}
+        return {"output_error": math.exp(sum(map(math.log, errors)) / len(errors))}
 
     def describe_quantization(self) -> dict[str, Any]:
         """Return what config.json says about the quantisation."""
@@ -109,12 +116,15 @@ class RoundedSource:
         tensor = self._source.tensors[name]
         raw = np.empty(tensor.nbytes, dtype=np.uint8)
         self._source.read_into(name, raw)
-        bits = raw.view(tensor.dtype.uint).reshape(tensor.shape)
-        values = tensor_of(bits, tensor.dtype).float().numpy()
+        values = floats_of(raw.view(tensor.dtype.uint).reshape(tensor.shape), tensor.dtype)
         try:
             return round_to_bits(values, array_bits(self._options.bits, tensor.numel))
         except QuantizationError as error:
             raise QuantizationError(f"{name}: {error}; leave it out: --exclude '{name}'") from None
+
+    def outcome(self) -> dict[str, Any]:
+        """Nothing is known of outputs without calibration."""
+        return {}
 
     def config(self) -> dict[str, Any] | None:
         return self._source.config()
@@ -191,8 +201,8 @@ def check_quantizable(source: CheckpointSource, selected: frozenset[str]) -> Non
     """
     if not selected:
         raise ConfigError(
-            f"{source.path}: nothing to quantise: none of {len(source.tensors)} tensors is a matrix "
-            "of a layer; name some with --include"
+            f"{source.path}: nothing to quantise: none of {len(source.tensors)} tensors is a "
+            "matrix of a layer; name some with --include"
         )
     if (source.config() or {}).get("quantization_config"):
         raise QuantizationError(

@@ -1,6 +1,7 @@
 """ECQ against plain GPTQ on the same statistics, and against matrices that break quantisers."""
 
 import math
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -76,7 +77,7 @@ def test_a_bit_more_is_a_quarter_of_the_error():
     weight, gram = problem()
     found = ecq(weight, gram)
     errors = [relative_error(weight, found.fit(bits).values, gram) for bits in (3, 4, 5, 6)]
-    for worse, better in zip(errors, errors[1:], strict=False):
+    for worse, better in pairwise(errors):
         assert 3.0 < worse / better < 5.0
 
 
