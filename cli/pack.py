@@ -31,7 +31,7 @@ from endor.pruning.contract import METHODS
     show_default=True,
     help=f"Zero weights first. none keeps every bit; {method_help()}.",
 )
-@quantize_options(required=False)
+@quantize_options
 @calibration_options
 @click.option(
     "--codec",

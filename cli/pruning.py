@@ -11,7 +11,7 @@ import click
 from endor.cli.common import Command, Size
 from endor.codecs.rounding import LEAST_BITS, MOST_BITS
 from endor.pruning.contract import METHODS, NOTHING, Pattern, PruneOptions
-from endor.quantization.contract import ALLOCATIONS, QuantizeOptions
+from endor.quantization.contract import QuantizeOptions
 
 if TYPE_CHECKING:
     from endor.checkpoint import CheckpointSource
@@ -147,42 +147,32 @@ def calibration_options(command: Command) -> Command:
     return command
 
 
-def quantize_options(*, required: bool) -> Callable[[Command], Command]:
-    """Return what adds the options of quantisation.
-
-    Args:
-        required: Whether one of `--bits` and `--quality` must be given.
-    """
-    del required
-
-    def add(command: Command) -> Command:
-        for option in (
-            click.option(
-                "--keep-zeros/--no-keep-zeros",
-                default=None,
-                help="Whether weights that are zero stay so.  [default: in matrices of which a "
-                "tenth is zero]",
-            ),
-            click.option(
-                "--allocation",
-                type=click.Choice(ALLOCATIONS),
-                default=QuantizeOptions().allocation,
-                show_default=True,
-                help="sensitivity gives more bits to matrices on which predictions depend more; "
-                "uniform gives all the same.",
-            ),
-            click.option(
-                "--bits",
-                type=click.FloatRange(LEAST_BITS, MOST_BITS),
-                metavar="BITS",
-                help="Quantise: bits that a weight takes on average, all metadata counted "
-                f"({LEAST_BITS} to {MOST_BITS}, fractions too; 3.5 is a good start).",
-            ),
-        ):
-            command = option(command)
-        return command
-
-    return add
+def quantize_options(command: Command) -> Command:
+    """Add the options of quantisation."""
+    for option in (
+        click.option(
+            "--keep-zeros/--no-keep-zeros",
+            default=None,
+            help="Whether weights that are zero stay so.  [default: in matrices of which a tenth "
+            "is zero]",
+        ),
+        click.option(
+            "--quality",
+            type=click.FloatRange(0, min_open=True),
+            metavar="KL",
+            help="Quantise: find the fewest bits at which predictions on calibration windows held "
+            "out diverge from the dense model's by at most KL nats a token. Takes a few runs.",
+        ),
+        click.option(
+            "--bits",
+            type=click.FloatRange(LEAST_BITS, MOST_BITS),
+            metavar="BITS",
+            help="Quantise: bits that a weight takes on average, all metadata counted "
+            f"({LEAST_BITS} to {MOST_BITS}, fractions too; 3.5 is a good start).",
+        ),
+    ):
+        command = option(command)
+    return command
 
 
 def _texts(
@@ -249,7 +239,10 @@ def prepared(
     from endor.pruning.contract import WeightPruner
 
     options = dict(options)
-    fields = {key: options.pop(key, None) for key in ("bits", "allocation", "keep_zeros")}
+    bits, quality, keep_zeros = (
+        options.pop(key, None) for key in ("bits", "quality", "keep_zeros")
+    )
+    quantizes = bits is not None or quality is not None
     text = options.pop("calibration")
     chosen = PruneOptions(method=name, calibration=text or (), **options)
     calibrated = METHODS.get(name, NOTHING).calibrated
@@ -257,7 +250,9 @@ def prepared(
         raise click.UsageError(
             f"{name} needs a calibration text; magnitude is the one that does not"
         )
-    if text is None and not fields["bits"] and name == NOTHING.name:
+    if bits is not None and quality is not None:
+        raise click.UsageError("--bits and --quality exclude each other")
+    if text is None and bits is None:
         raise click.UsageError("'--calibration none' goes with --bits")
     with ExitStack() as stack:
         source = stack.enter_context(closing(open_source(model)))
@@ -265,8 +260,13 @@ def prepared(
         pruner = None
         if name != NOTHING.name and not calibrated:
             pruner = cast(WeightPruner, METHODS[name].create(chosen))
-        if fields["bits"] is not None:
-            yield _quantized(stack, source, chosen, fields, selected, pruner, text, watch)
+        if quantizes:
+            given = QuantizeOptions(
+                bits=bits or QuantizeOptions().bits,
+                dampening=chosen.dampening,
+                keep_zeros=keep_zeros,
+            )
+            yield _quantized(stack, source, chosen, given, quality, selected, pruner, text, watch)
         elif calibrated:
             from endor.pruning.source import PrunedSource
 
@@ -281,7 +281,8 @@ def _quantized(
     stack: ExitStack,
     source: "CheckpointSource",
     prune: PruneOptions,
-    fields: Mapping[str, Any],
+    options: QuantizeOptions,
+    quality: float | None,
     selected: frozenset[str],
     pruner: "WeightPruner | None",
     text: tuple[Path, ...] | None,
@@ -291,9 +292,9 @@ def _quantized(
     from contextlib import closing
     from dataclasses import replace
 
+    from endor.quantization.search import found_quality
     from endor.quantization.source import QuantizedSource, RoundedSource, WeightPrunedSource
 
-    options = QuantizeOptions(dampening=prune.dampening, **fields)
     described: dict[str, Any] = {}
     if pruner is not None:
         described = getattr(pruner, "describe", dict)()
@@ -304,6 +305,10 @@ def _quantized(
     if text is None:
         rounded = RoundedSource(source, options, selected)
         return Prepared(rounded, None, described, rounded.describe_quantization())
+    if quality is not None:
+        prune, options = stack.enter_context(
+            found_quality(source, prune, options, selected, quality, progress=watch)
+        )
     found = QuantizedSource(source, prune, options, selected, progress=watch)
     stack.enter_context(closing(found))
     if prune.method != NOTHING.name:

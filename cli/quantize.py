@@ -22,7 +22,7 @@ from endor.pruning.contract import METHODS
 @click.command("quantize")
 @click.argument("model", type=MODEL)
 @click.argument("out", type=MODEL)
-@quantize_options(required=True)
+@quantize_options
 @click.option(
     "--prune",
     type=click.Choice(["none", *METHODS]),
@@ -53,6 +53,8 @@ def quantize_command(
     """
     from endor.checkpoint import prune_checkpoint
 
+    if options["bits"] is None and options["quality"] is None:
+        raise click.UsageError("--bits or --quality is needed")
     with (
         calibration_progress() as watch,
         prepared(model, prune, options, include, exclude, watch) as found,
@@ -77,7 +79,7 @@ def quantize_command(
     bits = found.quantized["bits"]
     click.echo(
         f"{out}: {report.weights:,} weights of {report.pruned_tensors} tensors take the values "
-        f"that {bits:.2f} bits give them ({report.sparsity:.4f} of them zero), {report.seconds:.1f} s"
+        f"that {bits:.2f} bits give them ({report.sparsity:.4f} zeros), {report.seconds:.1f} s"
     )
     click.echo(
         f"{human(report.dense_bytes)} before and after; to make it smaller: "

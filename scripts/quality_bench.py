@@ -4,9 +4,10 @@
 
 Rows: `ecq:BITS`; `rtn:BITS` (entropy-coded, no calibration); `gptq:BITS:GROUP`, a plain GPTQ with
 symmetric integers and a float16 scale for each group of inputs, its scale searched; `gguf:TYPE`, a
-type of the gguf package; `dense`; `dir:PATH:BITS`, a checkpoint made elsewhere. Statistics are those of the dense model on the calibration windows (kept in --statistics, made
-when missing), so that rows differ in nothing but the method. The model is in memory: for small ones.
-A record a row is appended to OUT.jsonl; rows that are there are skipped.
+type of the gguf package; `dense`; `dir:PATH:BITS`, a checkpoint made elsewhere. Statistics are
+those of the dense model on the calibration windows (kept in --statistics, made when missing), so
+that rows differ in nothing but the method. The model is in memory: for small ones. A record a row
+is appended to OUT.jsonl; rows that are there are skipped.
 """
 
 import argparse

@@ -13,7 +13,7 @@ from endor.codecs.integer import round_steps, size_bits
 from endor.errors import ConfigError, DTypeError, QuantizationError
 
 EXCHANGE = math.log(2) / 6
-"""Squared error, in squared steps, that a bit is worth: -dD/dR of D = step² / 12, R = -log2 step."""
+"""Squared error, in squared steps, that a bit is worth: -dD/dR, D = step² / 12, R = -log2 step."""
 
 MOST_SHIFT = 0.4
 """A threshold between two codes moves by at most this many steps."""

@@ -22,7 +22,7 @@ from endor.errors import BackendError, PruningError
 from endor.packed import torch_dtype
 from endor.pruning.activations import Activations, batches
 from endor.pruning.allocation import layer_sparsities, outlier_share
-from endor.pruning.calibration import calibration_windows
+from endor.pruning.calibration import calibration_and_held_out
 from endor.pruning.contract import (
     METHODS,
     NOTHING,
@@ -54,6 +54,7 @@ class LayerStream:
         scratch: An existing folder for hidden states and finished layers.
         progress: See `Progress`.
         quantizer: Turns the matrices of each layer, pruned or not, into codes.
+        held_out: Windows beyond those of the calibration, on which `divergence` is measured.
 
     Raises:
         PruningError: The model cannot be run layer by layer.
@@ -69,6 +70,7 @@ class LayerStream:
         scratch: Path,
         progress: Progress | None = None,
         quantizer: LayerQuantizer | None = None,
+        held_out: int = 0,
     ) -> None:
         self._quantizer = quantizer
         self._options = options
@@ -83,13 +85,15 @@ class LayerStream:
         if self._method.calibrated:
             self._solver = cast(LayerPruner, self._method.create(options))
         self._names = self._pruned_names(selected)
-        ids = calibration_windows(source.directory, options)
+        ids, self._held_ids = calibration_and_held_out(source.directory, options, held_out)
         self.windows, self._tokens = ids.shape
         self._batch = max(1, BATCH_TOKENS // self._tokens)
         self.fingerprint = self._fingerprint(ids)
         self._ids = ids
-        self._hidden, self._calls = self._embed()
-        self._dense = self._embed()[0] if self._method.finetune else None
+        self._hidden, self._calls = self._embed(ids)
+        self._dense = self._embed(ids)[0] if self._method.finetune else None
+        # Hidden states of the held-out windows, behind renewed and behind dense layers.
+        self._held = [self._embed(self._held_ids)[0] for _ in range(2 if held_out else 0)]
         self._sparsity = layer_sparsities(options, self.layers, self._outliers)
         self._began = time.perf_counter()
         self.done = 0
@@ -118,6 +122,8 @@ class LayerStream:
         kept = self._kept(index)
         coded: dict[str, torch.Tensor] = {}
         with torch.no_grad():
+            if self._held:
+                self._advance(layer, index, self._held[1])
             if kept is None:
                 self._prune(index, layer, matrices)
                 if self._quantizer is not None:
@@ -127,6 +133,8 @@ class LayerStream:
                     self._advance(layer, index, self._dense)
                 matrices.load(kept)
             self._advance(layer, index, self._hidden)
+            if self._held:
+                self._advance(layer, index, self._held[0])
         pruned = kept or coded | {
             name: tensor.to(self._dtype(name)).cpu().contiguous()
             for name, tensor in matrices.tensors().items()
@@ -138,9 +146,31 @@ class LayerStream:
         self._report()
         return pruned
 
+    def divergence(self) -> float:
+        """Return KL(dense || renewed) of the predictions on held-out windows, nats a token.
+
+        Called when all layers are done. The first prediction of a window to the last but one.
+        """
+        assert self._held, "needs held-out windows"
+        assert self.done == self.layers, "they pass all layers first"
+        total, tokens = 0.0, 0
+        with self._skeleton.head() as logits:
+            for window in range(len(self._held_ids)):
+                ids = self._held_ids[window : window + 1]
+                renewed, dense = (
+                    logits(ids, hidden.read(window, window + 1).to(self._device))[0].log_softmax(-1)
+                    for hidden in self._held
+                )
+                terms = dense.exp() * (dense - renewed)
+                total += float(torch.where(dense.isneginf(), 0.0, terms).double().sum())
+                tokens += ids.shape[1]
+        return total / tokens
+
     def close(self) -> None:
         """Give up the hidden states."""
         self._hidden.close()
+        for held in self._held:
+            held.close()
         if self._dense is not None:
             self._dense.close()
 
@@ -224,7 +254,7 @@ class LayerStream:
     def _advance(self, layer: nn.Module, index: int, hidden: Activations) -> None:
         """Replace hidden states before the layer by those after it."""
         with reused_blocks():
-            for start, stop in batches(self.windows, self._batch):
+            for start, stop in batches(hidden.shape[0], self._batch):
                 out = self._forward(layer, index, hidden.read(start, stop).to(self._device))
                 hidden.write(start, out)
 
@@ -257,17 +287,17 @@ class LayerStream:
             )
         return names
 
-    def _embed(self) -> tuple[Activations, list[Call]]:
+    def _embed(self, ids: torch.Tensor) -> tuple[Activations, list[Call]]:
         stored: list[Activations] = []
 
         def sink(start: int, hidden: torch.Tensor) -> None:
             if not stored:
                 budget = self._options.memory_bytes // (2 if self._method.finetune else 1)
-                shape = (self.windows, self._tokens, hidden.shape[-1])
+                shape = (len(ids), self._tokens, hidden.shape[-1])
                 stored.append(Activations(shape, budget, self._scratch))
             stored[0].write(start, hidden)
 
-        calls = self._skeleton.trace(self._ids, self._batch, sink)
+        calls = self._skeleton.trace(ids, self._batch, sink)
         return stored[0], calls
 
     def _room(self, features: int) -> Activations:
@@ -277,7 +307,7 @@ class LayerStream:
 
     def _outliers(self) -> list[float]:
         """Return each dense layer's share of outliers: one forward through the whole model."""
-        hidden, _ = self._embed()
+        hidden, _ = self._embed(self._ids)
         shares = []
         with torch.no_grad():
             for index in range(self.layers):
@@ -303,7 +333,8 @@ class LayerStream:
     def _fingerprint(self, ids: torch.Tensor) -> str:
         """Return a hash of everything that decides the result."""
         fields = asdict(self._options)
-        for key in ("device", "memory_bytes", "scratch", "calibration", "chat_template"):
+        # Which windows there are is hashed below.
+        for key in ("device", "memory_bytes", "scratch", "calibration", "chat_template", "samples"):
             del fields[key]
         digest = hashlib.sha256(repr(sorted(fields.items())).encode())
         digest.update(self._source.fingerprint().encode())

@@ -1,13 +1,9 @@
 """What a quantisation run is told. Importable without torch."""
 
 from dataclasses import dataclass
-from typing import Literal, get_args
 
 from endor.codecs.rounding import check_rate
 from endor.errors import ConfigError
-
-Allocation = Literal["sensitivity", "uniform"]
-ALLOCATIONS: tuple[Allocation, ...] = get_args(Allocation)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -16,24 +12,17 @@ class QuantizeOptions:
 
     Attributes:
         bits: What a weight of the packed matrices takes on average, all metadata counted.
-        allocation: "sensitivity" spends bits where the model's predictions depend on them most,
-            "uniform" gives every matrix the same.
         dampening: Ridge added to the Gram matrix, as a share of its mean diagonal.
         keep_zeros: Whether weights that are zero stay so; None keeps those of matrices in which
             at least `SPARSE` of them are zero.
     """
 
     bits: float = 3.5
-    allocation: Allocation = "uniform"
     dampening: float = 0.01
     keep_zeros: bool | None = None
 
     def __post_init__(self) -> None:
         check_rate(self.bits)
-        if self.allocation not in ALLOCATIONS:
-            raise ConfigError(
-                f"allocation: must be one of {', '.join(ALLOCATIONS)}, got {self.allocation!r}"
-            )
         if not self.dampening >= 0.0:
             raise ConfigError(f"dampening: must not be negative, got {self.dampening}")
 

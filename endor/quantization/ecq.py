@@ -2,8 +2,8 @@
 
 The step of column j is `scale * U_jj`, U being the upper Cholesky factor of the inverse Gram
 matrix: then every column adds the same to the squared output error, which is how an entropy coder's
-rate buys most (WaterSIC, 2026, has the same idea). Each column's error is spread over the columns
-after it, as in GPTQ (arXiv 2210.17323). One number, the scale, sets error and rate of a matrix.
+rate buys most (WaterSIC, arXiv 2603.04956). Each column's error is spread over the columns after
+it, as in GPTQ (arXiv 2210.17323). One number, the scale, sets error and rate of a matrix.
 
 A value goes to the code that is best for error and rate together, at the exchange that a uniform
 grid offers (6.02 dB a bit): the nearest one, or one nearer to zero when that is so much cheaper.

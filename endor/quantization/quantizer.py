@@ -29,7 +29,7 @@ class EcqQuantizer:
     def describe(self) -> dict[str, Any]:
         """Return what config.json says about it."""
         options = self._options
-        return {"method": "ecq", "bits": options.bits, "allocation": options.allocation}
+        return {"method": "ecq", "bits": options.bits}
 
     def begin(self, numel: Mapping[str, int]) -> None:
         """Learn what is to come."""
