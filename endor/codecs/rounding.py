@@ -121,7 +121,7 @@ def _round(values: np.ndarray, sample: np.ndarray, step: float) -> np.ndarray:
     sizes = np.abs(values) / np.float32(step) + np.float32(0.5)
     nearest = np.minimum(sizes, len(shifts) - 1).astype(np.int32)
     sizes -= shifts[nearest]
-    codes = np.minimum(np.floor(sizes), MOST_CODE).astype(np.int16)
+    codes: np.ndarray = np.minimum(np.floor(sizes), MOST_CODE).astype(np.int16)
     np.negative(codes, out=codes, where=values < 0)
     return codes
 
@@ -138,4 +138,5 @@ def floats_of(bits: np.ndarray, dtype: DType) -> np.ndarray:
         return bits.view(np.float16).astype(np.float32)
     if dtype.name != "BF16":
         raise DTypeError(f"codes stand for BF16, F16 or F32, not {dtype.name}")
-    return (bits.astype(np.uint32) << np.uint32(16)).view(np.float32)
+    wide: np.ndarray = bits.astype(np.uint32) << np.uint32(16)
+    return wide.view(np.float32)

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from endor.errors import PruningError
+from endor.errors import PruningError, QuantizationError
 from endor.pruning.contract import Statistics
 from endor.pruning.moe import RoutedTokens, check_experts, is_experts, renew_experts
 from endor.pruning.names import Part
@@ -135,14 +135,14 @@ class LayerMatrices:
             weight = matrix.weight
             try:
                 found = solve(matrix, statistic)
-            except PruningError as error:
-                raise PruningError(f"{matrix.name}: {error}") from None
+            except (PruningError, QuantizationError) as error:
+                raise type(error)(f"{matrix.name}: {error}") from None
             if not bool(torch.isfinite(found).all()):
                 raise PruningError(
                     f"{matrix.name}: came out as NaN or infinity; use a larger dampening"
                 )
-            error = relative_error(weight, found, statistic)
-            errors[matrix.name] = max(errors.get(matrix.name, 0.0), error)
+            change = relative_error(weight, found, statistic)
+            errors[matrix.name] = max(errors.get(matrix.name, 0.0), change)
             weight.copy_(found)
 
         modules = {name: self._layer.get_submodule(name) for name in self.linears}

@@ -168,7 +168,8 @@ class Ecq:
         return errors
 
     def _rounded_sample(self, scale: float) -> torch.Tensor:
-        return (self._sample / scale).round_().clamp_(-MOST_CODE, MOST_CODE)
+        rounded: torch.Tensor = (self._sample / scale).round_()
+        return rounded.clamp_(-MOST_CODE, MOST_CODE)
 
     def _shifts(self, scale: float) -> torch.Tensor:
         """See `threshold_shifts`."""
@@ -177,9 +178,10 @@ class Ecq:
 
 
 def histogram(codes: torch.Tensor) -> torch.Tensor:
-    """Return how often each code occurs, from the least to the greatest, float64."""
+    """Return how often each code occurs, from the least to the greatest, int64."""
     whole = codes.flatten().int()
-    return torch.bincount(whole - whole.min()) if whole.numel() else whole
+    counts: torch.Tensor = torch.bincount(whole - whole.min()) if whole.numel() else whole
+    return counts
 
 
 def entropy(counts: torch.Tensor) -> float:
