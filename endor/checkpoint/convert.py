@@ -26,8 +26,9 @@ from endor.checkpoint.report import PackReport, Progress, Sizes, no_progress
 from endor.checkpoint.source import PACKED_INDEX_NAME
 from endor.checkpoint.tensors import CheckpointSource, CodedSource, SourceTensor
 from endor.checkpoint.verify import check_file
-from endor.codecs import CodecChoice, Encoded, TensorSpec, integer
+from endor.codecs import CodecChoice, Encoded, TensorSpec
 from endor.errors import CheckpointError
+from endor.kernels import integer
 from endor.pruning.contract import WeightPruner
 from endor.storage import FileLayout, FileWriter, header_capacity, largest_spec
 from endor.storage.layout import ALIGN, FORMAT_VERSION
@@ -194,7 +195,7 @@ class _Run:
         if found is None and self.coded and not self.coded.ordered:
             found = self.coded.coded(tensor.name)
         if found is not None:
-            encoded = integer.encode(*found, tensor.dtype, shape=tensor.shape)
+            encoded = integer.encode(*found, tensor.dtype, shape=tensor.shape, threads=1)
             return _Encoded(encoded, lambda: None)
         loaded = self.loader.load(tensor)
         scratch = self.scratches.take()
