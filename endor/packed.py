@@ -136,7 +136,9 @@ def _round(
     if not tensor.is_floating_point():
         raise DTypeError(f"bits: needs floating-point values, got {tensor.dtype}")
     codes, step = round_to_bits(tensor.detach().cpu().float().numpy(), bits)
-    encoded = codecs.integer.encode(codes, step, endor_dtype(tensor.dtype))
+    from endor.kernels import integer
+
+    encoded = integer.encode(codes, step, endor_dtype(tensor.dtype))
     packed = PackedTensor(encoded.spec, encoded)
     return packed if tensor.device.type == "cpu" else packed.to(tensor.device)
 
