@@ -15,7 +15,13 @@ from typing import Any
 
 from endor import kernels
 from endor.checkpoint.companions import copy_companions, packed_config
-from endor.checkpoint.index import build_index, dense_file_names, index_text, shard_name
+from endor.checkpoint.index import (
+    build_index,
+    dense_file_names,
+    format_version,
+    index_text,
+    shard_name,
+)
 from endor.checkpoint.output import OutputDirectory
 from endor.checkpoint.pipeline import OrderedWork, ScratchPool
 from endor.checkpoint.plan import Unit, plan_units
@@ -80,7 +86,6 @@ def convert(
         "selected": hashlib.sha256("\0".join(sorted(selected)).encode()).hexdigest(),
         "prune": dict(options.prune),
     }
-    config = packed_config(source.config(), _describe(options))
     with OutputDirectory(
         out, identity=identity, source=source.path, resume=resume, overwrite=overwrite
     ) as output:
@@ -88,8 +93,9 @@ def convert(
         run = _Run(source, output, units, selected, pruner, options, progress or no_progress)
         run.adopt_finished()
         run.write(kernels.thread_count(threads))
-        copy_companions(source, output.partial, config)
         layouts = run.name_shards()
+        config = packed_config(source.config(), _describe(options), format_version(layouts))
+        copy_companions(source, output.partial, config)
         document = build_index(layouts, dense_file_names(source.tensors.values()))
         (output.partial / PACKED_INDEX_NAME).write_bytes(index_text(document))
         output.publish()
