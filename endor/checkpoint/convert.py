@@ -17,7 +17,13 @@ import numpy as np
 
 from endor import kernels
 from endor.checkpoint.companions import copy_companions, packed_config
-from endor.checkpoint.index import build_index, dense_file_names, index_text, shard_name
+from endor.checkpoint.index import (
+    build_index,
+    dense_file_names,
+    format_version,
+    index_text,
+    shard_name,
+)
 from endor.checkpoint.output import OutputDirectory
 from endor.checkpoint.pipeline import OrderedWork, ScratchPool
 from endor.checkpoint.plan import Unit, plan_units
@@ -32,6 +38,7 @@ from endor.kernels import integer
 from endor.pruning.contract import WeightPruner
 from endor.storage import FileLayout, FileWriter, header_capacity, largest_spec
 from endor.storage.layout import ALIGN, FORMAT_VERSION
+from endor.storage.writer import largest_int_spec
 
 DEFAULT_SHARD_BYTES = 4 << 30
 MAX_HEADER_ROOM = 32 << 20
@@ -86,8 +93,6 @@ def convert(
         "prune": dict(options.prune),
         "quantize": dict(options.quantize),
     }
-    described = _describe(options)
-    config = packed_config(source.config(), described)
     with OutputDirectory(
         out, identity=identity, source=source.path, resume=resume, overwrite=overwrite
     ) as output:
@@ -95,11 +100,12 @@ def convert(
         run = _Run(source, output, units, selected, pruner, options, progress or no_progress)
         run.adopt_finished()
         run.write(kernels.thread_count(threads))
+        layouts = run.name_shards()
+        described = _describe(options)
         if isinstance(source, CodedSource) and "quantize" in described:
             described["quantize"] |= source.outcome()
-            config = packed_config(source.config(), described)
+        config = packed_config(source.config(), described, format_version(layouts))
         copy_companions(source, output.partial, config)
-        layouts = run.name_shards()
         document = build_index(layouts, dense_file_names(source.tensors.values()))
         (output.partial / PACKED_INDEX_NAME).write_bytes(index_text(document))
         output.publish()
@@ -253,6 +259,8 @@ class _Run:
 
     def _largest(self, tensor: SourceTensor) -> TensorSpec:
         """Return a spec whose header entry is at least as long as the real one."""
+        if self.coded and tensor.name in self.selected:
+            return largest_int_spec(tensor.shape, tensor.dtype, (1, 1))
         if tensor.name not in self.selected or self.options.codec == "dense":
             return TensorSpec(tensor.shape, tensor.dtype, "dense", False, tensor.numel)
         if self.options.codec == "raw":

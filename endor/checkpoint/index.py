@@ -12,7 +12,7 @@ from endor.checkpoint.source import PACKED_INDEX_NAME, read_json
 from endor.checkpoint.tensors import SourceTensor
 from endor.errors import CheckpointError, ChecksumError, FormatError
 from endor.storage import FileLayout
-from endor.storage.layout import FORMAT_VERSION, array_key
+from endor.storage.layout import FORMAT_VERSION, VERSIONS, array_key
 
 DEFAULT_DENSE_FILE = "model.safetensors"
 
@@ -35,6 +35,11 @@ class PackedIndex:
     dense_files: Mapping[str, str]
 
 
+def format_version(layouts: Sequence[FileLayout]) -> int:
+    """Return the format version of a checkpoint: the highest of its files'."""
+    return max((layout.version for layout in layouts), default=FORMAT_VERSION)
+
+
 def build_index(layouts: Sequence[FileLayout], dense_files: Mapping[str, str]) -> dict[str, Any]:
     """Return the index document of shards with these layouts."""
     weight_map: dict[str, str] = {}
@@ -51,7 +56,7 @@ def build_index(layouts: Sequence[FileLayout], dense_files: Mapping[str, str]) -
         "metadata": {
             "total_size": total,
             "endor": {
-                "format_version": FORMAT_VERSION,
+                "format_version": format_version(layouts),
                 "dense_files": files,
                 "dense_file_of": {name: places[dense_files[name]] for name in names},
             },
@@ -94,9 +99,10 @@ def read_packed_index(directory: Path) -> PackedIndex:
         raise FormatError(
             f"{path}: malformed index ({error!r}); restore or re-make the checkpoint"
         ) from None
-    if version != FORMAT_VERSION:
+    if version not in VERSIONS:
         raise FormatError(
-            f"{path}: format version must be {FORMAT_VERSION}, got {version}; upgrade endor"
+            f"{path}: format version must be {VERSIONS[0]} or {VERSIONS[-1]}, got {version}; "
+            "upgrade endor"
         )
     if not plain:
         raise FormatError(f"{path}: file names must not contain a directory")
