@@ -77,6 +77,8 @@ def pack_command(
     from endor.checkpoint import pack_checkpoint
     from endor.checkpoint.companions import source_quantization
 
+    if codec != "auto" and (options["bits"] is not None or options["quality"] is not None):
+        raise click.UsageError("--bits and --quality take codec int: leave out --codec")
     with (
         calibration_progress() as watch,
         prepared(model, prune, options, include, exclude, watch) as found,

@@ -9,7 +9,7 @@ import math
 import numpy as np
 
 from endor.codecs.dtypes import DType
-from endor.codecs.integer import round_steps, size_bits
+from endor.codecs.integer import entropy_bits, round_steps, size_bits
 from endor.errors import ConfigError, DTypeError, QuantizationError
 
 EXCHANGE = math.log(2) / 6
@@ -65,7 +65,8 @@ def round_to_bits(
     """Return int16 codes of the shape of `values`, and their step, float32 `(1, 1)`.
 
     Stored, they take `bits` an element within `tolerance`, all metadata counted, where the values
-    can be coded so: a constant tensor takes less, a tiny one more.
+    can be coded so: a constant tensor takes less. Of a tiny one, which is mostly metadata, the
+    entropy of the codes is what is asked for.
 
     Args:
         values: float32, any shape.
@@ -84,26 +85,31 @@ def round_to_bits(
     if peak == 0.0:
         return np.zeros(values.shape, dtype=np.int16), np.zeros((1, 1), dtype=np.float32)
     sample = flat[:: max(1, flat.size // SAMPLE)]
-    high = math.log2(peak) + 2
-    low = math.log2(peak / MOST_CODE) + 2**-10  # a step is rounded to 11 bits
+    high = min(math.log2(peak) + 2, 127.0)
+    # A step is rounded to 11 bits, and must be normal in float32.
+    low = min(max(math.log2(peak / MOST_CODE) + 2**-10, -126.0), high)
 
     def codes_at(exponent: float, of: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         step = round_steps(np.full((1, 1), 2.0**exponent))
         return _round(of, sample, float(step[0, 0])), step
 
-    found = codes_at(high, flat)
-    best = (abs(size_bits(*found) - bits), found)
+    def size_of(found: tuple[np.ndarray, np.ndarray]) -> float:
+        return entropy_bits(found[0]) if tiny else size_bits(*found)
+
+    found = codes_at(high, flat)  # all zero: tables and offsets are what they take
+    tiny = size_bits(*found) > bits / 2
+    best = (abs(size_of(found) - bits), found)
     sampled = sample.size < flat.size
     for attempt in range(32):
         middle = (low + high) / 2
         rough = sampled and attempt < 12
         found = codes_at(middle, sample if rough else flat)
-        size = size_bits(*found)
+        size = size_of(found)
         if rough:
             if abs(size - bits) <= tolerance:
                 low, high, sampled = middle - 0.1, middle + 0.1, False
                 continue
-        elif abs(size - bits) < best[0]:
+        elif abs(size - bits) <= best[0]:  # of equal ones the finer
             best = (abs(size - bits), found)
             if best[0] <= tolerance:
                 break

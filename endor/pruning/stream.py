@@ -371,7 +371,7 @@ class LayerStream:
                 if said.get("run") != self.fingerprint:
                     return None
                 kept = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-                self.errors |= json.loads(said["errors"])
+                self.errors |= json.loads(said.get("errors", "{}"))
         except SafetensorError:
             return None
         if self._quantizer is not None:

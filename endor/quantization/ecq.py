@@ -60,9 +60,10 @@ class Ecq:
             gram.diagonal().fill_(1.0)
         # Loud inputs first: their errors find the most columns to be undone in.
         self._order = gram.diagonal().argsort(descending=True, stable=True)
-        gram = gram[self._order][:, self._order]
         # Of the Gram matrix with its columns reversed, the lower factor's inverse is U reversed.
-        lower = damped_cholesky(gram.flip(0, 1), dampening)
+        turned = self._order.flip(0)
+        gram = gram[turned][:, turned]
+        lower = damped_cholesky(gram, dampening)
         unit = torch.eye(len(gram), device=gram.device)
         inverse = torch.linalg.solve_triangular(lower, unit, upper=False)
         self._factor = inverse.flip(0, 1).contiguous()

@@ -12,6 +12,9 @@ from endor.quantization.ecq import Ecq
 RECORD_BYTES = 2560
 """What a tensor's record takes besides its arrays, on average: padding, its part of the header."""
 
+MOST_SHIFT_BITS = 1.0
+"""Bits that a matrix may have more or fewer than asked for, to make up for others."""
+
 
 class EcqQuantizer:
     """Quantises the matrices of a model one after the other, and keeps account of their sizes.
@@ -44,13 +47,23 @@ class EcqQuantizer:
         keep = zeros_to_keep(weight, self._options.keep_zeros)
         dampening = self._options.dampening
         problem = Ecq(weight, gram, dtype=dtype, dampening=dampening, keep=keep)
-        coded = problem.fit(self._left / sum(self._numel.values()))
+        coded = problem.fit(self._share())
         self._count(name, weight.numel(), coded.bits)
         return coded
 
     def adopt(self, name: str, bits: float) -> None:
         """Count a tensor that an earlier run has quantised."""
         self._count(name, self._numel[name], bits)
+
+    def _share(self) -> float:
+        """Return bits a weight for the next matrix: the mean of what is left for all to come.
+
+        Held near what was asked for: a matrix of zeros must not fatten those behind it, nor a tiny
+        one, which is mostly tables, starve them.
+        """
+        asked = self._options.bits
+        share = self._left / sum(self._numel.values())
+        return min(max(share, asked - MOST_SHIFT_BITS), asked + MOST_SHIFT_BITS)
 
     def _count(self, name: str, numel: int, bits: float) -> None:
         """Take `numel` weights of a tensor (of a stack, an expert at a time) off what is left."""

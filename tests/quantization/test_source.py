@@ -220,5 +220,7 @@ def test_usage_of_the_commands(tmp_path, save):
     assert "--bits or --quality is needed" in invoke("quantize", *where, code=2)
     both = ("--bits", 4, "--quality", 0.1)
     assert "exclude each other" in invoke("quantize", *where, *both, code=2)
+    words = ("--bits", 3, "--codec", "exp")
+    assert "leave out --codec" in invoke("pack", *where, *words, code=2)
     words = ("--bits", 3, "--prune", "wanda", "--calibration", "none")
     assert "needs a calibration text" in invoke("pack", *where, *words, code=2)
