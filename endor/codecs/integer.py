@@ -236,8 +236,8 @@ def codes_of(encoded: Encoded) -> np.ndarray:
     codes: np.ndarray = symbols.reshape(-1)[: spec.numel].astype(np.int32)
     codes = (codes + np.int32(coding.base)) << np.int32(coding.shift)
     if coding.shift:
-        bits = np.unpackbits(arrays["low_bits"], bitorder="little")
-        bits = bits[: spec.numel * coding.shift].reshape(spec.numel, coding.shift)
+        flat = np.unpackbits(arrays["low_bits"], bitorder="little")
+        bits = flat[: spec.numel * coding.shift].reshape(spec.numel, coding.shift)
         codes |= (bits.astype(np.int32) << np.arange(coding.shift, dtype=np.int32)).sum(
             axis=1, dtype=np.int32
         )
@@ -321,8 +321,8 @@ def size_bits(codes: np.ndarray, steps: np.ndarray | float | None = None) -> flo
 def check(encoded: Encoded) -> None:
     """Raise `FormatError` unless frequencies, offsets, states, steps and patches are allowed.
 
-    The words may be anything: they decode to something inside all buffers, and decoding finds that
-    the coders do not end as they began.
+    The words may be anything: they decode to something inside all buffers. Decoding finds nearly
+    every change of them, since the coders do not end as they began; a checksum finds all.
     """
     spec, arrays = encoded.spec, encoded.arrays
     coding = spec.coding
@@ -372,4 +372,5 @@ def _patched(spec: TensorSpec, arrays: Mapping[str, np.ndarray]) -> np.ndarray:
     """Return the flat indices of the patched elements, int64."""
     counts: np.ndarray = np.diff(arrays["patch_offsets"].astype(np.int64))
     chunks = np.repeat(np.arange(counts.size, dtype=np.int64), counts)
-    return chunks * CHUNK + arrays["patch_ranks"]
+    at: np.ndarray = chunks * CHUNK + arrays["patch_ranks"]
+    return at
