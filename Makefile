@@ -4,7 +4,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test lint docs docs-check clean
+.PHONY: demo test lint docs docs-check torture clean
+SECONDS ?= 300
 
 $(STAMP): pyproject.toml setup.py $(wildcard endor/kernels/csrc/*)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -27,6 +28,9 @@ docs: $(STAMP)
 
 docs-check: $(STAMP)
 	$(BIN)/python scripts/build_docs.py --check
+
+torture: $(STAMP)
+	$(BIN)/python scripts/torture --seconds $(SECONDS)
 
 clean:
 	rm -rf $(VENV) build *.egg-info .demo .mypy_cache .pytest_cache .ruff_cache .hypothesis endor/kernels/_native*.so

@@ -12,6 +12,7 @@ import click
 from endor.cli.bench_generate import generate_command
 from endor.cli.bench_hw import hw_command
 from endor.cli.tables import table
+from endor.cli.terminal import echo, show
 
 if TYPE_CHECKING:
     from endor.bench.cases import BenchRun, Case
@@ -162,9 +163,9 @@ def _show(run: "BenchRun", json_path: Path | None, plot: Path | None) -> None:
 
     if json_path is not None and str(json_path) == "-":
         for record in run.records:
-            click.echo(json.dumps(record.to_dict()))
+            echo(json.dumps(record.to_dict()))
     else:
-        click.echo(report(run))
+        show(report(run))
         if json_path is not None:
             write_json_lines(run.records, json_path)
     if plot is not None:

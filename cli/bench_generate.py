@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import click
 
 from endor.cli.tables import table
+from endor.cli.terminal import echo, show
 
 if TYPE_CHECKING:
     from endor.bench.generate import GenerateRecord
@@ -101,12 +102,12 @@ def generate_command(
         airllm_python=airllm_python,
         report=report,
     )
-    records = generate(case, progress=lambda text: click.echo(text, err=True))
+    records = generate(case, progress=lambda text: show(text, err=True))
     if json_path is not None and str(json_path) == "-":
         for record in records:
-            click.echo(json.dumps(record.to_dict()))
+            echo(json.dumps(record.to_dict()))
     else:
-        click.echo(summary(records))
+        show(summary(records))
         if json_path is not None:
             with json_path.open("a", encoding="utf-8") as file:
                 file.writelines(json.dumps(record.to_dict()) + "\n" for record in records)

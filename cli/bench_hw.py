@@ -7,6 +7,7 @@ from pathlib import Path
 import click
 
 from endor.cli.tables import table
+from endor.cli.terminal import echo, show
 
 
 @click.command("hw")
@@ -35,8 +36,8 @@ def hw_command(path: Path | None, dtype: str, remeasure: bool, as_json: bool) ->
     machine, disk = hw(dtype, path, refresh=remeasure)
     if as_json:
         found = {"machine": machine.to_dict(), "disk": asdict(disk) if disk else None}
-        click.echo(json.dumps(found, indent=2))
+        echo(json.dumps(found, indent=2))
         return
     rows = [[item.name, f"{item.value:.4g}", item.unit] for item in constants(machine, disk)]
-    click.echo(table([f"{machine.dtype}, {machine.threads} threads", "", "unit"], rows))
-    click.echo(f"\nremembered in {hardware.cache_path()}")
+    show(table([f"{machine.dtype}, {machine.threads} threads", "", "unit"], rows))
+    show(f"\nremembered in {hardware.cache_path()}")

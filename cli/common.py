@@ -1,13 +1,57 @@
 """What several commands share: options, progress bars, sizes in words."""
 
-from collections.abc import Callable, Iterator
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
 import click
 
+from endor.cli.terminal import Interrupted, printable, say, show
+
 Command = TypeVar("Command", bound=Callable[..., Any])
+
+
+LINE_EVERY_S = 30
+"""Between two lines of progress where no bar is shown."""
+
+
+class Text(click.ParamType[str]):
+    """Text; the shell may hand over bytes that are none."""
+
+    name = "text"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        try:
+            str(value).encode()
+        except UnicodeEncodeError as error:
+            byte = ord(error.object[error.start]) & 0xFF
+            self.fail(f"must be UTF-8; byte {byte:#04x} after {error.start} characters is not")
+        return str(value)
+
+
+class Share(click.FloatRange):
+    """A share from 0 to below 1; says what a percentage should have been."""
+
+    name = "float range"
+
+    def __init__(self) -> None:
+        super().__init__(0, 1, max_open=True)
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> float:
+        text = str(value).strip()
+        try:
+            number = float(text.removesuffix("%"))
+        except ValueError:
+            number = -1.0
+        if 1 <= number < 100 or (text.endswith("%") and 0 <= number < 100):
+            self.fail(f"must be a share from 0 to below 1; for {number:g} % give {number / 100:g}")
+        return float(super().convert(value, param, ctx))
 
 
 class Size(click.ParamType[int]):
@@ -17,7 +61,7 @@ class Size(click.ParamType[int]):
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
         from endor.errors import ConfigError
-        from endor.offload.placement import parse_bytes
+        from endor.sizes import parse_bytes
 
         try:
             return parse_bytes(value)
@@ -46,7 +90,7 @@ def output_options(command: Command) -> Command:
     """Add `--resume`, `--overwrite` and `--threads`."""
     for option in (
         click.option("--threads", type=click.IntRange(1), help="Workers; every CPU when omitted."),
-        click.option("--overwrite", is_flag=True, help="Replace OUT when it exists."),
+        click.option("--overwrite", is_flag=True, help="Replace OUT if Endor wrote all of it."),
         click.option("--resume", is_flag=True, help="Go on with an interrupted run."),
     ):
         command = option(command)
@@ -75,11 +119,26 @@ def selection_options(command: Command) -> Command:
 
 
 @contextmanager
-def progress_bar(what: str) -> Iterator[Callable[[int, int], None]]:
-    """Show a bar of bytes done on stderr; yields the function that moves it."""
+def progress_bar(
+    what: str, *, unit: str = "B", after_s: float = 10
+) -> Iterator[Callable[[int, int], None]]:
+    """Show how far something is on stderr; yields the function that takes done and total.
+
+    A bar on a terminal; elsewhere a line every half minute, and none for what is quick.
+
+    Args:
+        what: What goes on.
+        unit: Of done and total; bytes are written in words.
+        after_s: When the first line comes.
+    """
+    if not sys.stderr.isatty():
+        yield _lines(what, unit, after_s)
+        return
     from tqdm import tqdm
 
-    with tqdm(desc=what, unit="B", unit_scale=True, dynamic_ncols=True, delay=0.2) as bar:
+    with tqdm(
+        desc=printable(what), unit=unit, unit_scale=unit == "B", dynamic_ncols=True, delay=0.2
+    ) as bar:
 
         def move(done: int, total: int) -> None:
             bar.total = total
@@ -88,9 +147,34 @@ def progress_bar(what: str) -> Iterator[Callable[[int, int], None]]:
         yield move
 
 
+def _lines(what: str, unit: str, after_s: float) -> Callable[[int, int], None]:
+    due = time.monotonic() + after_s
+
+    def move(done: int, total: int) -> None:
+        nonlocal due
+        now = time.monotonic()
+        if now >= due and done < total:
+            due = now + LINE_EVERY_S
+            words = (human(done), human(total)) if unit == "B" else (done, f"{total} {unit}s")
+            say(f"{what}: {words[0]} of {words[1]}")
+
+    return move
+
+
 @contextmanager
 def calibration_progress() -> Iterator[Callable[[int, int, str], None]]:
-    """Show a second bar of layers done on stderr, once a calibrated run reports some."""
+    """Show layers done on stderr, once a calibrated run reports some: a second bar, or lines."""
+    if not sys.stderr.isatty():
+        last = -1
+
+        def tell(done: int, total: int, what: str) -> None:
+            nonlocal last
+            if done != last:
+                say(f"layers: {done} of {total} done ({what})")
+            last = done
+
+        yield tell
+        return
     from tqdm import tqdm
 
     bar: tqdm[Any] | None = None
@@ -99,7 +183,7 @@ def calibration_progress() -> Iterator[Callable[[int, int, str], None]]:
         nonlocal bar
         if bar is None:
             bar = tqdm(desc="layers", total=total, unit="layer", dynamic_ncols=True, position=1)
-        bar.set_postfix_str(what)
+        bar.set_postfix_str(printable(what))
         bar.update(done - bar.n)
 
     try:
@@ -109,6 +193,40 @@ def calibration_progress() -> Iterator[Callable[[int, int, str], None]]:
             bar.close()
 
 
+@contextmanager
+def resumable(out: Path) -> Iterator[None]:
+    """Say after Ctrl-C whether a run that writes OUT left something to go on with."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        kept = out.with_name(f"{out.name}.partial").is_dir() if out.name else False
+        hint = "; the same command with --resume goes on" if kept else "; nothing was kept"
+        raise Interrupted(f"interrupted{hint}") from None
+
+
+def refuse_existing(out: Path, *, resume: bool, overwrite: bool) -> None:
+    """Raise early, before anything is imported or opened, where OUT is there already.
+
+    Raises:
+        OutputExistsError: OUT is a file or a directory that is not empty.
+    """
+    from endor.errors import OutputExistsError
+
+    if resume or overwrite or not os.path.lexists(out):
+        return
+    if not out.is_dir() or any(out.iterdir()):
+        raise OutputExistsError(
+            f"{out}: exists already; choose another OUT, or add --overwrite to replace it"
+        )
+
+
+def change(ratio: float) -> str:
+    """Return a ratio of sizes, before over after, in words."""
+    if not ratio:
+        return "empty"
+    return f"{ratio:.2f}x smaller" if ratio >= 1 else f"{1 / ratio:.2f}x larger"
+
+
 def human(nbytes: float) -> str:
     """Return a size in words, in powers of 1000."""
     for unit in ("B", "kB", "MB", "GB"):
@@ -116,6 +234,13 @@ def human(nbytes: float) -> str:
             return f"{nbytes:.0f} {unit}" if unit == "B" else f"{nbytes:.2f} {unit}"
         nbytes /= 1000
     return f"{nbytes:.2f} TB"
+
+
+def left_out_line(names: Sequence[str]) -> None:
+    """Say on stderr what was not carried over, if anything was not."""
+    if names:
+        shown = ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+        show(f"left out (other weights, folders that no config names): {shown}", err=True)
 
 
 MODEL = click.Path(path_type=Path)

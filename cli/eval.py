@@ -1,15 +1,14 @@
 """`endor eval`: perplexity, and agreement with a dense model."""
 
 import json
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
-from endor.cli.common import MODEL, json_option
+from endor.cli.common import MODEL, json_option, progress_bar
 from endor.cli.tables import table
+from endor.cli.terminal import echo, show
 
 if TYPE_CHECKING:
     from endor.bench.evaluate import Evaluation, Precision
@@ -87,7 +86,7 @@ def eval_command(
     reference = load(against, dtype=dtype) if against else None
     found = []
     for path in models:
-        with window_bar(path.name) as progress:
+        with progress_bar(path.name, unit="window") as progress:
             one = evaluate(
                 path,
                 content,
@@ -102,9 +101,9 @@ def eval_command(
             )
         found.append(one)
         if as_json:
-            click.echo(json.dumps(one.to_dict()))
+            echo(json.dumps(one.to_dict()))
     if not as_json:
-        click.echo(report(found, (text or shipped_text()).name, against))
+        show(report(found, (text or shipped_text()).name, against))
     if plot is not None:
         draw(found, plot)
 
@@ -170,17 +169,3 @@ def draw(found: "list[Evaluation]", path: Path) -> None:
 def _number(value: float | None, digits: int) -> str:
     """Return a number for the table; a dash where it is unknown or undefined."""
     return "-" if value is None or value != value else f"{value:.{digits}f}"
-
-
-@contextmanager
-def window_bar(name: str) -> Iterator[Callable[[int, int], None]]:
-    """Show a bar of windows on stderr; yields the function that moves it."""
-    from tqdm import tqdm
-
-    with tqdm(desc=name, unit="window", dynamic_ncols=True, delay=0.2) as bar:
-
-        def move(done: int, total: int) -> None:
-            bar.total = total
-            bar.update(done - bar.n)
-
-        yield move

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from endor.cli.common import MODEL, kv_option
+from endor.cli.common import MODEL, Text, kv_option
+from endor.cli.terminal import echo, show, stream
 
 if TYPE_CHECKING:
     from endor.hf.generation import Generation
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
 
 @click.command("generate")
 @click.argument("packed", type=MODEL)
-@click.option("--prompt", required=True, help="Text to continue.")
+@click.option("--prompt", type=Text(), required=True, help="Text to continue.")
 @click.option("--chat", is_flag=True, help="Take the prompt as a message, by the chat template.")
 @click.option("--max-new-tokens", default=64, show_default=True, help="Stop after so many tokens.")
 @click.option(
@@ -92,8 +93,8 @@ def generate_command(
     if report is not None and store is None:
         raise click.UsageError("--report needs a packed checkpoint")
     load_s = time.perf_counter() - start
-    show = None if as_json else lambda text: click.echo(text, nl=False)
-    result = generate_text(model, tokenizer, inputs, sampling, show=show)
+    write = None if as_json else stream
+    result = generate_text(model, tokenizer, inputs, sampling, show=write)
     facts = figures(result, load_s) | {"exact": exact or store is None}
     if plan is not None:
         facts |= {
@@ -115,10 +116,10 @@ def generate_command(
         )
     if as_json:
         engine = store.report() if store is not None else None
-        click.echo(json.dumps({"text": result.text, **facts, "engine": engine}, indent=2))
+        echo(json.dumps({"text": result.text, **facts, "engine": engine}, indent=2))
         return
-    click.echo()
-    click.echo(summary(facts), err=True)
+    show()
+    show(summary(facts), err=True)
 
 
 def figures(result: "Generation", load_s: float) -> dict[str, Any]:

@@ -7,6 +7,7 @@ from importlib.metadata import PackageNotFoundError, version
 import click
 
 from endor import __version__
+from endor.cli.terminal import echo, show
 
 PACKAGES = (
     "numpy",
@@ -29,13 +30,13 @@ def info_command(as_json: bool) -> None:
     """Show versions, devices, and which kernels and readers will run."""
     facts = collect()
     if as_json:
-        click.echo(json.dumps(facts, indent=2))
+        echo(json.dumps(facts, indent=2))
         return
     for section, rows in facts.items():
-        click.echo(f"{section}")
+        show(f"{section}")
         width = max((len(key) for key in rows), default=0)
         for key, value in rows.items():
-            click.echo(f"  {key:<{width}}  {value}")
+            show(f"  {key:<{width}}  {'-' if value is None else value}")
 
 
 def collect() -> dict[str, dict[str, object]]:

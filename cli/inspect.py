@@ -5,8 +5,9 @@ from pathlib import Path
 
 import click
 
-from endor.cli.common import MODEL, human, json_option
+from endor.cli.common import MODEL, change, human, json_option
 from endor.cli.tables import table
+from endor.cli.terminal import echo, show
 
 
 @click.command("inspect")
@@ -21,7 +22,7 @@ def inspect_command(packed: Path, as_json: bool) -> None:
 
     found = inspect_checkpoint(packed)
     if as_json:
-        click.echo(json.dumps(found.to_dict()))
+        echo(json.dumps(found.to_dict()))
         return
     rows = []
     for row in found.rows:
@@ -40,16 +41,16 @@ def inspect_command(packed: Path, as_json: bool) -> None:
                 human(spec.nbytes),
             ]
         )
-    click.echo(table(["tensor", "shape", "dtype", "codec", "density", "bits/weight", "size"], rows))
+    show(table(["tensor", "shape", "dtype", "codec", "density", "bits/weight", "size"], rows))
     sizes = found.sizes
-    click.echo("")
-    click.echo(
+    show("")
+    show(
         f"{sizes.tensors} tensors, {sizes.packed_tensors} packed, in {sizes.shards} file(s): "
         f"{human(sizes.dense_bytes)} dense, {human(sizes.packed_bytes)} here, "
-        f"{sizes.ratio:.2f}x smaller"
+        f"{change(sizes.ratio)}"
     )
     if sizes.packed_tensors:
-        click.echo(
+        show(
             f"packed weights: {sizes.weights:,}, density {sizes.density:.4f}, "
             f"{sizes.bits_per_weight:.3f} bits a weight with all metadata and padding"
         )

@@ -4,10 +4,12 @@ import os
 import signal
 import sys
 from importlib import import_module
+from typing import Any
 
 import click
 
 from endor import __version__
+from endor.cli.terminal import Interrupted, ReaderGone, finish, mute, prepare, say, show
 from endor.errors import EndorError
 
 COMMANDS = {
@@ -28,6 +30,21 @@ COMMANDS = {
 
 class LazyGroup(click.Group):
     """A group whose commands are imported only when one of them runs or shows its help."""
+
+    def make_context(self, *arguments: Any, **options: Any) -> click.Context:
+        # click would end the process with 1 when the reader of a help text goes away
+        try:
+            return super().make_context(*arguments, **options)
+        except BrokenPipeError:
+            mute(sys.stdout)
+            raise ReaderGone from None
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except BrokenPipeError:
+            mute(sys.stdout)
+            raise ReaderGone from None
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         return list(COMMANDS)
@@ -56,40 +73,72 @@ def cli(debug: bool) -> None:
 
 def main() -> None:
     """Run the command line; exit 0 on success, 1 on bad data, 2 on wrong usage, 130 on Ctrl-C."""
+    prepare()
     debug = "--debug" in sys.argv[1:]
     # Torch's idle threads spin by default and take the cores from the packed kernels' own threads.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    code: object = 1
     try:
         code = cli.main(prog_name="endor", standalone_mode=False)
+        finish()
     except click.exceptions.Exit as exit_:
         code = exit_.exit_code
+    except Interrupted as error:
+        say(error.message)
+        code = error.exit_code
     except click.ClickException as error:
-        error.show()
+        show("\n".join(_usage(error)), err=True)
         code = error.exit_code
     except (click.Abort, KeyboardInterrupt):
-        _say("interrupted; a conversion goes on with --resume")
+        say("interrupted")
         code = 128 + signal.SIGINT
-    except BrokenPipeError:
-        # The reader of our output went away (`endor inspect ... | head`): not an error of ours.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        code = 0
-    except (EndorError, OSError) as error:
-        if debug:
+    except (ReaderGone, BrokenPipeError):
+        code = 0  # of our output went away (`endor generate ... | head`): not an error of ours
+    except Exception as error:
+        message = _one_line(error)
+        if debug or message is None:
             raise
-        _say(_one_line(error))
-        code = 1
+        say(message)
+    try:
+        finish()
+    except OSError as error:
+        say(f"the output cannot be written: {error.strerror}")
+        mute(sys.stdout)
+        code = code or 1
     sys.exit(code if isinstance(code, int) else 0)
 
 
-def _one_line(error: Exception) -> str:
+def _usage(error: click.ClickException) -> list[str]:
+    """Return the lines of a usage error, as click would print them."""
+    lines = []
+    context = getattr(error, "ctx", None)
+    if context is not None:
+        lines = [context.get_usage(), f"Try '{context.command_path} --help' for help.", ""]
+    return [*lines, f"Error: {error.format_message()}"]
+
+
+def _one_line(error: Exception) -> str | None:
+    """Return what to say about an error, or None for one that nobody foresaw: a bug of ours."""
     if isinstance(error, OSError) and error.strerror:
         where = f"{error.filename}: " if error.filename else ""
         return f"{where}{error.strerror}"
-    return str(error) or type(error).__name__
-
-
-def _say(message: str) -> None:
-    click.echo(f"endor: {message}", err=True)
+    if isinstance(error, (EndorError, OSError)):
+        return str(error) or type(error).__name__
+    text = " ".join(str(error).split())[:200]
+    if isinstance(error, MemoryError):
+        return f"not enough memory{f': {text}' if text else ''}; close something, or give --ram"
+    if isinstance(error, ImportError) and ("map segment" in text or "allocate memory" in text):
+        return f"not enough memory to load a library: {text}"
+    if isinstance(error, RuntimeError):
+        if "can't start new thread" in text:
+            return "the system allows no more threads; give --threads 1, or raise ulimit -u"
+        if "allocate memory" in text or "out of memory" in text:
+            return f"not enough memory: {text}"
+    if isinstance(error, RecursionError):
+        return "the input is nested too deeply; is it damaged?"
+    if isinstance(error, UnicodeError):
+        return f"text that is not UTF-8, or half of a surrogate pair: {text}"
+    return None
 
 
 if __name__ == "__main__":

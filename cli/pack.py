@@ -1,6 +1,7 @@
 """`endor pack`: a dense checkpoint to a packed one, pruned on the way if asked."""
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any, get_args
 
@@ -10,13 +11,24 @@ from endor.cli.common import (
     MODEL,
     Size,
     calibration_progress,
+    change,
     human,
     json_option,
+    left_out_line,
     output_options,
     progress_bar,
+    refuse_existing,
+    resumable,
     selection_options,
 )
-from endor.cli.pruning import calibration_options, method_help, prepared, quantize_options
+from endor.cli.pruning import (
+    calibration_options,
+    method_help,
+    prepared,
+    quantize_options,
+    refuse_idle,
+)
+from endor.cli.terminal import echo, show
 from endor.codecs import CodecChoice
 from endor.pruning.contract import METHODS
 
@@ -74,16 +86,30 @@ def pack_command(
     pruned, or compressed-tensors sparse-bitmask) or a .safetensors file. Without --prune
     and --bits nothing is lost: `endor unpack` gives back every bit.
     """
-    from endor.checkpoint import pack_checkpoint
-    from endor.checkpoint.companions import source_quantization
-
-    if codec != "auto" and (options["bits"] is not None or options["quality"] is not None):
+    quantizes = options["bits"] is not None or options["quality"] is not None
+    if prune == "none" and not quantizes:
+        refuse_idle(click.get_current_context(), "--prune METHOD or --bits")
+    if codec != "auto" and quantizes:
         raise click.UsageError("--bits and --quality take codec int: leave out --codec")
+    refuse_existing(out, resume=resume, overwrite=overwrite)
+    from endor.checkpoint.output import check_output
+
+    check = partial(check_output, out, resume=resume, overwrite=overwrite)
+    check(model)
+    from endor.checkpoint import CheckpointSource, pack_checkpoint
+    from endor.checkpoint.companions import QUANTIZATION_KEY, quantization_name
+    from endor.checkpoint.convert import pack_writes
+
+    def ready(source: CheckpointSource) -> None:
+        check(source.path, writes=pack_writes(source))
+
     with (
+        resumable(out),
         calibration_progress() as watch,
-        prepared(model, prune, options, include, exclude, watch) as found,
+        prepared(model, prune, options, include, exclude, watch, ready) as found,
         progress_bar("pack") as progress,
     ):
+        quantized = (found.source.config() or {}).get(QUANTIZATION_KEY)
         report = pack_checkpoint(
             found.source,
             out,
@@ -100,22 +126,21 @@ def pack_command(
             progress=progress,
         )
     if as_json:
-        click.echo(json.dumps(report.to_dict()))
+        echo(json.dumps(report.to_dict()))
         return
     sizes = report.sizes
-    click.echo(
+    show(
         f"{out}: {human(sizes.dense_bytes)} -> {human(sizes.packed_bytes)}, "
-        f"{sizes.ratio:.2f}x smaller, {report.seconds:.1f} s, {report.gbps:.2f} GB/s"
+        f"{change(sizes.ratio)}, {report.seconds:.1f} s, {report.gbps:.2f} GB/s"
     )
-    config = report.path / "config.json"
-    section = json.loads(config.read_text()).get("quantization_config") if config.exists() else {}
-    method = source_quantization(section)
-    if method is not None:
-        click.echo(
-            f"its weights are quantized ({method}): packed for storage; unpack it to run it",
+    if quantized is not None:
+        show(
+            f"its weights are quantized ({quantization_name(quantized)}): packed for storage; "
+            "unpack it to run it",
             err=True,
         )
-    click.echo(
+    left_out_line(report.left_out)
+    show(
         f"{sizes.packed_tensors} of {sizes.tensors} tensors packed: density {sizes.density:.4f}, "
         f"{sizes.bits_per_weight:.3f} bits a weight with all metadata and padding"
     )

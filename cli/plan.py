@@ -9,6 +9,7 @@ import click
 
 from endor.cli.common import kv_option
 from endor.cli.tables import table
+from endor.cli.terminal import echo, show
 
 if TYPE_CHECKING:
     from endor.hf.outline import Outline, Planned
@@ -80,11 +81,11 @@ def plan_command(
 
         placement(found.units, result, plot)
     if as_json:
-        click.echo(json.dumps(to_dict(planned), indent=2))
+        echo(json.dumps(to_dict(planned), indent=2))
         return
-    click.echo(summary(found, result))
+    show(summary(found, result))
     if explain:
-        click.echo("\n" + arithmetic(planned))
+        show("\n" + arithmetic(planned))
 
 
 def summary(found: "Outline", result: "Plan") -> str:

@@ -1,6 +1,7 @@
 """`endor prune`: a dense checkpoint to a dense one with zeros in it, or to masks."""
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +12,15 @@ from endor.cli.common import (
     calibration_progress,
     human,
     json_option,
+    left_out_line,
     output_options,
     progress_bar,
+    refuse_existing,
+    resumable,
     selection_options,
 )
 from endor.cli.pruning import calibration_options, method_help, prepared
+from endor.cli.terminal import echo, show
 from endor.pruning.contract import METHODS
 
 
@@ -55,12 +60,26 @@ def prune_command(
 
     The zeros take as much room as before: `endor pack` is the step that makes the files smaller.
     """
-    from endor.checkpoint import DenseReport, prune_checkpoint
-    from endor.pruning.mask_writer import MaskReport, write_masks
+    refuse_existing(out, resume=resume, overwrite=overwrite)
+    from endor.checkpoint.output import check_output
+
+    check = partial(check_output, out, resume=resume, overwrite=overwrite)
+    if not mask_only:
+        check(model)
+    from endor.checkpoint import CheckpointSource, DenseReport, prune_checkpoint
+    from endor.checkpoint.dense import dense_writes
+    from endor.pruning.mask_writer import MaskReport, check_mask_target, write_masks
+
+    def ready(source: CheckpointSource) -> None:
+        if mask_only:
+            check_mask_target(out, source.path, overwrite=overwrite)
+        else:
+            check(source.path, writes=dense_writes(source))
 
     with (
+        resumable(out),
         calibration_progress() as watch,
-        prepared(model, method, options, include, exclude, watch) as found,
+        prepared(model, method, options, include, exclude, watch, ready) as found,
         progress_bar("prune") as progress,
     ):
         report: DenseReport | MaskReport
@@ -90,16 +109,17 @@ def prune_command(
                 progress=progress,
             )
     if as_json:
-        click.echo(json.dumps(report.to_dict()))
+        echo(json.dumps(report.to_dict()))
         return
-    click.echo(
+    show(
         f"{out}: {report.zeros:,} of {report.weights:,} weights of {report.pruned_tensors} tensors "
         f"are zero ({report.sparsity:.4f}), {report.seconds:.1f} s"
     )
     if isinstance(report, MaskReport):
-        click.echo(f"{human(report.nbytes)} of masks, and no weights")
+        show(f"{human(report.nbytes)} of masks, and no weights")
     else:
-        click.echo(
+        show(
             f"{human(report.dense_bytes)} before and after; to make it smaller: "
             f"endor pack {out} PACKED"
         )
+        left_out_line(report.left_out)

@@ -2,13 +2,14 @@
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
+from click.core import ParameterSource
 
-from endor.cli.common import Command, Size
+from endor.cli.common import Command, Share, Size
 from endor.codecs.rounding import LEAST_BITS, MOST_BITS
 from endor.pruning.contract import METHODS, NOTHING, Pattern, PruneOptions
 from endor.quantization.contract import QuantizeOptions
@@ -137,7 +138,7 @@ def calibration_options(command: Command) -> Command:
         ),
         click.option(
             "--sparsity",
-            type=click.FloatRange(0, 1, max_open=True),
+            type=Share(),
             default=defaults.sparsity,
             show_default=True,
             help="Share of zeros in every pruned matrix.",
@@ -187,6 +188,19 @@ def _texts(
     return None
 
 
+def refuse_idle(ctx: click.Context, needed: str) -> None:
+    """Raise where an option for pruning was given and nothing is pruned.
+
+    Raises:
+        UsageError: Such an option is on the command line.
+    """
+    idle = {field.name for field in fields(PruneOptions)} | {"scratch"}
+    for option in ctx.command.params:
+        given = ctx.get_parameter_source(option.name or "") is ParameterSource.COMMANDLINE
+        if given and option.name in idle - {"method", "device"}:
+            raise click.UsageError(f"{option.opts[0]} does nothing without {needed}", ctx)
+
+
 def _count(name: str, default: int, help: str) -> Callable[[Command], Command]:
     """Return an option that takes a whole number from 1."""
     return click.option(name, type=click.IntRange(1), default=default, show_default=True, help=help)
@@ -217,6 +231,7 @@ def prepared(
     include: Sequence[str],
     exclude: Sequence[str],
     watch: Callable[[int, int, str], None],
+    ready: Callable[["CheckpointSource"], None],
 ) -> Iterator[Prepared]:
     """Yield what to convert.
 
@@ -230,6 +245,7 @@ def prepared(
         include: Patterns of tensors to take besides the default ones.
         exclude: Patterns of tensors to leave alone.
         watch: Called with layers done, layers in total, and what goes on.
+        ready: Called with the opened checkpoint, before the calibration begins.
     """
     from contextlib import closing
     from typing import cast
@@ -256,6 +272,7 @@ def prepared(
         raise click.UsageError("'--calibration none' goes with --bits")
     with ExitStack() as stack:
         source = stack.enter_context(closing(open_source(model)))
+        ready(source)
         selected = select(source.tensors.values(), include=include, exclude=exclude)
         pruner = None
         if name != NOTHING.name and not calibrated:

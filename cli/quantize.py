@@ -1,6 +1,7 @@
 """`endor quantize`: a dense checkpoint to a dense one whose weights are quantised."""
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +12,15 @@ from endor.cli.common import (
     calibration_progress,
     human,
     json_option,
+    left_out_line,
     output_options,
     progress_bar,
+    refuse_existing,
+    resumable,
     selection_options,
 )
 from endor.cli.pruning import calibration_options, prepared, quantize_options
+from endor.cli.terminal import echo, show
 from endor.pruning.contract import METHODS
 
 
@@ -51,13 +56,23 @@ def quantize_command(
     OUT takes as much room as MODEL, and runs wherever MODEL does: it is for measuring what
     quantisation costs. `endor pack --bits` stores the same values in as few bits as asked for.
     """
-    from endor.checkpoint import prune_checkpoint
-
     if options["bits"] is None and options["quality"] is None:
         raise click.UsageError("--bits or --quality is needed")
+    refuse_existing(out, resume=resume, overwrite=overwrite)
+    from endor.checkpoint.output import check_output
+
+    check = partial(check_output, out, resume=resume, overwrite=overwrite)
+    check(model)
+    from endor.checkpoint import CheckpointSource, prune_checkpoint
+    from endor.checkpoint.dense import dense_writes
+
+    def ready(source: CheckpointSource) -> None:
+        check(source.path, writes=dense_writes(source))
+
     with (
+        resumable(out),
         calibration_progress() as watch,
-        prepared(model, prune, options, include, exclude, watch) as found,
+        prepared(model, prune, options, include, exclude, watch, ready) as found,
         progress_bar("quantize") as progress,
     ):
         report = prune_checkpoint(
@@ -74,14 +89,15 @@ def quantize_command(
             progress=progress,
         )
     if as_json:
-        click.echo(json.dumps(report.to_dict() | {"quantize": dict(found.quantized)}))
+        echo(json.dumps(report.to_dict() | {"quantize": dict(found.quantized)}))
         return
     bits = found.quantized["bits"]
-    click.echo(
+    show(
         f"{out}: {report.weights:,} weights of {report.pruned_tensors} tensors take the values "
         f"that {bits:.2f} bits give them ({report.sparsity:.4f} zeros), {report.seconds:.1f} s"
     )
-    click.echo(
+    show(
         f"{human(report.dense_bytes)} before and after; to make it smaller: "
         f"endor pack {model} PACKED --bits {bits}"
     )
+    left_out_line(report.left_out)

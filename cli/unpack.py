@@ -5,7 +5,17 @@ from pathlib import Path
 
 import click
 
-from endor.cli.common import MODEL, human, json_option, output_options, progress_bar
+from endor.cli.common import (
+    MODEL,
+    human,
+    json_option,
+    left_out_line,
+    output_options,
+    progress_bar,
+    refuse_existing,
+    resumable,
+)
+from endor.cli.terminal import echo, show
 
 
 @click.command("unpack")
@@ -20,9 +30,13 @@ def unpack_command(
 
     Every checksum is checked on the way.
     """
+    refuse_existing(out, resume=resume, overwrite=overwrite)
+    from endor.checkpoint.output import check_output
+
+    check_output(out, packed, resume=resume, overwrite=overwrite)
     from endor.checkpoint import unpack_checkpoint
 
-    with progress_bar("unpack") as progress:
+    with resumable(out), progress_bar("unpack") as progress:
         report = unpack_checkpoint(
             packed,
             out,
@@ -32,9 +46,10 @@ def unpack_command(
             progress=progress,
         )
     if as_json:
-        click.echo(json.dumps(report.to_dict()))
+        echo(json.dumps(report.to_dict()))
         return
-    click.echo(
+    show(
         f"{out}: {report.tensors} tensors, {human(report.dense_bytes)} in {report.files} file(s), "
         f"{report.seconds:.1f} s, {report.gbps:.2f} GB/s"
     )
+    left_out_line(report.left_out)

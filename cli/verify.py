@@ -8,6 +8,7 @@ from pathlib import Path
 import click
 
 from endor.cli.common import MODEL, human, json_option, progress_bar
+from endor.cli.terminal import echo, say, show
 
 SHOWN = 20
 """Problems that are printed one by one."""
@@ -36,27 +37,27 @@ def verify_command(packed: Path, against: Path | None, threads: int | None, as_j
     with progress_bar("verify") as progress:
         report = verify_checkpoint(packed, against=against, threads=threads, progress=progress)
     if as_json:
-        click.echo(json.dumps(asdict(report) | {"path": str(report.path), "ok": report.ok}))
+        echo(json.dumps(asdict(report) | {"path": str(report.path), "ok": report.ok}))
     else:
         for problem in report.problems[:SHOWN]:
-            click.echo(f"endor: {problem}", err=True)
+            say(problem)
         if len(report.problems) > SHOWN:
-            click.echo(f"endor: and {len(report.problems) - SHOWN} more (--json has all)", err=True)
+            say(f"and {len(report.problems) - SHOWN} more (--json has all)")
         found = f"{report.tensors} tensors in {report.files} file(s), {human(report.nbytes)}"
         if report.ok and report.lossy:
             if report.output_error is not None:
                 how = f"relative output error {report.output_error:.4f}"
             else:
                 how = f"relative weight error {report.weight_error:.4f}"
-            click.echo(
+            show(
                 f"{packed}: whole, and lossy against {against}: {how}, the mean of {report.lossy} "
                 f"quantised tensors; the others equal in every bit: {found}"
             )
         elif report.ok and against is not None:
-            click.echo(f"{packed}: whole, and equal to {against} in every bit: {found}")
+            show(f"{packed}: whole, and equal to {against} in every bit: {found}")
         elif report.ok:
-            click.echo(f"{packed}: whole: {found}")
+            show(f"{packed}: whole: {found}")
         else:
-            click.echo(f"{packed}: {len(report.problems)} problem(s): {found}")
+            show(f"{packed}: {len(report.problems)} problem(s): {found}")
     if not report.ok:
         sys.exit(1)

@@ -15,6 +15,10 @@ EndorError
 ├── QuantizationError      weights that cannot be quantised
 └── ConfigError            an option or combination of options makes no sense
 
+Two warnings stand beside them, for the library prints nothing: `EndorWarning` is what a caller
+should know that changes no weight, and `SlowWarning`, of that kind and given once, is for what
+works but at a fraction of the speed.
+
 A message says where, the rule, what was found and the next step.
 """
 
@@ -73,3 +77,11 @@ class QuantizationError(EndorError):
 
 class ConfigError(EndorError):
     """An option, or a combination of options, makes no sense."""
+
+
+class EndorWarning(UserWarning):
+    """Something that a caller should know, and that changes no weight."""
+
+
+class SlowWarning(EndorWarning):
+    """Something works, but far slower than it could: the message says why and what helps."""

@@ -29,7 +29,7 @@ class PackedTensor:
     def shape(self) -> "torch.Size":
         import torch
 
-        return torch.Size(self.spec.shape)
+        return torch.Size(torch_shape(self.spec.shape, self.spec.dtype))
 
     @property
     def dtype(self) -> "torch.dtype":
@@ -120,7 +120,11 @@ def compress(
     if bits is not None:
         return _round(tensor, bits, codec, bitmap)
     elements = bits_of(tensor.detach().cpu())
-    encoded = kernels.encode(elements, endor_dtype(tensor.dtype), codec=codec, bitmap=bitmap)
+    dtype = endor_dtype(tensor.dtype)
+    if dtype.bits:
+        encoded = codecs.dense.encode_as(elements, dtype, endor_shape(tensor, dtype))
+    else:
+        encoded = kernels.encode(elements, dtype, codec=codec, bitmap=bitmap)
     if encoded.spec.codec == "dense":
         encoded = Encoded(encoded.spec, {"": encoded.arrays[""].copy()})
     packed = PackedTensor(encoded.spec, encoded)
@@ -231,12 +235,42 @@ def bits_of(tensor: "torch.Tensor") -> np.ndarray:
     return flat.view(item.uint).reshape(tuple(tensor.shape))
 
 
-def tensor_of(bits: np.ndarray, dtype: DType) -> "torch.Tensor":
-    """Return a torch tensor over the memory of `bits`: the inverse of `bits_of`."""
+def tensor_of(
+    bits: np.ndarray, dtype: DType, shape: tuple[int, ...] | None = None
+) -> "torch.Tensor":
+    """Return a torch tensor over the memory of `bits`: the inverse of `bits_of`.
+
+    Args:
+        bits: Unsigned, of the tensor's shape; flat bytes for elements narrower than one.
+        dtype: Element type.
+        shape: In elements; needed where `bits` is flat.
+
+    Raises:
+        DTypeError: This torch has no such element type, or cannot pair the elements.
+    """
     import torch
 
-    signed = bits.reshape(-1).view(f"<i{dtype.itemsize}")
-    return torch.from_numpy(signed).view(torch_dtype(dtype)).reshape(bits.shape)
+    flat = torch.from_numpy(bits.reshape(-1).view(f"<i{dtype.itemsize}")).view(torch_dtype(dtype))
+    return flat.reshape(bits.shape if shape is None else torch_shape(shape, dtype))
+
+
+def torch_shape(shape: tuple[int, ...], dtype: DType) -> tuple[int, ...]:
+    """Return the shape that torch gives a tensor: it counts pairs of elements of half a byte.
+
+    Raises:
+        DTypeError: They cannot be paired.
+    """
+    if not dtype.bits:
+        return shape
+    if not shape or shape[-1] % 2:
+        raise DTypeError(f"torch has no {dtype.name} tensor of shape {list(shape)}")
+    return *shape[:-1], shape[-1] // 2
+
+
+def endor_shape(tensor: "torch.Tensor", dtype: DType) -> tuple[int, ...]:
+    """Return the shape of a torch tensor in elements: the inverse of `torch_shape`."""
+    shape = tuple(tensor.shape)
+    return (*shape[:-1], 2 * shape[-1]) if dtype.bits and shape else shape
 
 
 def torch_dtype(dtype: DType) -> "torch.dtype":
@@ -259,30 +293,36 @@ def endor_dtype(dtype: "torch.dtype") -> DType:
     return codecs.dtype(name)
 
 
+TORCH_NAMES = {
+    "bfloat16": "BF16",
+    "float16": "F16",
+    "float32": "F32",
+    "float64": "F64",
+    "float8_e4m3fn": "F8_E4M3",
+    "float8_e5m2": "F8_E5M2",
+    "float8_e8m0fnu": "F8_E8M0",
+    "float8_e4m3fnuz": "F8_E4M3FNUZ",
+    "float8_e5m2fnuz": "F8_E5M2FNUZ",
+    "float4_e2m1fn_x2": "F4",
+    "int8": "I8",
+    "uint8": "U8",
+    "int16": "I16",
+    "uint16": "U16",
+    "int32": "I32",
+    "uint32": "U32",
+    "int64": "I64",
+    "uint64": "U64",
+    "bool": "BOOL",
+    "complex64": "C64",
+}
+"""Safetensors code of each torch dtype, by its name in torch."""
+
+
 def _names() -> dict["torch.dtype", str]:
     if not _NAMES:
         import torch
 
-        pairs = {
-            "bfloat16": "BF16",
-            "float16": "F16",
-            "float32": "F32",
-            "float64": "F64",
-            "float8_e4m3fn": "F8_E4M3",
-            "float8_e5m2": "F8_E5M2",
-            "float8_e8m0fnu": "F8_E8M0",
-            "int8": "I8",
-            "uint8": "U8",
-            "int16": "I16",
-            "uint16": "U16",
-            "int32": "I32",
-            "uint32": "U32",
-            "int64": "I64",
-            "uint64": "U64",
-            "bool": "BOOL",
-            "complex64": "C64",
-        }
-        _NAMES.update({getattr(torch, k): v for k, v in pairs.items() if hasattr(torch, k)})
+        _NAMES.update({getattr(torch, k): v for k, v in TORCH_NAMES.items() if hasattr(torch, k)})
     return _NAMES
 
 

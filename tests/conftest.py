@@ -1,16 +1,132 @@
-"""Fixtures and rules that all tests share."""
+"""Fixtures and rules that all tests share; which CPU kernels they ran.
+
+Tests that take the fixture `kernel` or `compiled`, or a parameter so called, run once for each
+kernel. With ENDOR_REQUIRE_NATIVE=1 (`make test`) a run in which a kernel that this CPU has passed
+none of them, though another did, fails.
+"""
 
 import os
+import platform
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 from endor.codecs import DTYPES, DType
+from endor.kernels import native
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 PACKABLE = [item for item in DTYPES.values() if item.packable]
+
+
+KERNELS = (*reversed(native.KERNELS), "numpy")
+
+CPU_FLAGS = {
+    "avx2": {"avx2", "bmi2", "fma", "f16c"},
+    "avx512": {
+        *("avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512vbmi", "avx512_vbmi2"),
+        "avx512_vpopcntdq",
+    },
+}
+"""What Linux calls what a kernel needs: a second opinion beside the library's."""
+
+passed: Counter[str] = Counter()
+"""Tests passed, by the kernel that they ran."""
+
+
+def of_this_cpu() -> tuple[str, ...]:
+    """Return the kernels that this CPU runs, by the library's word or by the system's."""
+    flags: set[str] = set()
+    if platform.machine() == "x86_64" and Path("/proc/cpuinfo").exists():
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
+            if line.startswith("flags"):
+                flags.update(line.split())
+    found = {name for name, needed in CPU_FLAGS.items() if needed <= flags}
+    found.update(native.available(), {"scalar", "numpy"})
+    return tuple(name for name in KERNELS if name in found)
+
+
+def need(name: str) -> None:
+    """Skip, with a reason, unless kernel `name` runs here; fail where it is required to."""
+    if name == "numpy" or name in native.available():
+        return
+    required = os.environ.get("ENDOR_REQUIRE_NATIVE") == "1"
+    if not native.available():
+        _, why = native.load()
+        if required:
+            pytest.fail(f"ENDOR_REQUIRE_NATIVE=1, but {why}")
+        pytest.skip(why)
+    if required and name in of_this_cpu():
+        pytest.fail(
+            f"ENDOR_REQUIRE_NATIVE=1, but this build does not run {name}, which this CPU has"
+        )
+    pytest.skip(f"this CPU does not run {name}")
+
+
+@pytest.fixture(params=KERNELS)
+def kernel(request: pytest.FixtureRequest) -> str:
+    """Each kernel, the reference included."""
+    name: str = request.param
+    need(name)
+    return name
+
+
+@pytest.fixture(params=KERNELS[:-1])
+def compiled(request: pytest.FixtureRequest) -> str:
+    """Each compiled kernel."""
+    name: str = request.param
+    need(name)
+    return name
+
+
+@pytest.fixture
+def each_kernel(kernel: str, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Each kernel in turn, chosen for all that the test calls; for layers above the kernels."""
+    monkeypatch.setenv("ENDOR_KERNEL", kernel)
+    return kernel
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(
+    item: pytest.Item,
+) -> Iterator[None]:
+    report = yield
+    if report.when == "call" and report.passed:
+        params = getattr(item, "callspec", None)
+        for argument in ("kernel", "compiled"):
+            if params is not None and argument in params.params:
+                passed[params.params[argument]] += 1
+    return report
+
+
+def missed() -> list[str]:
+    """Return the compiled kernels of this CPU that passed no test while another did."""
+    compiled = [name for name in of_this_cpu() if name != "numpy"]
+    return [name for name in compiled if any(passed[n] for n in compiled) and not passed[name]]
+
+
+def pytest_report_header() -> str:
+    return f"endor kernels of this CPU: {', '.join(of_this_cpu())}; library: {native.load()[1]}"
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    if not passed:
+        return
+    ran = [f"{name} ({passed[name]} tests)" for name in KERNELS if passed[name]]
+    terminalreporter.write_line(f"endor kernels that ran: {', '.join(ran)}")
+    if missed():
+        terminalreporter.write_line(
+            f"endor kernels of this CPU that did not: {', '.join(missed())}"
+        )
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    if missed() and os.environ.get("ENDOR_REQUIRE_NATIVE") == "1" and session.exitstatus == 0:
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED
 
 
 @pytest.fixture

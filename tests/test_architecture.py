@@ -10,7 +10,17 @@ import pytest
 import endor
 
 ROOT = Path(endor.__file__).resolve().parent.parent
-ROOMS = ["errors", "codecs", "kernels", "packed", "storage", "checkpoint"]
+ROOMS = [
+    "errors",
+    "sizes",
+    "foreign",
+    "jsontext",
+    "codecs",
+    "kernels",
+    "packed",
+    "storage",
+    "checkpoint",
+]
 ROOMS += ["pruning", "quantization", "offload", "hf", "bench", "cli"]
 UPWARD = {("checkpoint", "pruning")}
 """Weight-only pruners are called by the conversion, calibrated ones drive it: a two-way door."""

@@ -7,6 +7,8 @@ import endor
 from endor.errors import DTypeError, ShapeError
 from endor.packed import bits_of, endor_dtype, tensor_of, torch_dtype
 
+pytestmark = pytest.mark.usefixtures("each_kernel")
+
 FLOATS = [torch.bfloat16, torch.float16, torch.float32, torch.float8_e4m3fn, torch.float8_e5m2]
 SIGNED = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 

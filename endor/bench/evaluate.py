@@ -14,7 +14,8 @@ from endor.bench.perplexity import (
     perplexity,
     tokenize,
 )
-from endor.errors import CheckpointError, FormatError
+from endor.errors import CheckpointError
+from endor.jsontext import read_utf8
 
 Precision = Literal["auto", "float32", "bfloat16", "float16"]
 
@@ -65,13 +66,10 @@ def read_text(path: Path) -> str:
     """Return the text of a UTF-8 file.
 
     Raises:
-        FormatError: It is not UTF-8.
+        ConfigError: It is not UTF-8.
         OSError: It cannot be read.
     """
-    try:
-        return path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise FormatError(f"{path}: the text must be UTF-8; byte {error.start} is not") from None
+    return read_utf8(path, "the text")
 
 
 def load(path: Path, *, ram: int | str | None = None, dtype: Precision = "auto") -> Any:

@@ -15,7 +15,7 @@ from endor.kernels import gpu
 from endor.kernels.gpu import DeviceEncoded
 from endor.offload.arena import PinnedArena
 from endor.offload.copier import Copier
-from endor.offload.device import CudaDevice
+from endor.offload.device import CudaDevice, allocate_for_copies
 from endor.storage import HostBuffer
 
 LINK_SIZES = (1 << 20, 4 << 20, 64 << 20)
@@ -30,7 +30,7 @@ def link(case: GpuCase, sizes: Sequence[int] = LINK_SIZES) -> Iterator[BenchReco
     device = CudaDevice("cuda")
     buffer = HostBuffer(max(sizes))
     arena = PinnedArena(device, [buffer])
-    target = device.allocate(max(sizes))
+    target = allocate_for_copies(device, max(sizes))
     best = 0.0
     for size in sizes:
         part = buffer.array[:size]
@@ -100,7 +100,7 @@ class _Stream:
         self._device = device
         self._packed = packed
         self._arena = PinnedArena(device, [self._home])
-        slots = [device.allocate(host.nbytes) for _ in range(3)]
+        slots = [allocate_for_copies(device, host.nbytes) for _ in range(3)]
         self.copier = Copier(
             device, _Resident(self._home.array, host.nbytes), slots, range(self.count)
         )

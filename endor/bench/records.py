@@ -14,6 +14,7 @@ from typing import Any
 import endor
 from endor import kernels
 from endor.errors import FormatError
+from endor.jsontext import parse_object
 
 PACKAGES = (
     "numpy",
@@ -130,13 +131,13 @@ def read_json_lines(path: Path) -> Iterator[BenchRecord]:
     with path.open(encoding="utf-8") as file:
         for number, line in enumerate(file, 1):
             try:
-                fields = json.loads(line)
+                fields = parse_object(line, f"{path}:{number}:", lenient=True)
                 for derived in ("gbps", "dense_gbps", "ceiling_ratio"):
                     del fields[derived]
                 fields["shape"] = tuple(fields["shape"])
                 fields["environment"] = Environment(**fields["environment"])
                 record = BenchRecord(**fields)
-            except (ValueError, TypeError, KeyError) as error:
+            except (FormatError, ValueError, TypeError, KeyError) as error:
                 raise FormatError(
                     f"{path}:{number}: not a benchmark record of this version: {error}"
                 ) from error

@@ -1,5 +1,6 @@
 """Packing as one call: what to select, how to prune, where to write."""
 
+import os
 from collections.abc import Mapping, Sequence
 from contextlib import closing, nullcontext
 from pathlib import Path
@@ -10,10 +11,11 @@ from endor.checkpoint.convert import DEFAULT_SHARD_BYTES, PackOptions, convert
 from endor.checkpoint.dense import write_dense
 from endor.checkpoint.report import DenseReport, PackReport, Progress
 from endor.checkpoint.select import select
+from endor.checkpoint.single import pack_file
 from endor.checkpoint.source import open_source
 from endor.checkpoint.tensors import CheckpointSource
 from endor.codecs import CodecChoice
-from endor.errors import ConfigError, PruningError
+from endor.errors import CheckpointError, ConfigError, PruningError
 from endor.pruning.contract import METHODS, PruneOptions, WeightPruner
 
 MIN_SHARD_BYTES = 1 << 20
@@ -46,7 +48,8 @@ def pack_checkpoint(
     Args:
         model: A Hugging Face directory, a .safetensors file, a packed directory, or a source that
             yields (already pruned) tensors.
-        out_dir: The directory to make.
+        out_dir: The directory to make; or the file, where `model` is a lone file and this ends in
+            `.safetensors`.
         prune: None or "none" keeps every bit; "magnitude"; or an object with a `prune` method.
         sparsity: Share of zeros in every pruned matrix.
         pattern: "unstructured", or "N:M" for N survivors in every M.
@@ -73,13 +76,27 @@ def pack_checkpoint(
         raise ConfigError(
             f"max_shard_bytes: must be at least {MIN_SHARD_BYTES}, got {max_shard_bytes}"
         )
+    out = _target(out_dir)
     pruner, found = _pruner(prune, sparsity, pattern)
     with _opened(model) as source:
         selected = select(source.tensors.values(), include=include, exclude=exclude)
         _check_selection(source, selected, pruner)
+        if source.directory is None and out.suffix == ".safetensors":
+            if resume:
+                raise ConfigError(f"{out}: a single file is packed in one go; drop --resume")
+            return pack_file(
+                source,
+                out,
+                selected=selected,
+                pruner=pruner,
+                codec=codec,
+                overwrite=overwrite,
+                threads=threads,
+                progress=progress,
+            )
         return convert(
             source,
-            Path(out_dir),
+            out,
             selected=selected,
             pruner=pruner,
             options=PackOptions(codec, max_shard_bytes, description or found, quantized or {}),
@@ -116,7 +133,7 @@ def prune_checkpoint(
         _check_selection(source, selected, pruner)
         return write_dense(
             source,
-            Path(out_dir),
+            _target(out_dir),
             selected=selected,
             pruner=pruner,
             description=dict(description or found) | _said("quantize", quantized),
@@ -148,7 +165,7 @@ def unpack_checkpoint(
     with closing(PackedSource(Path(packed_dir))) as source:
         return write_dense(
             source,
-            Path(out_dir),
+            _target(out_dir),
             selected=frozenset(),
             pruner=None,
             description={},
@@ -161,6 +178,14 @@ def unpack_checkpoint(
 
 def _said(key: str, about: Mapping[str, Any] | None) -> dict[str, Any]:
     return {key: dict(about)} if about else {}
+
+
+def _target(out_dir: Path | str) -> Path:
+    """Return the directory to make; `/` and `..` have no place beside them to work in."""
+    out = Path(os.path.abspath(out_dir))  # noqa: PTH100 - resolve() would follow OUT's own link
+    if not out.name:
+        raise CheckpointError(f"{out}: is no place for a checkpoint; choose a directory below it")
+    return Path(out_dir)
 
 
 def _opened(

@@ -6,6 +6,7 @@ and as much again at most in packed form; both in memory that is used again.
 """
 
 import hashlib
+import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing
@@ -16,7 +17,13 @@ from typing import Any
 import numpy as np
 
 from endor import kernels
-from endor.checkpoint.companions import copy_companions, packed_config
+from endor.checkpoint.companions import (
+    Companions,
+    copy_companions,
+    find_companions,
+    packed_config,
+    planned_files,
+)
 from endor.checkpoint.index import (
     build_index,
     dense_file_names,
@@ -24,6 +31,7 @@ from endor.checkpoint.index import (
     index_text,
     shard_name,
 )
+from endor.checkpoint.manifest import Writes
 from endor.checkpoint.output import OutputDirectory
 from endor.checkpoint.pipeline import OrderedWork, ScratchPool
 from endor.checkpoint.plan import Unit, plan_units
@@ -32,7 +40,7 @@ from endor.checkpoint.report import PackReport, Progress, Sizes, no_progress
 from endor.checkpoint.source import PACKED_INDEX_NAME
 from endor.checkpoint.tensors import CheckpointSource, CodedSource, SourceTensor
 from endor.checkpoint.verify import check_file
-from endor.codecs import CodecChoice, Encoded, TensorSpec
+from endor.codecs import CodecChoice, Encoded, TensorSpec, dense
 from endor.errors import CheckpointError
 from endor.kernels import integer
 from endor.pruning.contract import WeightPruner
@@ -93,24 +101,47 @@ def convert(
         "prune": dict(options.prune),
         "quantize": dict(options.quantize),
     }
+    described = _describe(options)
+    dense_files = dense_file_names(source.tensors.values())
+    companions = find_companions(source)
+    writes = _writes(companions, source.config())
     with OutputDirectory(
-        out, identity=identity, source=source.path, resume=resume, overwrite=overwrite
+        out,
+        identity=identity,
+        source=source.path,
+        writes=writes,
+        resume=resume,
+        overwrite=overwrite,
     ) as output:
         resumed = len(output.finished)
         run = _Run(source, output, units, selected, pruner, options, progress or no_progress)
         run.adopt_finished()
         run.write(kernels.thread_count(threads))
         layouts = run.name_shards()
-        described = _describe(options)
         if isinstance(source, CodedSource) and "quantize" in described:
             described["quantize"] |= source.outcome()
         config = packed_config(source.config(), described, format_version(layouts))
-        copy_companions(source, output.partial, config)
-        document = build_index(layouts, dense_file_names(source.tensors.values()))
-        (output.partial / PACKED_INDEX_NAME).write_bytes(index_text(document))
-        output.publish()
-    seconds = time.perf_counter() - began
-    return PackReport(output.out, Sizes.of(layouts), resumed, seconds, run.converted_bytes)
+        copy_companions(companions, output.folder, config)
+        document = build_index(layouts, dense_files, writes.keys() - {PACKED_INDEX_NAME})
+        (output.folder / PACKED_INDEX_NAME).write_bytes(index_text(document))
+        output.publish([*writes, *(layout.path.name for layout in layouts)])
+    return PackReport(
+        path=output.out,
+        sizes=Sizes.of(layouts),
+        resumed_shards=resumed,
+        seconds=time.perf_counter() - began,
+        converted_bytes=run.converted_bytes,
+        left_out=companions.left_out,
+    )
+
+
+def pack_writes(source: CheckpointSource) -> Writes:
+    """Return what packing `source` writes besides shards, for `check_output`."""
+    return _writes(find_companions(source), source.config())
+
+
+def _writes(companions: Companions, config: Mapping[str, Any] | None) -> Writes:
+    return planned_files(companions, config, PACKED_INDEX_NAME)
 
 
 def _describe(options: PackOptions) -> dict[str, Any]:
@@ -158,20 +189,36 @@ class _Run:
     def adopt_finished(self) -> None:
         """Check the shards of an earlier run and go on behind them."""
         for number, entry in enumerate(self.output.finished, start=1):
-            path = self.output.partial / str(entry.get("file"))
-            renamed = sorted(self.output.partial.glob(f"endor-{number:05d}-of-*.safetensors"))
-            if renamed:
-                renamed[0].rename(path)
+            path = self._adopt(number, entry)
             problems = check_file(path)
-            names = list(FileLayout.read(path).records) if not problems else []
+            layout = None if problems else FileLayout.read(path)
+            if layout is None:
+                raise CheckpointError(f"{problems[0]}; start again with --overwrite")
+            names = list(layout.records)
             planned = [unit.name for unit in self.units[self.done : self.done + len(names)]]
-            if problems or names != planned:
-                problem = problems[0] if problems else f"{path}: holds other records than planned"
-                raise CheckpointError(f"{problem}; start again with --overwrite")
+            if names != planned or layout.checksum != entry.get("header"):
+                raise CheckpointError(f"{path}: was changed; start again with --overwrite")
             self.shards.append(path)
             self.done_bytes += sum(unit.nbytes for unit in self.units[self.done :][: len(names)])
             self.done += len(names)
         self.progress(self.done_bytes, self.total_bytes)
+
+    def _adopt(self, number: int, entry: Mapping[str, Any]) -> Path:
+        """Return the shard that a line of the journal is about, under its name without a count."""
+        folder = self.output.folder
+        name = f"endor-{number:05d}.safetensors"
+        if entry.get("file") != name:
+            raise CheckpointError(
+                f"{self.output.partial}: file {number} in the journal must be {name}, got "
+                f"{entry.get('file')!r}; start again with --overwrite"
+            )
+        for renamed in sorted(folder.glob(f"endor-{number:05d}-of-*.safetensors")):
+            if os.path.lexists(folder / name):
+                raise CheckpointError(
+                    f"{renamed}: is there beside {name}; start again with --overwrite"
+                )
+            renamed.rename(folder / name)
+        return self.output.adopt(name)
 
     def write(self, threads: int) -> None:
         """Write all shards that are not there yet."""
@@ -204,6 +251,9 @@ class _Run:
             encoded = integer.encode(*found, tensor.dtype, shape=tensor.shape, threads=1)
             return _Encoded(encoded, lambda: None)
         loaded = self.loader.load(tensor)
+        if tensor.dtype.bits:
+            plain = dense.encode_as(loaded.bits, tensor.dtype, tensor.shape)
+            return _Encoded(plain, lambda: self.loader.pool.give(loaded.buffer))
         scratch = self.scratches.take()
         together = max(1, min(self.threads, self.loader.budget_bytes // max(tensor.nbytes, 1)))
         encoded = kernels.encode(
@@ -220,7 +270,7 @@ class _Run:
         return _Encoded(encoded, lambda: self.scratches.give(scratch))
 
     def _write_shard(self, results: Iterator[tuple[SourceTensor, _Encoded]]) -> None:
-        path = self.output.partial / f"endor-{len(self.shards) + 1:05d}.safetensors"
+        path = self.output.folder / f"endor-{len(self.shards) + 1:05d}.safetensors"
         capacity, stop = self._header_room()
         first = self.done
         with FileWriter(path, header_capacity=capacity) as writer:
@@ -240,7 +290,9 @@ class _Run:
                         self.progress(self.done_bytes, self.total_bytes)
                 self.done += 1
         self.shards.append(path)
-        self.output.finish_file({"file": path.name, "records": self.done - first})
+        # The header holds the checksums of all records, so its own stands for the whole file.
+        header = FileLayout.read(path).checksum
+        self.output.finish_file({"file": path.name, "header": header})
 
     def _header_room(self) -> tuple[int, int]:
         """Return bytes to reserve for the next header, and the unit its shard must end before."""

@@ -8,6 +8,7 @@ wrote with the same tensors.
 import json
 import os
 import time
+from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from contextlib import closing
 from pathlib import Path
@@ -17,8 +18,9 @@ import numpy as np
 import xxhash
 
 from endor import kernels
-from endor.checkpoint.companions import copy_companions
-from endor.checkpoint.index import DEFAULT_DENSE_FILE
+from endor.checkpoint.companions import Companions, copy_companions, find_companions, planned_files
+from endor.checkpoint.index import DEFAULT_DENSE_FILE, dense_file_names
+from endor.checkpoint.manifest import Writes
 from endor.checkpoint.output import OutputDirectory
 from endor.checkpoint.pipeline import OrderedWork
 from endor.checkpoint.plan import plan_units
@@ -31,10 +33,15 @@ from endor.pruning.contract import WeightPruner
 from endor.storage import TemporaryFile
 
 DTYPE_ORDER = ["U64", "I64", "F64", "C64", "F32", "U32", "I32", "BF16", "F16", "U16", "I16"]
-DTYPE_ORDER += ["F8_E8M0", "F8_E4M3", "F8_E5M2", "I8", "U8", "BOOL"]
+DTYPE_ORDER += ["F8_E5M2FNUZ", "F8_E4M3FNUZ", "F8_E8M0", "F8_E4M3", "F8_E5M2", "I8", "U8"]
+DTYPE_ORDER += ["F6_E3M2", "F6_E2M3", "F4", "BOOL"]
 """How the safetensors library orders element types in a file."""
 
 _PIECE_BYTES = 16 << 20
+_CHECKSUM_BYTES = 1 << 20
+
+MAX_OPEN_FILES = 64
+"""Files that are being written and open; where shards interleave, more are being written."""
 
 
 def write_dense(
@@ -61,15 +68,24 @@ def write_dense(
         "prune": dict(description),
     }
     config = source.config()
+    names = dense_file_names(source.tensors.values())
+    companions = find_companions(source)
+    writes = _writes(companions, config, names)
     with OutputDirectory(
-        out, identity=identity, source=source.path, resume=resume, overwrite=overwrite
+        out,
+        identity=identity,
+        source=source.path,
+        writes=writes,
+        resume=resume,
+        overwrite=overwrite,
     ) as output:
         resumed = len(output.finished)
-        run = _Run(source, output, selected, pruner, progress or no_progress)
+        run = _Run(source, output, names, selected, pruner, progress or no_progress)
         run.write(kernels.thread_count(threads))
-        copy_companions(source, output.partial, config)
-        _write_index(output.partial, list(source.tensors.values()))
-        output.publish()
+        copy_companions(companions, output.folder, config)
+        if SAFETENSORS_INDEX_NAME in writes:
+            _write_index(output.folder, list(source.tensors.values()), names)
+        output.publish(writes.keys())
     return DenseReport(
         path=output.out,
         tensors=len(source.tensors),
@@ -80,7 +96,27 @@ def write_dense(
         files=len(run.files),
         resumed_files=resumed,
         seconds=time.perf_counter() - began,
+        left_out=companions.left_out,
     )
+
+
+def dense_writes(source: CheckpointSource) -> Writes:
+    """Return what writing `source` in dense form writes, for `check_output`."""
+    names = dense_file_names(source.tensors.values())
+    return _writes(find_companions(source), source.config(), names)
+
+
+def _writes(
+    companions: Companions, config: Mapping[str, Any] | None, names: Mapping[str, str]
+) -> Writes:
+    files = sorted(set(names.values()))
+    index = () if _is_whole(files) else (SAFETENSORS_INDEX_NAME,)
+    return planned_files(companions, config, *files, *index)
+
+
+def _is_whole(files: Sequence[str]) -> bool:
+    """Whether a checkpoint of these files needs no index: one file, whatever its name."""
+    return files == [SAFETENSORS_NAME] or (len(files) == 1 and DEFAULT_DENSE_FILE not in files)
 
 
 class _DenseFile:
@@ -114,6 +150,7 @@ class _DenseFile:
         if self._temporary is None:
             self._temporary = TemporaryFile(self.path)
             self._write(memoryview(self._head), 0)
+        self._temporary.resume()
         self._write(data, self.offsets[name])
         self.missing.discard(name)
 
@@ -125,6 +162,11 @@ class _DenseFile:
             except OSError as error:
                 raise OSError(error.errno, error.strerror, str(self.path)) from error
             data, offset = data[count:], offset + count
+
+    def suspend(self) -> None:
+        """Close the file until more of it comes."""
+        if self._temporary is not None:
+            self._temporary.suspend()
 
     def commit(self) -> None:
         """Give the file its name."""
@@ -144,22 +186,25 @@ class _Run:
         self,
         source: CheckpointSource,
         output: OutputDirectory,
+        names: Mapping[str, str],
         selected: frozenset[str],
         pruner: WeightPruner | None,
         progress: Progress,
     ) -> None:
         self.source = source
         self.output = output
+        self.names = names
         self.selected = selected
         self.progress = progress
         self.loader = TensorLoader(source, pruner, selected)
+        self._open: OrderedDict[str, None] = OrderedDict()
         self.weights = self.zeros = self.done_bytes = 0
         self.total_bytes = sum(tensor.nbytes for tensor in source.tensors.values())
         members: dict[str, list[SourceTensor]] = {}
         for tensor in source.tensors.values():
-            members.setdefault(tensor.file, []).append(tensor)
+            members.setdefault(names[tensor.name], []).append(tensor)
         self.files = {
-            name: _DenseFile(output.partial / name, tensors) for name, tensors in members.items()
+            name: _DenseFile(output.folder / name, tensors) for name, tensors in members.items()
         }
 
     def write(self, threads: int) -> None:
@@ -167,7 +212,10 @@ class _Run:
         finished = self._adopt_finished()
         units = plan_units(self.source.tensors.values(), frozenset())
         tensors = [
-            tensor for unit in units for tensor in unit.tensors if tensor.file not in finished
+            tensor
+            for unit in units
+            for tensor in unit.tensors
+            if self.names[tensor.name] not in finished
         ]
         self.progress(self.done_bytes, self.total_bytes)
         work = OrderedWork(
@@ -194,48 +242,63 @@ class _Run:
         return loaded, tensor.numel - int(np.count_nonzero(loaded.bits)) if counted else 0
 
     def _put(self, tensor: SourceTensor, loaded: Loaded) -> None:
-        file = self.files[tensor.file]
+        name = self.names[tensor.name]
+        file = self.files[name]
         file.put(tensor.name, loaded.buffer.array[: tensor.nbytes].data)
+        self._open[name] = None
+        self._open.move_to_end(name)
+        if len(self._open) > MAX_OPEN_FILES:
+            self.files[self._open.popitem(last=False)[0]].suspend()
         self.loader.pool.give(loaded.buffer)
         self.done_bytes += tensor.nbytes
         self.progress(self.done_bytes, self.total_bytes)
         if not file.missing:
             file.commit()
-            self.output.finish_file({"file": tensor.file, "xxh3_64": _file_checksum(file.path)})
+            del self._open[name]
+            self.output.finish_file({"file": name, **_identity_of(file.path)})
 
     def _adopt_finished(self) -> set[str]:
         """Return the files of an earlier run, after checking them."""
         finished = set()
         for entry in self.output.finished:
-            name = str(entry.get("file"))
-            path = self.output.partial / name
-            if name not in self.files or not path.is_file():
-                raise CheckpointError(f"{path}: is missing; start again with --overwrite")
-            if _file_checksum(path) != entry.get("xxh3_64"):
+            name = entry.get("file")
+            if not isinstance(name, str) or name not in self.files:
+                raise CheckpointError(
+                    f"{self.output.partial}: the journal names {name!r}, which is no file of this "
+                    "checkpoint; start again with --overwrite"
+                )
+            path = self.output.adopt(name)
+            if _identity_of(path) != {key: entry.get(key) for key in ("bytes", "xxh3_64")}:
                 raise CheckpointError(f"{path}: was changed; start again with --overwrite")
             finished.add(name)
             self.done_bytes += sum(
-                tensor.nbytes for tensor in self.source.tensors.values() if tensor.file == name
+                tensor.nbytes
+                for tensor in self.source.tensors.values()
+                if self.names[tensor.name] == name
             )
         return finished
+
+
+def _identity_of(path: Path) -> dict[str, Any]:
+    """Return what the journal holds of a finished file: these have no checksums of their own."""
+    return {"bytes": path.stat().st_size, "xxh3_64": _file_checksum(path)}
 
 
 def _file_checksum(path: Path) -> str:
     digest = xxhash.xxh3_64()
     with path.open("rb", buffering=0) as file:
-        while piece := file.read(_PIECE_BYTES):
+        while piece := file.read(_CHECKSUM_BYTES):
             digest.update(piece)
     return str(digest.hexdigest())
 
 
-def _write_index(directory: Path, tensors: Sequence[SourceTensor]) -> None:
-    files = {tensor.file for tensor in tensors}
-    if files <= {SAFETENSORS_NAME} or (len(files) == 1 and DEFAULT_DENSE_FILE not in files):
-        return
+def _write_index(
+    directory: Path, tensors: Sequence[SourceTensor], names: Mapping[str, str]
+) -> None:
     tensors = sorted(tensors, key=lambda tensor: tensor.name)
     document = {
         "metadata": {"total_size": sum(tensor.nbytes for tensor in tensors)},
-        "weight_map": {tensor.name: tensor.file for tensor in tensors},
+        "weight_map": {tensor.name: names[tensor.name] for tensor in tensors},
     }
     text = json.dumps(document, indent=2, ensure_ascii=False) + "\n"
     (directory / SAFETENSORS_INDEX_NAME).write_text(text, encoding="utf-8")

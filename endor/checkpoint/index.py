@@ -1,6 +1,8 @@
 """The index of a packed checkpoint: which file holds which array, and the source's layout."""
 
 import json
+import re
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,13 +10,19 @@ from typing import Any
 
 import xxhash
 
-from endor.checkpoint.source import PACKED_INDEX_NAME, read_json
+from endor.checkpoint.source import PACKED_INDEX_NAME
 from endor.checkpoint.tensors import SourceTensor
-from endor.errors import CheckpointError, ChecksumError, FormatError
+from endor.errors import CheckpointError, ChecksumError, EndorWarning, FormatError
+from endor.jsontext import read_object
 from endor.storage import FileLayout
 from endor.storage.layout import FORMAT_VERSION, VERSIONS, array_key
 
 DEFAULT_DENSE_FILE = "model.safetensors"
+
+SHARD_NAME = re.compile(r"endor-\d{5}-of-\d{5}\.safetensors")
+
+_RESERVED = re.compile(r"endor-\d{5}(-of-\d{5})?\.safetensors")
+_MAX_NAME_BYTES = 200
 
 
 def shard_name(number: int, count: int) -> str:
@@ -29,10 +37,14 @@ class PackedIndex:
     Attributes:
         files: Shards, in order.
         dense_files: Per tensor the dense file that it came from, and goes back to.
+        headers: Per shard the checksum of its header; None in an older index.
+        companions: What was published besides shards and index; None as `headers`.
     """
 
     files: tuple[str, ...]
     dense_files: Mapping[str, str]
+    headers: Mapping[str, str] | None
+    companions: tuple[str, ...] | None
 
 
 def format_version(layouts: Sequence[FileLayout]) -> int:
@@ -40,8 +52,18 @@ def format_version(layouts: Sequence[FileLayout]) -> int:
     return max((layout.version for layout in layouts), default=FORMAT_VERSION)
 
 
-def build_index(layouts: Sequence[FileLayout], dense_files: Mapping[str, str]) -> dict[str, Any]:
-    """Return the index document of shards with these layouts."""
+def build_index(
+    layouts: Sequence[FileLayout],
+    dense_files: Mapping[str, str],
+    companions: Iterable[str] | None,
+) -> dict[str, Any]:
+    """Return the index document of shards with these layouts.
+
+    Args:
+        layouts: The shards, in order.
+        dense_files: Per tensor the dense file it goes back to.
+        companions: What is published besides; None for an index as older versions wrote it.
+    """
     weight_map: dict[str, str] = {}
     total = 0
     for layout in layouts:
@@ -63,7 +85,11 @@ def build_index(layouts: Sequence[FileLayout], dense_files: Mapping[str, str]) -
         },
         "weight_map": weight_map,
     }
-    document["metadata"]["endor"]["checksum"] = _checksum(document)
+    entry = document["metadata"]["endor"]
+    if companions is not None:
+        entry["headers"] = {layout.path.name: layout.checksum for layout in layouts}
+        entry["companions"] = sorted(companions)
+    entry["checksum"] = _checksum(document)
     return document
 
 
@@ -86,15 +112,117 @@ def read_packed_index(directory: Path) -> PackedIndex:
             f"{directory}: no packed checkpoint here ({PACKED_INDEX_NAME} is missing); "
             "make one with: endor pack MODEL OUT"
         )
-    document = read_json(path)
+    index = _parse(path)
+    files = index.files
+    missing = [file for file in files if not (directory / file).is_file()]
+    if missing:
+        raise CheckpointError(
+            f"{directory}: {len(missing)} of {len(files)} shards are missing: "
+            f"{', '.join(missing[:3])}; copy them again"
+        )
+    return index
+
+
+def published_files(path: Path) -> frozenset[str] | None:
+    """Return what was published with the index at `path`, itself included; None if not listed.
+
+    Raises:
+        CheckpointError, FormatError, ChecksumError: As `read_packed_index`.
+    """
+    index = _parse(path)
+    if index.companions is None:
+        return None
+    return frozenset((path.name, *index.files, *index.companions))
+
+
+def check_shards(directory: Path, index: PackedIndex, layouts: Iterable[FileLayout]) -> None:
+    """Raise unless the shards are those that the index was written for.
+
+    A header holds the checksums of its records, so its own checksum stands for the whole shard:
+    shards of another packing, which are whole in themselves, are noticed here and nowhere else.
+
+    Warns:
+        EndorWarning: The index is an older one and holds no checksums of headers.
+
+    Raises:
+        ChecksumError: A shard is another one.
+    """
+    where = directory / PACKED_INDEX_NAME
+    if index.headers is None:
+        warnings.warn(
+            f"{where}: has no checksums of shards, so shards of two checkpoints could be mixed "
+            "unnoticed; pack the checkpoint again (endor pack takes packed ones) to add them",
+            EndorWarning,
+            stacklevel=2,
+        )
+        return
+    for layout in layouts:
+        name = layout.path.name
+        wanted = index.headers.get(name)
+        if layout.checksum != wanted:
+            raise ChecksumError(
+                f"{where}: does not describe the shards: the header checksum of {name} must be "
+                f"{wanted}, got {layout.checksum}; it is the shard of another checkpoint: copy or "
+                "convert this one again"
+            )
+
+
+def check_together(layouts: Sequence[FileLayout]) -> None:
+    """Raise unless shards belong together, by the index beside them; errors as `check_shards`.
+
+    Raises:
+        CheckpointError, FormatError: There is no index, or it is damaged.
+    """
+    if layouts:
+        directory = layouts[0].path.parent
+        check_shards(directory, read_packed_index(directory), layouts)
+
+
+def is_dense_name(name: str) -> bool:
+    """Whether a dense file may have this name in an output: never one of Endor's own or a path."""
+    return (
+        name.endswith(".safetensors")
+        and Path(name).name == name
+        and not name.startswith(".")
+        and "\0" not in name
+        and len(name.encode(errors="replace")) <= _MAX_NAME_BYTES
+        and not _RESERVED.fullmatch(name)
+    )
+
+
+def dense_file_names(tensors: Iterable[SourceTensor]) -> dict[str, str]:
+    """Return per tensor the name of the dense file to unpack it to: the source's, made plain."""
+    given = {tensor.name: tensor.file for tensor in tensors}
+    taken = {file for file in given.values() if is_dense_name(file)}
+    names = {file: file for file in taken}
+    for file in sorted(set(given.values()) - taken):
+        stem = file.removesuffix(".safetensors").replace("/", "-").lstrip(".")[:100]
+        stem = f"dense-{stem}" if _RESERVED.fullmatch(f"{stem}.safetensors") else stem or "dense"
+        number = 1
+        while (name := f"{stem}{f'-{number}' if number > 1 else ''}.safetensors") in taken:
+            number += 1
+        taken.add(name)
+        names[file] = name
+    return {name: names[file] for name, file in given.items()}
+
+
+def _parse(path: Path) -> PackedIndex:
+    """Return the index at `path`, its checksum and its names checked; not whether shards exist."""
+    document = read_object(path)
     try:
         entry = document["metadata"]["endor"]
         version, names = entry["format_version"], entry["dense_files"]
         places, weight_map = entry["dense_file_of"], document["weight_map"]
         recorded = entry["checksum"]
+        headers, companions = entry.get("headers"), entry.get("companions")
         dense_files = {name: names[place] for name, place in places.items()}
         files = tuple(sorted(set(weight_map.values())))
-        plain = all(Path(file).name == file for file in (*files, *names))
+        if not all(isinstance(name, str) for name in (*files, *names)):
+            raise TypeError("names must be strings")
+        if headers is not None and headers.keys() != set(files):
+            raise KeyError("headers")
+        if companions is not None and not all(is_relative(name) for name in companions):
+            raise KeyError("companions")
     except (KeyError, TypeError, IndexError, AttributeError) as error:
         raise FormatError(
             f"{path}: malformed index ({error!r}); restore or re-make the checkpoint"
@@ -104,26 +232,33 @@ def read_packed_index(directory: Path) -> PackedIndex:
             f"{path}: format version must be {VERSIONS[0]} or {VERSIONS[-1]}, got {version}; "
             "upgrade endor"
         )
-    if not plain:
-        raise FormatError(f"{path}: file names must not contain a directory")
+    odd = [file for file in files if not SHARD_NAME.fullmatch(file)]
+    if odd:
+        raise FormatError(
+            f"{path}: shards must be named endor-NNNNN-of-NNNNN.safetensors, got {odd[0]!r}; "
+            "restore or re-make the checkpoint"
+        )
+    odd = [name for name in names if not is_dense_name(name)]
+    if odd:
+        raise FormatError(
+            f"{path}: dense files must be named *.safetensors, without a directory and unlike "
+            f"Endor's own, got {odd[0]!r}; restore or re-make the checkpoint"
+        )
     found = _checksum(document)
     if found != recorded:
         raise ChecksumError(
             f"{path}: index checksum must be {recorded}, got {found}; the index is damaged: "
             "restore or re-make the checkpoint"
         )
-    missing = [file for file in files if not (directory / file).is_file()]
-    if missing:
-        raise CheckpointError(
-            f"{directory}: {len(missing)} of {len(files)} shards are missing: "
-            f"{', '.join(missing[:3])}; copy them again"
-        )
-    return PackedIndex(files, dense_files)
+    return PackedIndex(
+        files, dense_files, headers, None if companions is None else tuple(companions)
+    )
 
 
-def dense_file_names(tensors: Iterable[SourceTensor]) -> dict[str, str]:
-    """Return per tensor the name of the dense file to unpack it to."""
-    return {tensor.name: tensor.file for tensor in tensors}
+def is_relative(name: str) -> bool:
+    """Whether a name stays below the directory it is relative to."""
+    parts = name.split("/")
+    return "\0" not in name and all(part not in ("", ".", "..") for part in parts)
 
 
 def _checksum(document: Mapping[str, Any]) -> str:

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from endor.checkpoint.index import read_packed_index
+from endor.checkpoint.index import check_shards, read_packed_index
 from endor.checkpoint.report import Sizes
 from endor.codecs import TensorSpec
 from endor.storage import FileLayout
@@ -66,14 +66,19 @@ class Inspection:
 
 
 def inspect_checkpoint(packed_dir: Path | str) -> Inspection:
-    """Return what a packed checkpoint holds; reads headers only, weights are not checked.
+    """Return what a packed checkpoint, or a packed file, holds; reads headers only.
 
     Raises:
         CheckpointError: `packed_dir` is no packed checkpoint, or lacks a shard.
         FormatError: the index or a header is damaged.
     """
     path = Path(packed_dir)
-    layouts = [FileLayout.read(path / file) for file in read_packed_index(path).files]
+    if path.is_file():
+        layouts = [FileLayout.read(path)]
+    else:
+        index = read_packed_index(path)
+        layouts = [FileLayout.read(path / file) for file in index.files]
+        check_shards(path, index, layouts)
     rows = tuple(
         TensorRow(entry.name, entry.spec, entry.record, layout.path.name)
         for layout in layouts

@@ -10,7 +10,7 @@ import numpy as np
 
 from endor import kernels
 from endor.checkpoint.companions import dense_config
-from endor.checkpoint.index import DEFAULT_DENSE_FILE, read_packed_index
+from endor.checkpoint.index import DEFAULT_DENSE_FILE, check_shards, read_packed_index
 from endor.checkpoint.source import read_config
 from endor.checkpoint.tensors import SourceTensor
 from endor.errors import FormatError
@@ -33,6 +33,7 @@ class PackedSource:
         self.directory: Path | None = path
         index = read_packed_index(path)
         self.layouts = [FileLayout.read(path / file) for file in index.files]
+        check_shards(path, index, self.layouts)
         self.tensors: dict[str, SourceTensor] = {}
         self._homes: dict[str, FileLayout] = {}
         for layout in self.layouts:

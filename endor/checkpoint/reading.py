@@ -7,6 +7,7 @@ import numpy as np
 from endor.checkpoint.pipeline import BufferPool, budget_for
 from endor.checkpoint.tensors import CheckpointSource, SourceTensor
 from endor.errors import PruningError
+from endor.packed import tensor_of
 from endor.pruning.contract import WeightPruner
 from endor.storage import HostBuffer
 
@@ -18,7 +19,8 @@ class Loaded:
     Attributes:
         tensor: Which.
         buffer: Where; goes back to the pool.
-        bits: Its elements over the buffer, unsigned, of its shape.
+        bits: Its elements over the buffer, unsigned, of its shape; flat bytes where they are
+            narrower than one.
     """
 
     tensor: SourceTensor
@@ -62,7 +64,13 @@ class TensorLoader:
         buffer = self.pool.take(tensor.nbytes)
         out = buffer.array[: tensor.nbytes]
         self._source.read_into(tensor.name, out)
-        return Loaded(tensor, buffer, out.view(tensor.dtype.uint).reshape(tensor.shape))
+        return Loaded(tensor, buffer, _shaped(out, tensor))
+
+
+def _shaped(out: np.ndarray, tensor: SourceTensor) -> np.ndarray:
+    shape = tensor.dtype.unit_shape(tensor.shape)
+    bits: np.ndarray = out.view(tensor.dtype.uint).reshape(shape)
+    return bits
 
 
 def prune_in_place(pruner: WeightPruner, tensor: SourceTensor, bits: np.ndarray) -> None:
@@ -75,13 +83,7 @@ def prune_in_place(pruner: WeightPruner, tensor: SourceTensor, bits: np.ndarray)
     if on_bits is not None:
         on_bits(tensor.name, bits, tensor.dtype)
         return
-    import torch
-
-    from endor.checkpoint.torchfiles import TORCH_CODES
-
-    kinds = {code: kind for kind, code in TORCH_CODES.items()}
-    flat = torch.from_numpy(bits.reshape(-1).view(np.uint8))
-    weight = flat.view(kinds[tensor.dtype.name]).view(tensor.shape)
+    weight = tensor_of(bits, tensor.dtype)
     pruned = pruner.prune(tensor.name, weight)
     if pruned.shape != weight.shape or pruned.dtype != weight.dtype:
         raise PruningError(

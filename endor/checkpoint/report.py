@@ -92,6 +92,7 @@ class PackReport:
         resumed_shards: Shards that an earlier run had finished.
         seconds: Wall time of this run.
         converted_bytes: Dense bytes that this run read.
+        left_out: Other weights and folders beside the source's, which were not carried over.
     """
 
     path: Path
@@ -99,6 +100,7 @@ class PackReport:
     resumed_shards: int
     seconds: float
     converted_bytes: int
+    left_out: tuple[str, ...] = ()
 
     @property
     def gbps(self) -> float:
@@ -114,6 +116,7 @@ class PackReport:
             "seconds": self.seconds,
             "converted_bytes": self.converted_bytes,
             "gbps": self.gbps,
+            "left_out": list(self.left_out),
         }
 
 
@@ -131,6 +134,7 @@ class DenseReport:
         files: Weight files written.
         resumed_files: Files that an earlier run had finished.
         seconds: Wall time of this run.
+        left_out: Other weights and folders beside the source's, which were not carried over.
     """
 
     path: Path
@@ -142,6 +146,7 @@ class DenseReport:
     files: int
     resumed_files: int
     seconds: float
+    left_out: tuple[str, ...] = ()
 
     @property
     def gbps(self) -> float:

@@ -1,33 +1,55 @@
-"""Checkpoints on disk as a `CheckpointSource`: which files make one up, and its dense tensors.
+"""Checkpoints on disk as a `CheckpointSource`: opened, checked, and read tensor by tensor.
 
-Taken, in this order: `model.safetensors`, `model.safetensors.index.json`, a packed directory,
-a lone `*.safetensors`, `pytorch_model.bin`, `pytorch_model.bin.index.json`; or one safetensors
-file. Everything is checked on opening (index against shards, shards against their headers and
-sizes), so that a conversion does not fail half way on its input.
+`choose` says which files make one up. Everything is checked on opening (index against shards,
+shards against their headers and sizes), so that a conversion does not fail half way on its input.
 """
 
 import hashlib
-import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from endor.checkpoint.files import Extent, ReadOnlyFile, read_header
+from endor.checkpoint.choose import (
+    CONFIG_NAME,
+    PACKED_INDEX_NAME,
+    SAFETENSORS_INDEX_NAME,
+    SAFETENSORS_NAME,
+    Choice,
+    choose,
+    read_config,
+    warn,
+)
+from endor.checkpoint.files import Extent, OpenFiles, read_header
 from endor.checkpoint.tensors import CheckpointSource, SourceTensor
 from endor.errors import CheckpointError
+from endor.foreign import describe_absent, describe_directory, describe_file
 
-CONFIG_NAME = "config.json"
-PACKED_INDEX_NAME = "endor.safetensors.index.json"
-SAFETENSORS_NAME = "model.safetensors"
-SAFETENSORS_INDEX_NAME = "model.safetensors.index.json"
-TORCH_NAME = "pytorch_model.bin"
-TORCH_INDEX_NAME = "pytorch_model.bin.index.json"
+__all__ = [
+    "CONFIG_NAME",
+    "PACKED_INDEX_NAME",
+    "SAFETENSORS_INDEX_NAME",
+    "SAFETENSORS_NAME",
+    "SafetensorsSource",
+    "check_index",
+    "fingerprint_files",
+    "open_source",
+    "read_config",
+]
+
+COMPUTED = frozenset(["inv_freq", "original_inv_freq", "cos_cached", "sin_cached", "position_ids"])
+COMPUTED |= frozenset(["masked_bias", "num_batches_tracked", "_extra_state"])
+"""Last parts of names of buffers that models compute themselves: their absence changes nothing."""
+
+_PIECE_BYTES = 16 << 20
 
 
 def open_source(path: Path | str) -> CheckpointSource:
     """Return the checkpoint at `path`: a Hugging Face directory, a packed one, or one file.
+
+    Warns (`EndorWarning`) about files that are left alone, and about an index that differs from
+    its shards in what cannot change a weight.
 
     Raises:
         CheckpointError: there is none, or it is incomplete or contradicts itself.
@@ -41,95 +63,91 @@ def open_source(path: Path | str) -> CheckpointSource:
 
 def _open(path: Path) -> CheckpointSource:
     if path.is_file():
-        return _from_safetensors(path, None, _single(path))
+        described = describe_file(path)
+        if described is not None:
+            raise CheckpointError(f"{path}: {described}")
+        return _from_safetensors(path, None, Choice("safetensors", (path.name,), None, {}))
     if not path.is_dir():
-        raise CheckpointError(
-            f"{path}: no such checkpoint; give a directory with config.json and weights, "
-            "or a .safetensors file (download from the Hub first: hf download MODEL --local-dir D)"
-        )
-    if (path / SAFETENSORS_NAME).exists():
-        return _from_safetensors(path, path, _single(path / SAFETENSORS_NAME))
-    if (path / SAFETENSORS_INDEX_NAME).exists():
-        return _from_safetensors(path, path, _sharded(path / SAFETENSORS_INDEX_NAME))
-    if (path / PACKED_INDEX_NAME).exists():
+        raise CheckpointError(f"{path}: {describe_absent(path) or _NOTHING}")
+    if (path / "snapshots").is_dir() and not (path / CONFIG_NAME).exists():
+        raise CheckpointError(f"{path}: {describe_directory(path)}")
+    choice = choose(path)
+    if choice.kind == "packed":
         from endor.checkpoint.packed import PackedSource
 
         return PackedSource(path)
-    lone = sorted(path.glob("*.safetensors"))
-    if len(lone) == 1:
-        return _from_safetensors(path, path, _single(lone[0]))
-    if lone:
-        raise CheckpointError(
-            f"{path}: {len(lone)} safetensors files but no {SAFETENSORS_INDEX_NAME}; "
-            "add the index, or give one file"
-        )
-    for name, sharded in ((TORCH_NAME, False), (TORCH_INDEX_NAME, True)):
-        if (path / name).exists():
-            from endor.checkpoint.torchfiles import TorchSource
+    if choice.kind == "torch":
+        from endor.checkpoint.torchfiles import TorchSource
 
-            return TorchSource(path, read_index(path / name) if sharded else {name: None})
-    raise CheckpointError(
-        f"{path}: no weights here; expected {SAFETENSORS_NAME}, {SAFETENSORS_INDEX_NAME}, "
-        f"{TORCH_NAME} or {TORCH_INDEX_NAME}"
-    )
+        return TorchSource(path, choice)
+    return _from_safetensors(path, path, choice)
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """Return the JSON object in `path`.
-
-    Raises:
-        CheckpointError: it is missing or not a JSON object.
-    """
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise CheckpointError(f"{path}: no such file; is the checkpoint complete?") from None
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise CheckpointError(f"{path}: must be JSON: {error}") from None
-    if not isinstance(value, dict):
-        raise CheckpointError(f"{path}: must hold a JSON object, got {type(value).__name__}")
-    return value
+_NOTHING = (
+    "no such checkpoint; give a directory with config.json and weights, or a .safetensors file "
+    "(download from the Hub first: hf download MODEL --local-dir D)"
+)
 
 
-def read_config(directory: Path | None) -> dict[str, Any] | None:
-    """Return config.json of `directory`; None when there is none."""
-    if directory is None or not (directory / CONFIG_NAME).exists():
-        return None
-    return read_json(directory / CONFIG_NAME)
+def check_index(
+    directory: Path,
+    choice: Choice,
+    found: Mapping[str, list[str]],
+    equal: Callable[[str, str, str], bool],
+) -> dict[str, str]:
+    """Return the file to read each tensor from, after comparing the index with its shards.
 
+    transformers loads every tensor of every listed shard, whatever the index says of it. What
+    differs without changing a weight is therefore tolerated, with a warning: a tensor that the
+    index lists in another shard or not at all, one that lies in two shards with the same bits, and
+    a listed one that no shard has, where models compute it themselves or config.json ties it.
 
-def read_index(path: Path) -> dict[str, frozenset[str] | None]:
-    """Return the tensor names that an index file expects in each of its shards.
+    Args:
+        directory: The checkpoint.
+        choice: Its files and index.
+        found: Per tensor name the files that hold it, in the order of `choice.files`.
+        equal: Whether a tensor has the same bits in two files.
 
     Raises:
-        CheckpointError: the index is malformed, or a shard is missing.
+        CheckpointError: A weight is missing, or lies in two shards with different bits.
     """
-    weight_map = read_json(path).get("weight_map")
-    if not isinstance(weight_map, dict) or not weight_map:
-        raise CheckpointError(f"{path}: weight_map must map tensor names to files")
-    names: dict[str, set[str]] = {}
-    for name, file in weight_map.items():
-        if not isinstance(file, str) or not file or Path(file).name != file:
-            raise CheckpointError(f"{path}: {name}: must map to a file beside it, got {file!r}")
-        names.setdefault(file, set()).add(name)
-    missing = [file for file in sorted(names) if not (path.parent / file).is_file()]
-    if missing:
-        more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
+    for name, files in found.items():
+        for file in files[1:]:
+            if not equal(name, files[0], file):
+                raise CheckpointError(
+                    f"{directory}: {name} is both in {files[0]} and {file}, and differs; remove "
+                    "the wrong one"
+                )
+    homes = {name: files[-1] for name, files in found.items()}
+    if choice.index is None:
+        return homes
+    absent = sorted(choice.weight_map.keys() - found.keys())
+    ties = (read_config(directory) or {}).get("tie_word_embeddings") is True
+    for name in absent:
+        if name.rpartition(".")[2] in COMPUTED or (ties and name == "lm_head.weight"):
+            continue
         raise CheckpointError(
-            f"{path}: {len(missing)} of {len(names)} shards are missing: "
-            f"{', '.join(missing[:3])}{more}; finish the download"
+            f"{choice.index}: lists {name}, which no shard holds (it should be in "
+            f"{choice.weight_map[name]}); a model loaded from it would have made-up weights there: "
+            "fetch the shards again, or take the name out of the index"
         )
-    return {file: frozenset(names[file]) for file in sorted(names)}
-
-
-def check_names(path: Path, found: Mapping[str, object], expected: frozenset[str] | None) -> None:
-    """Raise `CheckpointError` unless a shard holds exactly what the index says."""
-    if expected is None:
-        return
-    for name in sorted(expected - found.keys()):
-        raise CheckpointError(f"{path}: the index puts {name} here, the file lacks it")
-    for name in sorted(found.keys() - expected):
-        raise CheckpointError(f"{path}: holds {name}, which the index does not put here")
+    unlisted = sorted(found.keys() - choice.weight_map.keys())
+    moved = [
+        name
+        for name, file in choice.weight_map.items()
+        if name in found and file not in found[name]
+    ]
+    twice = [name for name, files in found.items() if len(files) > 1]
+    for names, what in (
+        (absent, "listed, but in no shard; models compute or tie it"),
+        (unlisted, "in a shard, but not listed; taken"),
+        (moved, "in another shard than listed; taken from there"),
+        (twice, "in two shards with the same bits; taken once"),
+    ):
+        if names:
+            more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+            warn(f"{choice.index}: {min(names)}{more}: {what}")
+    return homes
 
 
 def fingerprint_files(paths: list[Path]) -> str:
@@ -142,29 +160,64 @@ def fingerprint_files(paths: list[Path]) -> str:
 
 
 class SafetensorsSource:
-    """Stock safetensors files, read by offset."""
+    """Stock safetensors files, read by offset.
+
+    Args:
+        path: The directory or file, for messages.
+        directory: Where config.json lies; None for a lone file.
+        choice: The weight files, relative to the directory of `path`.
+    """
 
     ordered = False
 
-    def __init__(self, path: Path, directory: Path | None, files: dict[Path, dict[str, Extent]]):
+    def __init__(self, path: Path, directory: Path | None, choice: Choice) -> None:
         self.path = path
         self.directory = directory
         self.tensors: dict[str, SourceTensor] = {}
-        self._paths = list(files)
-        self._files: dict[str, ReadOnlyFile] = {}
-        self._offsets: dict[str, int] = {}
-        for file, extents in files.items():
-            self._files[file.name] = ReadOnlyFile(file)
-            for name, extent in extents.items():
-                if name in self.tensors:
-                    raise CheckpointError(
-                        f"{path}: {name} is both in {self.tensors[name].file} and {file.name}"
-                    )
-                self.tensors[name] = SourceTensor(name, extent.dtype, extent.shape, file.name)
-                self._offsets[name] = extent.offset
+        self._files = OpenFiles()
+        self._places: dict[str, tuple[Path, int]] = {}
+        root = path if directory is not None else path.parent
+        self._paths = [root / file for file in choice.files]
+        extents: dict[str, dict[str, Extent]] = {}
+        found: dict[str, list[str]] = {}
+        for file in choice.files:
+            tensors, metadata = read_header(root / file)
+            if "endor" in metadata:
+                raise CheckpointError(
+                    f"{root / file}: is packed by Endor; give its whole directory (with "
+                    f"{PACKED_INDEX_NAME})"
+                )
+            extents[file] = tensors
+            for name in tensors:
+                found.setdefault(name, []).append(file)
+
+        def equal(name: str, one: str, other: str) -> bool:
+            first, second = extents[one][name], extents[other][name]
+            if (first.dtype, first.shape) != (second.dtype, second.shape):
+                return False
+            return self._same_bytes(root / one, first, root / other, second)
+
+        homes = check_index(root, choice, found, equal)
+        for file in choice.files:
+            for name, extent in extents[file].items():
+                if homes[name] == file:
+                    self.tensors[name] = SourceTensor(name, extent.dtype, extent.shape, file)
+                    self._places[name] = (root / file, extent.offset)
+
+    def _same_bytes(self, one: Path, first: Extent, other: Path, second: Extent) -> bool:
+        for at in range(0, first.nbytes, _PIECE_BYTES):
+            pieces = []
+            for path, extent in ((one, first), (other, second)):
+                piece = np.empty(min(_PIECE_BYTES, extent.nbytes - at), dtype=np.uint8)
+                self._files.read_into(path, extent.offset + at, piece)
+                pieces.append(piece)
+            if not np.array_equal(pieces[0], pieces[1]):
+                return False
+        return True
 
     def read_into(self, name: str, out: np.ndarray) -> None:
-        self._files[self.tensors[name].file].read_into(self._offsets[name], out)
+        path, offset = self._places[name]
+        self._files.read_into(path, offset, out)
 
     def config(self) -> dict[str, Any] | None:
         return read_config(self.directory)
@@ -173,31 +226,11 @@ class SafetensorsSource:
         return fingerprint_files(self._paths)
 
     def close(self) -> None:
-        for file in self._files.values():
-            file.close()
+        self._files.close()
 
 
-def _single(path: Path) -> dict[Path, frozenset[str] | None]:
-    return {path: None}
-
-
-def _sharded(index: Path) -> dict[Path, frozenset[str] | None]:
-    return {index.parent / file: names for file, names in read_index(index).items()}
-
-
-def _from_safetensors(
-    path: Path, directory: Path | None, files: dict[Path, frozenset[str] | None]
-) -> CheckpointSource:
+def _from_safetensors(path: Path, directory: Path | None, choice: Choice) -> CheckpointSource:
     from endor.checkpoint.bitmask import BitmaskSource, has_bitmasks
 
-    extents: dict[Path, dict[str, Extent]] = {}
-    for file, expected in files.items():
-        header = read_header(file)
-        if "endor" in header.metadata:
-            raise CheckpointError(
-                f"{file}: is packed by Endor; give its whole directory (with {PACKED_INDEX_NAME})"
-            )
-        check_names(file, header.tensors, expected)
-        extents[file] = dict(header.tensors)
-    source = SafetensorsSource(path, directory, extents)
+    source = SafetensorsSource(path, directory, choice)
     return BitmaskSource(source) if has_bitmasks(source) else source

@@ -33,7 +33,7 @@ class SourceTensor:
 
     @property
     def nbytes(self) -> int:
-        return self.numel * self.dtype.itemsize
+        return self.dtype.nbytes(self.numel)
 
 
 class CheckpointSource(Protocol):

@@ -14,6 +14,7 @@ from endor.checkpoint.companions import QUANTIZATION_KEY
 from endor.checkpoint.index import (
     PackedIndex,
     build_index,
+    check_shards,
     index_text,
     read_packed_index,
     shard_name,
@@ -159,8 +160,15 @@ def _check_index(path: Path, index: PackedIndex, layouts: list[FileLayout]) -> I
     elif set(stored) != set(index.dense_files):
         odd = min(set(stored) ^ set(index.dense_files))
         yield f"{where}: {odd} must be both in the index and in a shard"
-    elif index_text(build_index(layouts, index.dense_files)) != where.read_bytes():
-        yield f"{where}: does not describe the shards; restore or re-make the checkpoint"
+    else:
+        try:
+            check_shards(path, index, layouts)
+        except EndorError as error:
+            yield str(error)
+            return
+        document = build_index(layouts, index.dense_files, index.companions)
+        if index_text(document) != where.read_bytes():
+            yield f"{where}: does not describe the shards; restore or re-make the checkpoint"
 
 
 @dataclass(slots=True)
@@ -243,7 +251,7 @@ class _ContentCheck:
             try:
                 encoded = bind_checked(layout, name, buffer.array)
                 if self.reference is not None:
-                    out = np.empty(encoded.spec.numel, dtype=encoded.spec.dtype.uint)
+                    out = np.empty(encoded.spec.units, dtype=encoded.spec.dtype.uint)
                     kernels.decode(encoded, out, threads=1)
                     checked.problems += self._compare(layout, name, out, checked.changes)
                     checked.compared += 1
@@ -277,7 +285,8 @@ class _ContentCheck:
                 return
         if wrong.size:
             first = int(wrong[0])
-            place = tuple(int(i) for i in np.unravel_index(first, spec.shape)) if spec.shape else ()
+            shape = spec.dtype.unit_shape(spec.shape)
+            place = tuple(int(i) for i in np.unravel_index(first, shape)) if shape else ()
             digits = 2 * spec.dtype.itemsize
             yield (
                 f"{name}: {wrong.size} of {bits.size} elements differ from {self.reference.path}; "

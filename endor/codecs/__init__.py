@@ -112,10 +112,10 @@ def decode(encoded: Encoded, out: np.ndarray | None = None) -> np.ndarray:
     module = {"dense": dense, "raw": raw, "exp": exp, "int": integer}[spec.codec]
     flat = cast(np.ndarray, module.decode(encoded))
     if out is None:
-        return flat.reshape(spec.shape)
-    if out.size != spec.numel or out.dtype != spec.dtype.uint:
+        return flat.reshape(spec.dtype.unit_shape(spec.shape))
+    if out.size != spec.units or out.dtype != spec.dtype.uint:
         raise ShapeError(
-            f"out must hold {spec.numel} of {spec.dtype.uint}, got {out.size} of {out.dtype}"
+            f"out must hold {spec.units} of {spec.dtype.uint}, got {out.size} of {out.dtype}"
         )
     out[...] = flat.reshape(out.shape)
     return out

@@ -1,5 +1,7 @@
 """Codec `dense`: the tensor as it is."""
 
+import math
+
 import numpy as np
 
 from endor.codecs.dtypes import DType
@@ -8,8 +10,13 @@ from endor.codecs.spec import Encoded, TensorSpec
 
 def encode(bits: np.ndarray, dtype: DType) -> Encoded:
     """Return `bits` stored as they are."""
-    spec = TensorSpec(bits.shape, dtype, "dense", bitmap=False, nnz=bits.size)
-    return Encoded(spec, {"": bits})
+    return encode_as(bits, dtype, bits.shape)
+
+
+def encode_as(bits: np.ndarray, dtype: DType, shape: tuple[int, ...]) -> Encoded:
+    """Return `bits`, of `dtype.unit_shape(shape)`, stored as they are as a tensor of `shape`."""
+    spec = TensorSpec(shape, dtype, "dense", bitmap=False, nnz=math.prod(shape))
+    return Encoded(spec, {"": bits.reshape(dtype.unit_shape(shape))})
 
 
 def decode(encoded: Encoded) -> np.ndarray:

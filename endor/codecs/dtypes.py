@@ -1,5 +1,6 @@
 """Element types, and how their bits split into sign, exponent and mantissa."""
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,10 +18,11 @@ class DType:
 
     Attributes:
         name: The safetensors code, such as `"BF16"`.
-        itemsize: Bytes per element.
+        itemsize: Bytes per element; 1 where elements are narrower (`bits`).
         exponent_bits: Width of the exponent field; 0 where only the dense codec applies.
         mantissa_bits: Width of the mantissa field.
         signed: Whether a sign bit stands above the exponent.
+        bits: Width of an element that is no whole bytes; its tensors are handled as flat bytes.
     """
 
     name: str
@@ -28,6 +30,19 @@ class DType:
     exponent_bits: int = 0
     mantissa_bits: int = 0
     signed: bool = True
+    bits: int = 0
+
+    def units(self, numel: int) -> int:
+        """Return how many items of `uint` hold `numel` elements."""
+        return -(-numel * self.bits // 8) if self.bits else numel
+
+    def nbytes(self, numel: int) -> int:
+        """Return the bytes of `numel` elements."""
+        return self.units(numel) * self.itemsize
+
+    def unit_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """Return the shape, in items of `uint`, of a dense tensor of `shape`."""
+        return (self.units(math.prod(shape)),) if self.bits else shape
 
     @property
     def packable(self) -> bool:
@@ -91,6 +106,11 @@ DTYPES: dict[str, DType] = {
         DType("F64", 8),
         DType("F8_E8M0", 1),
         DType("C64", 8),
+        DType("F8_E4M3FNUZ", 1),
+        DType("F8_E5M2FNUZ", 1),
+        DType("F4", 1, bits=4),
+        DType("F6_E2M3", 1, bits=6),
+        DType("F6_E3M2", 1, bits=6),
     )
 }
 

@@ -42,7 +42,12 @@ class ArraySpec:
 
     @property
     def nbytes(self) -> int:
-        return math.prod(self.shape) * self.dtype.itemsize
+        return self.dtype.nbytes(math.prod(self.shape))
+
+    @property
+    def unit_shape(self) -> tuple[int, ...]:
+        """Its shape in memory: in items of `dtype.uint`."""
+        return self.dtype.unit_shape(self.shape)
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,7 +137,12 @@ class TensorSpec:
 
     @property
     def dense_nbytes(self) -> int:
-        return self.numel * self.dtype.itemsize
+        return self.dtype.nbytes(self.numel)
+
+    @property
+    def units(self) -> int:
+        """Items of `dtype.uint` in the dense form: `numel`, or bytes of narrower elements."""
+        return self.dtype.units(self.numel)
 
     @property
     def bits_per_weight(self) -> float:

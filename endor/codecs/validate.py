@@ -21,9 +21,9 @@ def validate(encoded: Encoded) -> None:
         raise FormatError(f"arrays must be {sorted(expected)}, got {sorted(arrays)}")
     for suffix, array in expected.items():
         found = arrays[suffix]
-        if found.shape != array.shape or found.dtype != array.dtype.uint:
+        if found.shape != array.unit_shape or found.dtype != array.dtype.uint:
             raise FormatError(
-                f"array {suffix!r} must be {array.dtype.name} {array.shape}, "
+                f"array {suffix!r} must be {array.dtype.name} {array.unit_shape}, "
                 f"got {found.dtype} {found.shape}"
             )
         if not found.flags.c_contiguous:

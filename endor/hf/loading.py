@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from endor import kernels
+from endor.checkpoint.index import check_together
 from endor.errors import CheckpointError
 from endor.storage import (
     FileLayout,
@@ -34,6 +35,7 @@ def open_layouts(paths: Sequence[str | Path]) -> list[FileLayout]:
 
     Raises:
         CheckpointError: A shard is missing, or two files hold the same tensor.
+        ChecksumError: A shard is not the one that the index beside it was written for.
         FormatError: A file is damaged, truncated or no packed file.
     """
     files = sorted({Path(path) for path in paths}, key=lambda path: path.name)
@@ -45,6 +47,7 @@ def open_layouts(paths: Sequence[str | Path]) -> list[FileLayout]:
                 "copy the checkpoint again"
             )
     layouts = [FileLayout.read(path) for path in files]
+    check_together(layouts)
     seen: dict[str, Path] = {}
     for layout in layouts:
         for name in layout.tensors:

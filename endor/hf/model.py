@@ -1,6 +1,5 @@
 """What a transformers model with packed weights does differently from one without."""
 
-import json
 import os
 import shutil
 import tempfile
@@ -14,6 +13,7 @@ import torch
 from endor.checkpoint.companions import source_quantization
 from endor.errors import ConfigError, OutputExistsError
 from endor.hf.linear import refuse_conversion
+from endor.jsontext import read_object
 from endor.offload.store import Store
 
 if TYPE_CHECKING:
@@ -166,15 +166,9 @@ def read_config(path: Path) -> dict[str, Any]:
         ConfigError: There is none, or it is no JSON object.
     """
     file = path / "config.json"
-    try:
-        config = json.loads(file.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ConfigError(f"{file}: not found; pass the directory of a checkpoint") from None
-    except ValueError as error:
-        raise ConfigError(f"{file}: must be JSON: {error}") from None
-    if not isinstance(config, dict):
-        raise ConfigError(f"{file}: must be a JSON object")
-    return config
+    if not file.exists():
+        raise ConfigError(f"{file}: not found; pass the directory of a checkpoint")
+    return read_object(file, error=ConfigError, lenient=True)
 
 
 def refuse_quantized(section: Any) -> None:

@@ -10,11 +10,12 @@ import ctypes
 import numpy as np
 
 from endor import codecs
-from endor.codecs import CodecChoice, DType, Encoded, TensorSpec
-from endor.codecs.spec import BITMAP_TILE_BYTES, MAX_NNZ
+from endor.codecs import CodecChoice, DType, Encoded
+from endor.codecs.spec import MAX_NNZ
 from endor.errors import DTypeError, ShapeError
 from endor.kernels import integer, native
 from endor.kernels.dispatch import CHOICES, describe, select, thread_count
+from endor.kernels.packing import Packer
 from endor.kernels.scratch import Scratch
 
 __all__ = [
@@ -30,9 +31,6 @@ __all__ = [
     "select",
     "thread_count",
 ]
-
-_VIEW_NBYTES = 1 << 20
-"""Values beyond this size stay a view of their larger buffer, most of it never touched."""
 
 
 def encode(
@@ -73,63 +71,25 @@ def encode(
         none = np.zeros(256, dtype=np.int64)
         codecs.choose(bits.size, dtype, 0, none, codec=codec, bitmap=bitmap)
         return codecs.dense.encode(bits, dtype)
-    library, n = native.library(), bits.size
-    n_tiles = -(-n // codecs.TILE)
-
-    def new(name: str, shape: tuple[int, ...], uint: np.dtype[np.unsignedinteger]) -> np.ndarray:
-        return scratch.take(name, shape, uint) if scratch else np.empty(shape, dtype=uint)
-
-    arrays = {
-        "tile_offsets": new("tile_offsets", (n_tiles + 1,), np.dtype("<u4")),
-        "bitmap": new("bitmap", (n_tiles * BITMAP_TILE_BYTES,), np.dtype("u1")),
-    }
-    offsets, words = (arrays[key].ctypes.data for key in arrays)
-
-    def pack_raw(room: int) -> Encoded:
-        values = new("values", (room,), dtype.uint)
-        nnz = library.endor_pack_raw(
-            number, bits.ctypes.data, n, dtype.itemsize, words, offsets, values.ctypes.data, count
-        )
-        if nnz == native.UNKNOWN:
-            raise MemoryError
-        keep = scratch is not None or values.nbytes > _VIEW_NBYTES
-        values = values[:nnz] if keep else values[:nnz].copy()
-        spec = TensorSpec(bits.shape, dtype, "raw", bitmap=True, nnz=nnz)
-        return Encoded(spec, arrays | {"values": values})
-
-    if codec == "raw" and bitmap is not False and n <= MAX_NNZ:
-        return pack_raw(n)
-    histogram = np.empty(256, dtype=np.uint64)
-    nnz = library.endor_scan(
-        number,
-        bits.ctypes.data,
-        n,
-        dtype.itemsize,
-        dtype.exponent_bits,
-        dtype.mantissa_bits,
-        words,
-        offsets,
-        histogram.ctypes.data,
-        count,
-    )
-    plan = codecs.choose(n, dtype, nnz, histogram.astype(np.int64), codec=codec, bitmap=bitmap)
+    packer = Packer(native.library(), number, bits, dtype, count, scratch)
+    if codec == "raw" and bitmap is not False and bits.size <= MAX_NNZ:
+        return packer.raw(bits.size)
+    guess = packer.guess(codec, bitmap)
+    if guess is not None:
+        with packer.exp(guess, bits.size, counting=True) as begun:
+            nnz, histogram = begun.nnz, begun.histogram
+            plan = codecs.choose(bits.size, dtype, nnz, histogram, codec=codec, bitmap=bitmap)
+            if begun.fits(plan):
+                return begun.finish(plan)
+    else:
+        nnz, histogram = packer.statistics(bits)
+        plan = codecs.choose(bits.size, dtype, nnz, histogram, codec=codec, bitmap=bitmap)
     if plan.codec == "dense":
         return codecs.dense.encode(bits, dtype)
     if plan.codec == "raw":
-        return pack_raw(nnz)
-    stored = nnz if plan.bitmap else n
-    spec = TensorSpec(
-        bits.shape, dtype, "exp", plan.bitmap, stored, plan.k, plan.base, plan.patches
-    )
-    arrays = {
-        array.suffix: arrays[array.suffix]
-        if array.suffix in arrays
-        else new(array.suffix, array.shape, array.dtype.uint)
-        for array in spec.arrays
-    }
-    view = native.tensor(spec, arrays)
-    native.check(library.endor_pack_exp(number, ctypes.byref(view), bits.ctypes.data, count))
-    return Encoded(spec, arrays)
+        return packer.raw(nnz)
+    with packer.exp(plan, nnz if plan.bitmap else bits.size) as begun:
+        return begun.finish(plan)
 
 
 def decode(
@@ -163,9 +123,9 @@ def decode(
         BackendError: The forced kernel cannot run here.
     """
     spec, number, count = encoded.spec, select(kernel), thread_count(threads)
-    stop = spec.numel if stop is None else stop
-    if not 0 <= start <= stop <= spec.numel:
-        raise ShapeError(f"range [{start}, {stop}) must lie in [0, {spec.numel})")
+    stop = spec.units if stop is None else stop
+    if not 0 <= start <= stop <= spec.units:
+        raise ShapeError(f"range [{start}, {stop}) must lie in [0, {spec.units})")
     if out.dtype != spec.dtype.uint:
         raise DTypeError(f"out must be {spec.dtype.uint} for {spec.dtype.name}, got {out.dtype}")
     if out.ndim != 1 or not out.flags.c_contiguous or not out.flags.writeable:

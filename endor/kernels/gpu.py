@@ -6,6 +6,7 @@ waits, so it can be captured into a CUDA graph once the kernel has run a first t
 """
 
 import functools
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -69,21 +70,25 @@ class DeviceEncoded:
 class Expansion:
     """Prepared launches that write fixed packed tensors into fixed destinations.
 
-    The memory of both must outlive the object's last `run` on the device.
+    The memory of both must outlive the object's last `run` on the device, number `index`.
     """
 
     def __init__(
-        self, launches: Sequence[Launch], copies: Sequence[tuple[torch.Tensor, torch.Tensor]]
+        self,
+        launches: Sequence[Launch],
+        copies: Sequence[tuple[torch.Tensor, torch.Tensor]],
+        index: int = 0,
     ) -> None:
         self._copies = copies
         self._launches = launches
+        self._index = index
 
     def run(self) -> None:
-        """Enqueue on torch's current stream; ordered there, not finished."""
+        """Enqueue on the current stream of the tensors' device; ordered there, not finished."""
         for out, stored in self._copies:
             out.copy_(stored)
         for launch in self._launches:
-            _launch(launch)
+            _launch(launch, self._index)
 
 
 def upload(encoded: Encoded, device: torch.device | str) -> DeviceEncoded:
@@ -158,6 +163,9 @@ def prepare(items: Sequence[tuple[DeviceEncoded, torch.Tensor]]) -> Expansion:
         DTypeError, ShapeError: A destination does not fit.
     """
     parts, copies = [], []
+    devices = {packed.device for packed, _ in items}
+    if len(devices) > 1:
+        raise ShapeError(f"the tensors must be on one device, got {sorted(map(str, devices))}")
     for packed, out in items:
         require(packed.device)
         _check_out(packed, out)
@@ -167,7 +175,8 @@ def prepare(items: Sequence[tuple[DeviceEncoded, torch.Tensor]]) -> Expansion:
             copies.append((out.view(-1).view(torch.uint8), stored))
         else:
             parts.append(Part(packed.spec, packed.addresses, out.data_ptr()))
-    return Expansion(gpu_plan.plan_expansion(parts), copies)
+    index = _index(items[0][0].device) if items else 0
+    return Expansion(gpu_plan.plan_expansion(parts), copies, index)
 
 
 def product(
@@ -212,18 +221,18 @@ def product(
             f"out must be contiguous ({len(x)}, {rows}) on {packed.device}, got "
             f"{tuple(out.shape)} with strides {out.stride()} on {out.device}"
         )
-    _launch(
-        gpu_plan.plan_product(
-            packed.spec,
-            packed.addresses,
-            x=x.data_ptr(),
-            y=out.data_ptr(),
-            batch=len(x),
-            float_out=out.dtype == torch.float32,
-            segment_nnz=packed.segment_nnz,
-            shared_limit=shared_limit(packed.device.index),
-        )
+    index = _index(packed.device)
+    launch = gpu_plan.plan_product(
+        packed.spec,
+        packed.addresses,
+        x=x.data_ptr(),
+        y=out.data_ptr(),
+        batch=len(x),
+        float_out=out.dtype == torch.float32,
+        segment_nnz=packed.segment_nnz,
+        shared_limit=shared_limit(index),
     )
+    _launch(launch, index)
     return out
 
 
@@ -232,10 +241,22 @@ def refusal(device: torch.device | str = "cuda") -> str | None:
     target = torch.device(device)
     if target.type != "cuda":
         return f"the kernels run on CUDA devices, not on {target}"
+    if _forked_after_start:
+        return (
+            "this process was forked after CUDA had started, and CUDA does not live through that: "
+            "start it with multiprocessing's 'spawn', or fork before the first use of the GPU"
+        )
     if not torch.cuda.is_available():
         built = f"built for CUDA {torch.version.cuda}" if torch.version.cuda else "a CPU build"
         return f"torch {torch.__version__} ({built}) sees no CUDA device; check the driver"
-    return _refusal(_index(target))
+    index, count = _index(target), torch.cuda.device_count()
+    if index >= count:
+        seen = ", ".join(f"cuda:{at}" for at in range(count))
+        return (
+            f"there is no cuda:{index}: torch sees {count} CUDA device{'s' if count > 1 else ''} "
+            f"({seen}); CUDA_VISIBLE_DEVICES is {os.environ.get('CUDA_VISIBLE_DEVICES', 'not set')}"
+        )
+    return _refusal(index)
 
 
 def require(device: torch.device | str) -> None:
@@ -261,6 +282,17 @@ def describe() -> dict[str, Any]:
         "nvrtc": ".".join(str(part) for part in cupy.cuda.nvrtc.getVersion()),
         "oldest_capability": ".".join(str(part) for part in gpu_build.OLDEST_CAPABILITY),
     }
+
+
+_forked_after_start = False
+
+
+def _note_fork() -> None:
+    global _forked_after_start
+    _forked_after_start = _forked_after_start or torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
+
+
+os.register_at_fork(after_in_child=_note_fork)
 
 
 @functools.cache
@@ -342,10 +374,10 @@ def shared_limit(index: int) -> int:
 _enlarged: dict[tuple[Kernel, int], int] = {}
 
 
-def _launch(launch: Launch) -> None:
+def _launch(launch: Launch, index: int) -> None:
+    """Enqueue on the current stream of device `index`, whichever device the thread is on."""
     cupy = _cupy()
-    stream = torch.cuda.current_stream()
-    index = stream.device_index
+    stream = torch.cuda.current_stream(index)
     with cupy.cuda.Device(index), _stream(stream.cuda_stream):
         try:
             function = _function(launch.kernel)
@@ -356,7 +388,14 @@ def _launch(launch: Launch) -> None:
             function(
                 (launch.grid,), (launch.block,), (launch.args,), shared_mem=launch.shared_bytes
             )
-        except (cupy.cuda.compiler.CompileException, cupy.cuda.driver.CUDADriverError) as error:
+        except (
+            # The driver's and the runtime's errors are RuntimeErrors, as are CuPy's own, such as
+            # of headers that it cannot find; a missing NVRTC is an ImportError or an OSError.
+            cupy.cuda.compiler.CompileException,
+            RuntimeError,
+            ImportError,
+            OSError,
+        ) as error:
             raise BackendError(
                 f"cuda/{launch.kernel.name}.cu does not run on "
                 f"{torch.cuda.get_device_name(index)}: {error}"

@@ -4,6 +4,8 @@ Plain arithmetic on sizes and addresses, without CUDA: the emulated kernels of t
 arguments from here as the real ones do.
 """
 
+import functools
+import struct
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -75,6 +77,9 @@ PRODUCT = np.dtype(
     ]
 )
 """`Product` of cuda/product.cu."""
+
+_OPERANDS, _OPERANDS_AT = struct.Struct("<QQ"), PRODUCT.fields["x"][1]  # type: ignore[index]
+"""x and y, which lie side by side."""
 
 _FIELDS = {"bytes": "values"}
 _ALIGNED = {"values": 16, "bytes": 8, "planes": 8, "bitmap": 4, "tile_offsets": 4}
@@ -291,15 +296,48 @@ def plan_product(
         DTypeError: The kernel does not take such a tensor.
         ShapeError: The batch is out of range, or an address is not aligned.
     """
+    planned = _planned_product(
+        spec,
+        tuple(addresses.items()),
+        batch,
+        float_out,
+        segment_nnz,
+        row_pairs,
+        warps,
+        shared_limit,
+    )
+    for name, address in (("x", x), ("y", y)):
+        if address % 16:
+            raise ShapeError(f"{name} must start at a multiple of 16, got {address:#x}")
+    args = bytearray(planned.args)  # copying a structured array takes ten times as long
+    _OPERANDS.pack_into(args, _OPERANDS_AT, x, y)
+    return Launch(
+        planned.kernel,
+        np.frombuffer(args, dtype=PRODUCT),
+        planned.grid,
+        planned.block,
+        planned.shared_bytes,
+    )
+
+
+@functools.lru_cache(maxsize=8192)
+def _planned_product(
+    spec: TensorSpec,
+    addresses: tuple[tuple[str, int], ...],
+    batch: int,
+    float_out: bool,
+    segment_nnz: int,
+    row_pairs: int | None,
+    warps: int | None,
+    shared_limit: int,
+) -> Launch:
+    """The launch without x and y: a decode step asks for the same ones at every token."""
     refusal = product_refusal(spec)
     if refusal:
         raise DTypeError(f"the product kernel cannot run: {refusal}; expand the weight instead")
     if not 1 <= batch <= MAX_COLUMNS:
         raise ShapeError(f"batch must be 1..{MAX_COLUMNS}, got {batch}; expand the weight instead")
-    _check_alignment(Part(spec, addresses, 0))
-    for name, address in (("x", x), ("y", y)):
-        if address % 16:
-            raise ShapeError(f"{name} must start at a multiple of 16, got {address:#x}")
+    _check_alignment(Part(spec, dict(addresses), 0))
     rows, cols = spec.shape
     columns = 1 << (batch - 1).bit_length()
     segment_nnz = min(segment_nnz, SEGMENT)
@@ -313,10 +351,9 @@ def plan_product(
     while shared_bytes(pairs, warps) > shared_limit and (pairs, warps) != (1, 1):
         pairs, warps = (pairs, warps - 1) if warps > 1 else (1, warps)
     args = np.zeros(1, dtype=PRODUCT)
-    for suffix, address in addresses.items():
+    for suffix, address in addresses:
         args[suffix] = address
-    args["x"], args["y"], args["nnz"] = x, y, spec.nnz
-    args["rows"], args["cols"] = rows, cols
+    args["nnz"], args["rows"], args["cols"] = spec.nnz, rows, cols
     args["batch"], args["segment_nnz"] = batch, segment_nnz
     kernel = product_kernel(spec.dtype, columns=columns, row_pairs=pairs, float_out=float_out)
     return Launch(kernel, args, -(-rows // (2 * pairs)), 32 * warps, shared_bytes(pairs, warps))

@@ -7,6 +7,8 @@ and an install without a C compiler simply has no library.
 import ctypes
 import functools
 import operator
+import sys
+import sysconfig
 import weakref
 from pathlib import Path
 
@@ -16,8 +18,8 @@ from endor.codecs import Encoded, TensorSpec
 from endor.codecs.coding import Coding, matrix_shape
 from endor.errors import BackendError, FormatError, ShapeError
 
-KERNELS = ("scalar", "avx2", "avx512")
-"""Instruction sets by their number in the library, each better than the one before."""
+KERNELS = ("scalar", "avx2", "avx512", "neon")
+"""Instruction sets by their number in the library; of those one CPU has, the last is the best."""
 
 WEIGHT_KINDS = {"BF16": 0, "F16": 1, "F32": 2}
 """Element types that a product takes, by their number in the library."""
@@ -93,15 +95,44 @@ class IntTensor(ctypes.Structure):
 
 @functools.cache
 def load() -> tuple[ctypes.CDLL | None, str]:
-    """Return the library and its path, or None and why there is none."""
+    """Return the library and its path, or None and why there is none and what to do."""
     folder = Path(__file__).parent
-    found = sorted(folder.glob("_native*.so"))
-    if not found:
-        return None, f"no compiled library in {folder}; reinstall where a C compiler runs"
-    try:
-        library = ctypes.CDLL(str(found[0]))
-    except OSError as error:
-        return None, f"{found[0].name} does not load: {error}"
+    failures = []
+    for path in sorted(folder.glob("_native*.so"), key=_foreign):
+        try:
+            return _bind(ctypes.CDLL(str(path))), str(path)
+        except OSError as error:  # of another architecture or C library, or damaged
+            failures.append(f"{path} does not load: {error}")
+        except AttributeError as error:
+            failures.append(f"{path} was built from other sources: {error}")
+    return None, f"{'; '.join(failures) or f'no compiled library in {folder}'}; {_remedy(folder)}"
+
+
+def _foreign(path: Path) -> tuple[bool, str]:
+    """Sort libraries that were built for this Python and machine first."""
+    return not path.name.endswith(sysconfig.get_config_var("EXT_SUFFIX") or ".so"), path.name
+
+
+def _remedy(folder: Path) -> str:
+    """Return how to get a library into `folder`, or how to run a package that has one."""
+    root = folder.parent.parent
+    elsewhere = [Path(entry or ".").resolve() / "endor" / "kernels" for entry in sys.path]
+    for other in elsewhere:
+        if other != folder.resolve() and any(other.glob("_native*.so")):
+            return (
+                f"Python runs from {root}, which hides the compiled package in "
+                f"{other.parent.parent}: start it in another directory, or compile here with "
+                f"`pip install -e {root}`"
+            )
+    if (root / "setup.py").exists():
+        return f"install a C compiler, then `pip install -e {root}`"
+    return (
+        "install a C compiler, then `pip install --force-reinstall --no-deps --no-cache-dir endor`"
+    )
+
+
+def _bind(library: ctypes.CDLL) -> ctypes.CDLL:
+    """Return `library`, its functions typed; AttributeError where it lacks one."""
     pointer, u64, i32 = ctypes.c_void_p, ctypes.c_uint64, ctypes.c_int
     for name, result, arguments in (
         ("kernels", ctypes.c_uint, ()),
@@ -110,7 +141,9 @@ def load() -> tuple[ctypes.CDLL | None, str]:
         ("decode", i32, (i32, pointer, pointer, u64, u64, i32, i32)),
         ("scan", u64, (i32, pointer, u64, i32, i32, i32, pointer, pointer, pointer, i32)),
         ("pack_raw", u64, (i32, pointer, u64, i32, pointer, pointer, pointer, i32)),
-        ("pack_exp", i32, (i32, pointer, pointer, i32)),
+        ("exp_start", pointer, (i32, pointer, pointer, pointer, pointer, i32)),
+        ("exp_finish", i32, (pointer, pointer)),
+        ("exp_free", None, (pointer,)),
         ("matvec", i32, (i32, pointer, i32, u64, u64, pointer, i32, u64, pointer, i32)),
         ("int_decode", i32, (i32, pointer, pointer, u64, u64, i32, i32, i32)),
         (
@@ -125,7 +158,7 @@ def load() -> tuple[ctypes.CDLL | None, str]:
     ):
         function = getattr(library, f"endor_{name}")
         function.restype, function.argtypes = result, arguments
-    return library, str(found[0])
+    return library
 
 
 def library() -> ctypes.CDLL:

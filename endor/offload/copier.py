@@ -316,7 +316,10 @@ class Copier:
     # ---- copier threads ------------------------------------------------------------------------
 
     def _run(self) -> None:
-        self._device.enter_thread()
+        with self._device.current():
+            self._serve()
+
+    def _serve(self) -> None:
         while (slot := self._wait_for_work()) is not None:
             unit, error = slot.unit, None
             assert unit is not None

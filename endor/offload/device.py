@@ -5,6 +5,7 @@ that tests control, so that the host's logic is proved where there is no GPU.
 """
 
 from collections.abc import Hashable, Sequence
+from contextlib import AbstractContextManager
 from typing import Any, Protocol
 
 import numpy as np
@@ -13,10 +14,10 @@ import torch
 from endor.errors import BackendError
 from endor.kernels import gpu
 from endor.kernels.gpu import DeviceEncoded
+from endor.offload.page_locks import PageLocks
 
 _HOST_TO_DEVICE = 1
 _DEVICE_TO_HOST = 2
-_ALREADY_REGISTERED = 712
 
 
 class Runnable(Protocol):
@@ -39,6 +40,10 @@ class Device(Protocol):
 
     def allocate(self, nbytes: int) -> torch.Tensor:
         """Return `nbytes` of device memory, u8, at a multiple of 256 on a real device.
+
+        Work enqueued before on the caller's current stream may still use it: an allocator hands
+        memory on before the device is done. Copies into it follow `await_in_copy` of an event
+        recorded after this; `allocate_for_copies` does both.
 
         Raises:
             BackendError: There is not enough.
@@ -63,8 +68,8 @@ class Device(Protocol):
     def unpin(self, memory: np.ndarray) -> None:
         """Undo `pin`."""
 
-    def enter_thread(self) -> None:
-        """Prepare the calling thread for the methods below."""
+    def current(self) -> AbstractContextManager[None]:
+        """Make this the calling thread's device for a while; copies need it."""
 
     def copy(self, destination: torch.Tensor, source: np.ndarray) -> None:
         """Enqueue a copy on the copy stream. The source must stay as it is until it happened."""
@@ -94,6 +99,15 @@ class Device(Protocol):
         """Return when all work has happened."""
 
 
+def allocate_for_copies(device: Device, nbytes: int) -> torch.Tensor:
+    """Return device memory that copies may fill at once; errors as for `allocate`."""
+    memory = device.allocate(nbytes)
+    ready = device.event()
+    device.record_compute(ready)
+    device.await_in_copy(ready)
+    return memory
+
+
 class CudaDevice:
     """A CUDA device with a copy stream of its own.
 
@@ -114,6 +128,7 @@ class CudaDevice:
 
         self._cupy = cupy
         self._runtime = cupy.cuda.runtime
+        self._locks = PageLocks(self._register, self._unregister)
 
     def allocate(self, nbytes: int) -> torch.Tensor:
         try:
@@ -136,39 +151,41 @@ class CudaDevice:
         return torch.cuda.Event()  # type: ignore[no-untyped-call]
 
     def pin(self, memory: np.ndarray) -> str | None:
-        try:
-            with self._cupy.cuda.Device(self.device.index):
-                self._runtime.hostRegister(memory.ctypes.data, memory.nbytes, 0)
-        except self._runtime.CUDARuntimeError as error:
-            return None if error.status == _ALREADY_REGISTERED else str(error)
-        return None
+        return self._locks.lock(memory)
 
     def unpin(self, memory: np.ndarray) -> None:
-        with self._cupy.cuda.Device(self.device.index):
-            self._runtime.hostUnregister(memory.ctypes.data)
+        self._locks.unlock(memory)
 
-    def enter_thread(self) -> None:
-        torch.cuda.set_device(self.device)
+    def _register(self, address: int, nbytes: int) -> str | None:
+        try:
+            with self._cupy.cuda.Device(self.device.index):
+                self._runtime.hostRegister(address, nbytes, 0)
+        except self._runtime.CUDARuntimeError as error:
+            # Of "already registered" too: whoever did it will undo it while we copy.
+            return str(error)
+        return None
+
+    def _unregister(self, address: int) -> None:
+        with self._cupy.cuda.Device(self.device.index):
+            self._runtime.hostUnregister(address)
+
+    def current(self) -> AbstractContextManager[None]:
+        return torch.cuda.device(self.device)
 
     def copy(self, destination: torch.Tensor, source: np.ndarray) -> None:
         assert source.nbytes <= destination.numel()
-        self._runtime.memcpyAsync(
-            destination.data_ptr(),
-            source.ctypes.data,
-            source.nbytes,
-            _HOST_TO_DEVICE,
-            self.copy_stream.cuda_stream,
-        )
+        to, origin = destination.data_ptr(), source.ctypes.data
+        for begin, end in self._locks.pieces(source):
+            self._memcpy(to + begin, origin + begin, end - begin, _HOST_TO_DEVICE)
 
     def copy_back(self, destination: np.ndarray, source: torch.Tensor) -> None:
         assert source.numel() == destination.nbytes
-        self._runtime.memcpyAsync(
-            destination.ctypes.data,
-            source.data_ptr(),
-            destination.nbytes,
-            _DEVICE_TO_HOST,
-            self.copy_stream.cuda_stream,
-        )
+        to, origin = destination.ctypes.data, source.data_ptr()
+        for begin, end in self._locks.pieces(destination):
+            self._memcpy(to + begin, origin + begin, end - begin, _DEVICE_TO_HOST)
+
+    def _memcpy(self, to: int, origin: int, nbytes: int, kind: int) -> None:
+        self._runtime.memcpyAsync(to, origin, nbytes, kind, self.copy_stream.cuda_stream)
 
     def record_copy(self, event: torch.cuda.Event) -> None:
         event.record(self.copy_stream)

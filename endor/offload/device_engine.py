@@ -12,7 +12,7 @@ from endor.errors import BackendError
 from endor.kernels import gpu_plan
 from endor.offload.arena import PinnedArena
 from endor.offload.copier import Copier, Slot
-from endor.offload.device import Device
+from endor.offload.device import Device, allocate_for_copies
 from endor.offload.device_placement import DevicePlacement, HomeTier
 from endor.offload.engine import Engine
 from endor.offload.ledger import Ledger
@@ -99,7 +99,7 @@ class DeviceEngine:
             self._copier = Copier(
                 device,
                 _HostSource(self),
-                [device.allocate(slot_bytes) for _ in range(slots)],
+                [allocate_for_copies(device, slot_bytes) for _ in range(slots)],
                 [
                     unit.index
                     for unit in placement.outside(units)
@@ -222,24 +222,24 @@ class DeviceEngine:
         """Read the units that live on the device through two buffers, one being copied from."""
         if not units:
             return
-        home = self.device.allocate(sum(unit.nbytes for unit in units))
+        home = allocate_for_copies(self.device, sum(unit.nbytes for unit in units))
         largest = max(unit.nbytes for unit in units)
         buffers = [HostBuffer(largest) for _ in range(min(2, len(units)))]
         events = [self.device.event() for _ in buffers]
-        self.device.enter_thread()
         at = 0
-        for turn, unit in enumerate(units):
-            buffer, event = buffers[turn % 2], events[turn % 2]
-            self.device.synchronize(event)
-            data = buffer.array[: unit.nbytes]
-            self._reader.read(unit.record, data)
-            if self._verify:
-                check_record(unit.layout, unit.record.name, data)
-            storage = home[at : at + unit.nbytes]
-            self.device.copy(storage, data)
-            self.device.record_copy(event)
-            self._home[unit.index] = Held(unit, storage, None, _segments(unit, data))
-            at += unit.nbytes
+        with self.device.current():
+            for turn, unit in enumerate(units):
+                buffer, event = buffers[turn % 2], events[turn % 2]
+                self.device.synchronize(event)
+                data = buffer.array[: unit.nbytes]
+                self._reader.read(unit.record, data)
+                if self._verify:
+                    check_record(unit.layout, unit.record.name, data)
+                storage = home[at : at + unit.nbytes]
+                self.device.copy(storage, data)
+                self.device.record_copy(event)
+                self._home[unit.index] = Held(unit, storage, None, _segments(unit, data))
+                at += unit.nbytes
         for event in events:
             self.device.synchronize(event)
 

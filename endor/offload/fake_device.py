@@ -2,13 +2,16 @@
 
 Work is enqueued at once and happens when the clock moves. A copy spoils its destination when it
 begins and delivers when it ends, and fails when its source changed in between; so a wait that is
-missing anywhere becomes a wrong byte.
+missing anywhere becomes a wrong byte. CUDA's rules that a real device may or may not enforce are
+kept here: page-locking by whole pages and once, copies inside one registration or none, the
+thread's current device, memory that an allocator hands on while work on it is pending.
 """
 
 import threading
 import weakref
 from collections import deque
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -18,8 +21,17 @@ from endor import kernels
 from endor.codecs import Encoded
 from endor.errors import BackendError
 from endor.kernels.gpu import DeviceEncoded
+from endor.offload.page_locks import PAGE_BYTES, PageLocks
 
 SPOILED = 0xDD
+
+_thread = threading.local()
+"""`index`: the simulated device that is current for a thread, as CUDA has one for each thread."""
+
+
+def current_index() -> int:
+    """Return the number of the calling thread's current simulated device."""
+    return int(getattr(_thread, "index", 0))
 
 
 @dataclass(eq=False, slots=True)
@@ -38,6 +50,7 @@ class _Work:
     end: Callable[[], None]
     enqueued: float
     finish: float | None = None
+    over: bool = False
 
 
 @dataclass(slots=True)
@@ -82,6 +95,7 @@ class FakeDevice:
     """Implements `endor.offload.device.Device` on simulated time; safe for threads.
 
     Args:
+        index: Its number; copies need it to be the thread's current one.
         bytes_per_s: Speed of copies.
         pinnable_bytes: Host memory that may be page-locked.
         total_bytes: Device memory.
@@ -97,10 +111,12 @@ class FakeDevice:
     def __init__(
         self,
         *,
+        index: int = 0,
         bytes_per_s: float = 1e9,
         pinnable_bytes: int = 1 << 60,
         total_bytes: int = 24 << 30,
     ) -> None:
+        self.index = index
         self.device = torch.device("cpu")
         self.total_bytes = total_bytes
         self.allocated_bytes = 0
@@ -112,17 +128,28 @@ class FakeDevice:
         self._lock = threading.RLock()
         self._streams: dict[Hashable, _Stream] = {"copy": _Stream()}
         self._copying: list[np.ndarray] = []
+        self._locks = PageLocks(self._register, self._unregister)
+        self._registered: dict[int, tuple[int, int, int]] = {}
+        self._blocks: list[tuple[int, int, _Work]] = []
 
     # ---- the protocol --------------------------------------------------------------------------
 
     def allocate(self, nbytes: int) -> torch.Tensor:
         memory = np.full(nbytes, SPOILED, dtype=np.uint8)
         self.allocated_bytes += nbytes
-        weakref.finalize(memory, self._free, nbytes).atexit = False
+        address = memory.ctypes.data
+        with self._lock:
+            # The worst that an allocator may do: a block whose last use is enqueued, not over.
+            queue = self._stream(self.compute_stream()).queue
+            pending = [work for work in queue if isinstance(work, _Work)]
+            if pending:
+                self._blocks.append((address, address + nbytes, pending[-1]))
+        weakref.finalize(memory, self._free, address, nbytes).atexit = False
         return torch.from_numpy(memory)
 
-    def _free(self, nbytes: int) -> None:
+    def _free(self, address: int, nbytes: int) -> None:
         self.allocated_bytes -= nbytes
+        self._blocks = [block for block in self._blocks if block[0] != address]
 
     def memory(self) -> tuple[int, int]:
         return self.total_bytes - self.allocated_bytes, self.total_bytes
@@ -134,22 +161,67 @@ class FakeDevice:
         return FakeEvent()
 
     def pin(self, memory: np.ndarray) -> str | None:
-        if self.pinned_bytes + memory.nbytes > self._pinnable_bytes:
-            return "the simulated limit of locked memory is reached"
-        self.pinned_bytes += memory.nbytes
-        return None
+        return self._locks.lock(memory)
 
     def unpin(self, memory: np.ndarray) -> None:
-        self.pinned_bytes -= memory.nbytes
+        self._locks.unlock(memory)
 
-    def enter_thread(self) -> None:
-        pass
+    def _register(self, address: int, nbytes: int) -> str | None:
+        start = address // PAGE_BYTES * PAGE_BYTES
+        stop = -(-(address + nbytes) // PAGE_BYTES) * PAGE_BYTES
+        with self._lock:
+            if self.pinned_bytes + nbytes > self._pinnable_bytes:
+                return "the simulated limit of locked memory is reached"
+            if any(start < other and begin < stop for begin, other in self._pages()):
+                return "712: part of the memory is registered already"
+            self._registered[address] = (start, stop, nbytes)
+            self.pinned_bytes += nbytes
+        return None
+
+    def _unregister(self, address: int) -> None:
+        with self._lock:
+            found = self._registered.pop(address, None)
+            if found is None:
+                self.errors.append(f"713: {address:#x} is not where a registration begins")
+            else:
+                self.pinned_bytes -= found[2]
+
+    def _pages(self) -> list[tuple[int, int]]:
+        return [(start, stop) for start, stop, _ in self._registered.values()]
+
+    @contextmanager
+    def current(self) -> Iterator[None]:
+        before = current_index()
+        _thread.index = self.index
+        try:
+            yield
+        finally:
+            _thread.index = before
+
+    def _check_host(self, memory: np.ndarray) -> None:
+        """Note an error for what CUDA may refuse: memory that is locked in part or piecewise."""
+        if current_index() != self.index:
+            self.errors.append(f"a copy of device {self.index} while {current_index()} is current")
+        start = memory.ctypes.data
+        stop = start + memory.nbytes
+        for begin, end in self._pages():
+            if begin < stop and start < end and not (begin <= start and stop <= end):
+                self.errors.append("a copy crosses the border of a registration")
 
     def copy(self, destination: torch.Tensor, source: np.ndarray) -> None:
+        for begin, end in self._locks.pieces(source):
+            self._copy_piece(destination[begin:], source[begin:end])
+
+    def _copy_piece(self, destination: torch.Tensor, source: np.ndarray) -> None:
         target = destination.numpy()[: source.nbytes]
         before = source.copy()
+        self._check_host(source)
 
         def begin() -> None:
+            start = target.ctypes.data
+            for first, stop, work in self._blocks:
+                if first <= start < stop and not work.over:
+                    self.errors.append("a copy into memory that enqueued work still uses")
             target[:] = SPOILED
             self._copying.append(target)
 
@@ -163,8 +235,13 @@ class FakeDevice:
             self._enqueue("copy", source.nbytes / self._bytes_per_s, begin, end)
 
     def copy_back(self, destination: np.ndarray, source: torch.Tensor) -> None:
+        for begin, end in self._locks.pieces(destination):
+            self._copy_back_piece(destination[begin:end], source[begin:end])
+
+    def _copy_back_piece(self, destination: np.ndarray, source: torch.Tensor) -> None:
         origin = source.numpy()
         before = origin.copy()
+        self._check_host(destination)
 
         def begin() -> None:
             destination[:] = SPOILED
@@ -239,8 +316,7 @@ class FakeDevice:
         with self._lock:
             if not wait:
                 event.recorded += 1
-            queue = self._streams.setdefault(stream, _Stream()).queue
-            queue.append(_Signal(event, event.recorded, wait))
+            self._stream(stream).queue.append(_Signal(event, event.recorded, wait))
 
     def _enqueue(
         self,
@@ -249,8 +325,10 @@ class FakeDevice:
         begin: Callable[[], None],
         end: Callable[[], None],
     ) -> None:
-        queue = self._streams.setdefault(stream, _Stream()).queue
-        queue.append(_Work(seconds, begin, end, self.now))
+        self._stream(stream).queue.append(_Work(seconds, begin, end, self.now))
+
+    def _stream(self, stream: Hashable) -> _Stream:
+        return self._streams.setdefault(stream, _Stream())
 
     def _step(self, limit: float) -> bool:
         """Let the next thing happen unless it lies after `limit`; return whether one did."""
@@ -273,6 +351,7 @@ class FakeDevice:
             work.finish = at + work.seconds
         else:
             work.end()
+            work.over = True
             stream.time = at
             stream.busy += work.seconds
             stream.queue.popleft()

@@ -19,7 +19,8 @@ from typing import Any
 import torch
 
 from endor import __version__, kernels
-from endor.errors import ConfigError
+from endor.errors import ConfigError, EndorError
+from endor.jsontext import read_object
 from endor.offload import probes
 
 CACHE_VERSION = 2
@@ -289,10 +290,10 @@ def _load() -> dict[str, dict[str, Any]]:
     """Return the cache's content; an unreadable or foreign file counts as empty."""
     empty: dict[str, dict[str, Any]] = {"machines": {}, "disks": {}}
     try:
-        content = json.loads(cache_path().read_text())
-    except (OSError, ValueError):
+        content = read_object(cache_path())
+    except (OSError, EndorError):
         return empty
-    if not isinstance(content, dict) or content.get("version") != CACHE_VERSION:
+    if content.get("version") != CACHE_VERSION:
         return empty
     parts = {name: content.get(name) for name in empty}
     return {name: part if isinstance(part, dict) else {} for name, part in parts.items()}

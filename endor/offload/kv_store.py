@@ -11,6 +11,7 @@ nothing waits for what has not begun, and no order of layers blocks.
 
 import time
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import numpy as np
@@ -206,7 +207,7 @@ class KVStore:
     def _save(self, layer: Layer) -> None:
         """Bring a layer's pending records home; what fails stays pending."""
         device = self._device
-        with layer.lock:
+        with layer.lock, self._entered():
             home = layer.home
             while layer.pending and home is not None:
                 records, made = layer.pending[0]
@@ -214,7 +215,6 @@ class KVStore:
                 if device is None:
                     home.write(layer.saved, records.numpy().reshape(-1))
                 else:
-                    device.enter_thread()
                     device.await_in_copy(made)
                     if isinstance(home, RamHome):
                         self._copy_back(home.views(layer.saved, layer.saved + count), records)
@@ -225,6 +225,9 @@ class KVStore:
                 layer.saved += count
                 layer.pending.popleft()
                 self._count("kv save", layer, start, records.numel())
+
+    def _entered(self) -> AbstractContextManager[None]:
+        return self._device.current() if self._device is not None else nullcontext()
 
     def _copy_back(self, views: Sequence[np.ndarray], records: torch.Tensor) -> None:
         """Copy from the device to host memory and return when it is there."""
@@ -243,9 +246,7 @@ class KVStore:
         device, home = self._device, layer.home
         assert home is not None
         start, nbytes = time.perf_counter(), tokens * home.record_bytes
-        if device is not None:
-            device.enter_thread()
-        with layer.lock:
+        with layer.lock, self._entered():
             if isinstance(home, FileHome):
                 assert slot.host is not None
                 if device is not None:

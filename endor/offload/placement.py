@@ -1,6 +1,5 @@
 """Where each unit lives between uses, and how much memory that takes."""
 
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,6 +7,9 @@ from typing import Literal
 
 from endor.errors import BudgetError, ConfigError
 from endor.offload.units import Unit
+from endor.sizes import parse_bytes
+
+__all__ = ["Placement", "Tier", "available_bytes", "parse_bytes"]
 
 Tier = Literal["dense", "resident", "disk"]
 """`dense`: expanded once and kept; `resident`: kept packed; `disk`: read for every use."""
@@ -15,7 +17,6 @@ Tier = Literal["dense", "resident", "disk"]
 STAGING_AHEAD_BYTES = 256 << 20
 """Read-ahead that the default staging area leaves room for, beside the largest unit."""
 
-_SIZE = re.compile(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([KMGT]?i?)B?\s*", re.IGNORECASE)
 _CGROUP = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
 
 
@@ -54,24 +55,6 @@ class Placement:
                     f"placement: staging must hold {unit.name} ({unit.nbytes} bytes), "
                     f"got {self.staging_bytes} bytes"
                 )
-
-
-def parse_bytes(size: int | str, what: str = "size") -> int:
-    """Return a size in bytes from `8589934592`, `"8GiB"`, `"500MB"` or `"1.5 G"`.
-
-    `K`, `M`, `G`, `T` are powers of 1000; with an `i`, of 1024.
-
-    Raises:
-        ConfigError: It is not a size.
-    """
-    if isinstance(size, int) and not isinstance(size, bool) and size >= 0:
-        return size
-    match = _SIZE.fullmatch(size) if isinstance(size, str) else None
-    if match is None:
-        raise ConfigError(f"{what} must be bytes or text such as '8GiB' or '500MB', got {size!r}")
-    number, prefix = match.groups()
-    power = " KMGT".index(prefix[0].upper()) if prefix else 0
-    return int(float(number) * (1024 if len(prefix) == 2 else 1000) ** power)
 
 
 def available_bytes() -> int:

@@ -4,13 +4,13 @@ Layers differ in how much pruning hurts them. From 65 to 70 % of zeros on, givin
 bear it pays; below, uniform is as good.
 """
 
-import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
 
 from endor.errors import ConfigError
+from endor.jsontext import parse_object
 from endor.pruning.contract import PruneOptions
 
 LINEAR_SPREAD = 0.1
@@ -102,8 +102,9 @@ def _from_file(path: Path, mean: float, layers: int) -> list[float]:
             f"{str(path)!r}"
         )
     try:
-        found = {int(layer): float(value) for layer, value in json.loads(path.read_text()).items()}
-    except (ValueError, AttributeError, TypeError) as error:
+        content = parse_object(path.read_bytes(), f"{path}:", error=ConfigError)
+        found = {int(layer): float(value) for layer, value in content.items()}
+    except (ValueError, TypeError, ConfigError) as error:
         raise ConfigError(f"{path}: must be JSON {{layer: sparsity}}: {error}") from None
     beyond = sorted(layer for layer in found if not 0 <= layer < layers)
     if beyond:

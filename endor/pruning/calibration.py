@@ -1,12 +1,12 @@
 """Calibration: text to windows of tokens, no padding and nothing added between them."""
 
-import json
 from dataclasses import replace
 from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from endor.errors import CheckpointError, ConfigError
+from endor.jsontext import parse, read_utf8
 from endor.pruning.contract import PruneOptions
 
 if TYPE_CHECKING:
@@ -50,7 +50,7 @@ def read_documents(path: Path, tokenizer: Any, *, chat_template: bool) -> list[s
         ConfigError: The file is empty or a line is none of these.
         OSError: It cannot be read.
     """
-    text = path.read_text(encoding="utf-8")
+    text = read_utf8(path, "calibration text")
     if path.suffix not in (".jsonl", ".ndjson"):
         documents = [text]
     else:
@@ -65,10 +65,9 @@ def read_documents(path: Path, tokenizer: Any, *, chat_template: bool) -> list[s
 
 
 def _document(path: Path, number: int, line: str, tokenizer: Any, chat_template: bool) -> str:
-    try:
-        value = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise ConfigError(f"{path}:{number}: must be JSON: {error}") from None
+    value = parse(
+        line, f"{path}:{number}:", error=ConfigError, lenient=True, advice="correct the line"
+    )
     if isinstance(value, str):
         return value
     if isinstance(value, dict):
@@ -76,6 +75,8 @@ def _document(path: Path, number: int, line: str, tokenizer: Any, chat_template:
         if isinstance(messages, list):
             if chat_template:
                 return _rendered(path, number, messages, tokenizer)
+            if not all(isinstance(message, dict) for message in messages):
+                raise ConfigError(f"{path}:{number}: every message must be an object")
             return "\n".join(str(message.get("content", "")) for message in messages)
         for key in ("text", "content"):
             if isinstance(value.get(key), str):
@@ -88,7 +89,7 @@ def _document(path: Path, number: int, line: str, tokenizer: Any, chat_template:
 def _rendered(path: Path, number: int, messages: list[Any], tokenizer: Any) -> str:
     try:
         return str(tokenizer.apply_chat_template(messages, tokenize=False))
-    except (ValueError, TypeError) as error:
+    except Exception as error:  # a template is a program of the model's author
         raise ConfigError(
             f"{path}:{number}: the tokenizer's chat template cannot render it: {error}"
         ) from None

@@ -13,15 +13,16 @@ from typing import Any
 import numpy as np
 
 from endor import kernels
+from endor.checkpoint.output import check_source
 from endor.checkpoint.pipeline import OrderedWork
 from endor.checkpoint.plan import plan_units
 from endor.checkpoint.reading import TensorLoader
 from endor.checkpoint.select import select
 from endor.checkpoint.tensors import CheckpointSource, SourceTensor
-from endor.errors import ConfigError, OutputExistsError
+from endor.errors import CheckpointError, ConfigError, OutputExistsError
 from endor.pruning.contract import WeightPruner
 from endor.pruning.masks import BITMASK, KEY, SHAPE, bitmask_shape, to_bitmask
-from endor.storage import TemporaryFile
+from endor.storage import TemporaryFile, remove_stale_temporaries
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,14 +82,14 @@ def write_masks(
         progress: Called with dense bytes done and in total.
 
     Raises:
-        OutputExistsError: `out` exists and `overwrite` is not set.
+        OutputExistsError: `out` exists and `overwrite` is not set, or it is no file.
+        CheckpointError: `out` is the source, or part of it.
         ConfigError: Nothing is selected.
         PruningError, DTypeError: A selected tensor cannot be pruned.
         OSError: From the file system.
     """
     began = time.perf_counter()
-    if out.exists() and not overwrite:
-        raise OutputExistsError(f"{out}: exists already; choose another file, or add --overwrite")
+    check_mask_target(out, source.path, overwrite=overwrite)
     selected = select(source.tensors.values(), include=include, exclude=exclude)
     units = plan_units(source.tensors.values(), selected)
     tensors = [tensor for unit in units for tensor in unit.tensors if tensor.name in selected]
@@ -114,6 +115,7 @@ def write_masks(
     total = sum(tensor.nbytes for tensor in tensors)
     zeros = done = 0
     out.parent.mkdir(parents=True, exist_ok=True)
+    remove_stale_temporaries(out.parent, out.name)
     file = TemporaryFile(out)
     try:
         _write(file.fd, head, 0)
@@ -129,6 +131,19 @@ def write_masks(
         file.discard()
     weights = sum(tensor.numel for tensor in tensors)
     return MaskReport(out, len(tensors), weights, zeros, nbytes, time.perf_counter() - began)
+
+
+def check_mask_target(out: Path, source: Path, *, overwrite: bool) -> None:
+    """Raise unless `write_masks` may write to `out`; see there."""
+    if not os.path.lexists(out):
+        return
+    if out.is_symlink() or not out.is_file():
+        raise OutputExistsError(f"{out}: exists and is no file; choose another name")
+    check_source(out.absolute(), source)
+    if out.resolve().is_relative_to(source.resolve()):
+        raise CheckpointError(f"{out}: is part of the input {source}; choose another file")
+    if not overwrite:
+        raise OutputExistsError(f"{out}: exists already; choose another file, or add --overwrite")
 
 
 def _layout(

@@ -6,7 +6,6 @@ with all leading dimensions in `rows`, 1 = kept, least significant bit first, un
 `NAME.shape`, int64. The metadata entry `endor.masks` is a JSON object: how they were found.
 """
 
-import json
 import math
 from collections.abc import Mapping
 from contextlib import closing
@@ -17,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Self
 import numpy as np
 
 from endor.errors import CheckpointError, ConfigError
+from endor.jsontext import parse_object
 
 if TYPE_CHECKING:
     import torch
@@ -78,7 +78,7 @@ def describe_masks(path: Path | str) -> dict[str, Any]:
         raise CheckpointError(f"{path}: must be a safetensors file: {error}") from None
     if text is None:
         raise CheckpointError(f"{path}: holds no masks; write some with endor prune --mask-only")
-    return dict(json.loads(text))
+    return parse_object(text, f"{path}: metadata {KEY!r}")
 
 
 def _mask(path: Path, name: str, parts: Mapping[str, np.ndarray]) -> "torch.Tensor":

@@ -1,7 +1,5 @@
 """A checkpoint whose selected tensors come out pruned by a calibrated method."""
 
-import shutil
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -13,6 +11,7 @@ from endor.checkpoint.tensors import CheckpointSource, SourceTensor
 from endor.packed import bits_of
 from endor.pruning.calibration import shipped_texts
 from endor.pruning.contract import METHODS, NOTHING, LayerQuantizer, PruneOptions
+from endor.pruning.scratch import ScratchFolder
 from endor.pruning.stream import LayerStream, Progress, codes_of, steps_of
 
 
@@ -47,16 +46,16 @@ class PrunedSource:
         self._source = source
         self._options = options
         self._quantizer = quantizer
-        self._own_scratch = options.scratch is None
+        self._scratch: ScratchFolder | None
         if options.scratch is None:
-            self._scratch = Path(tempfile.mkdtemp(prefix="endor-prune-"))
+            self._scratch = ScratchFolder()
+            folder = self._scratch.path
         else:
-            self._scratch = options.scratch
-            self._scratch.mkdir(parents=True, exist_ok=True)
+            self._scratch = None
+            folder = options.scratch
+            folder.mkdir(parents=True, exist_ok=True)
         try:
-            self._stream = LayerStream(
-                source, options, selected, self._scratch, progress, quantizer
-            )
+            self._stream = LayerStream(source, options, selected, folder, progress, quantizer)
         except BaseException:
             self._drop_scratch()
             raise
@@ -128,5 +127,5 @@ class PrunedSource:
         self._drop_scratch()
 
     def _drop_scratch(self) -> None:
-        if self._own_scratch:
-            shutil.rmtree(self._scratch, ignore_errors=True)
+        if self._scratch is not None:
+            self._scratch.remove()

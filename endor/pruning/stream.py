@@ -7,6 +7,9 @@ and the hidden states exist at a time.
 
 import hashlib
 import json
+import os
+import stat
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
@@ -351,19 +354,24 @@ class LayerStream:
     def _keep(self, index: int, tensors: dict[str, torch.Tensor]) -> None:
         from safetensors.torch import save_file
 
-        path = self.path_of(index)
-        partial = path.with_suffix(".partial")
         errors = {name: self.errors[name] for name in tensors if name in self.errors}
         said = {"run": self.fingerprint, "errors": json.dumps(errors)}
+        # A new name: a folder that others may write to could hold a link of any expected one.
+        handle, partial = tempfile.mkstemp(dir=self._scratch)
+        os.close(handle)
         save_file(tensors, partial, metadata=said)
-        partial.replace(path)
+        Path(partial).replace(self.path_of(index))
 
     def _kept(self, index: int) -> dict[str, torch.Tensor] | None:
         """Return a layer that an earlier run with the same input and options finished."""
         from safetensors import SafetensorError, safe_open
 
         path = self.path_of(index)
-        if not path.exists():
+        try:
+            found = path.lstat()
+        except FileNotFoundError:
+            return None
+        if not stat.S_ISREG(found.st_mode) or found.st_uid != os.geteuid():
             return None
         try:
             with safe_open(path, framework="pt") as file:

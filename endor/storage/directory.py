@@ -10,6 +10,7 @@ import numpy as np
 
 from endor.codecs import TensorSpec
 from endor.errors import FormatError, TruncatedError
+from endor.jsontext import parse_object
 from endor.storage.header import (
     DIRECTORY_KEY,
     METADATA_KEY,
@@ -20,7 +21,6 @@ from endor.storage.header import (
     check_entry_size,
     is_count,
     is_shape,
-    parse_json,
 )
 
 FORMAT_VERSION = 1
@@ -122,7 +122,7 @@ class Directory:
         text = header.metadata.get(DIRECTORY_KEY)
         if text is None:
             raise self.wrong(f"metadata must hold {DIRECTORY_KEY!r}")
-        self.directory = parse_json(text, f"{self.path}: metadata {DIRECTORY_KEY!r}")
+        self.directory = parse_object(text, f"{self.path}: metadata {DIRECTORY_KEY!r}")
         self.records: dict[str, tuple[int, int, str]] = {}
         self.claims: dict[str, str] = {}
 
@@ -259,7 +259,7 @@ class Directory:
             if stop + TAIL_BYTES > self.records[record][1]:
                 raise self.wrong(f"{key}: must end {TAIL_BYTES} bytes before its record does")
             self.claim(key, name)
-            out.append(ArrayEntry(array.suffix, array.dtype.uint, array.shape, start, stop))
+            out.append(ArrayEntry(array.suffix, array.dtype.uint, array.unit_shape, start, stop))
         return tuple(out)
 
     def pads(self) -> dict[str, list[tuple[int, int]]]:

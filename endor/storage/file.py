@@ -1,5 +1,6 @@
 """Whole files of torch tensors, packed or dense: the everyday interface."""
 
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
@@ -10,7 +11,16 @@ import numpy as np
 from endor import kernels
 from endor.codecs import Encoded, TensorSpec
 from endor.errors import DTypeError, ReadError
-from endor.packed import PackedTensor, bits_of, compress, decompress, endor_dtype, torch_dtype
+from endor.packed import (
+    PackedTensor,
+    bits_of,
+    compress,
+    decompress,
+    endor_dtype,
+    endor_shape,
+    torch_dtype,
+    torch_shape,
+)
 from endor.storage.buffers import HostBuffer
 from endor.storage.check import bind_checked, check_bytes, read_records
 from endor.storage.header import Header
@@ -101,7 +111,7 @@ class safe_open:
             self._layout = FileLayout.from_header(header)
             self._names, self._metadata = list(self._layout.tensors), self._layout.metadata
         else:
-            self._plain = PlainFile(self._path)
+            self._plain = PlainFile(header)
             self._names, self._metadata = self._plain.names, self._plain.metadata
         self._reader = open_reader(reader)
 
@@ -121,6 +131,8 @@ class safe_open:
         self._closed = True
         self._reader.close()
         self._shared = None
+        if self._plain is not None:
+            self._plain.close()
         self._plain = None
 
     def keys(self) -> list[str]:
@@ -186,7 +198,7 @@ class safe_open:
         spec = encoded.spec
         if torch.device(self._device).type == "cuda":
             return decompress(PackedTensor(spec, encoded).to(self._device))
-        out = torch.empty(spec.shape, dtype=torch_dtype(spec.dtype))
+        out = torch.empty(torch_shape(spec.shape, spec.dtype), dtype=torch_dtype(spec.dtype))
         kernels.decode(encoded, bits_of(out).reshape(-1))
         return out.to(self._device)
 
@@ -222,11 +234,13 @@ def _spec_of(name: str, value: "torch.Tensor | PackedTensor") -> TensorSpec:
         dtype = endor_dtype(value.dtype)
     except DTypeError as error:
         raise DTypeError(f"{name}: {error}") from None
-    return TensorSpec(tuple(value.shape), dtype, "dense", bitmap=False, nnz=value.numel())
+    shape = endor_shape(value, dtype)
+    return TensorSpec(shape, dtype, "dense", bitmap=False, nnz=math.prod(shape))
 
 
 def _encoded_of(value: "torch.Tensor | PackedTensor", spec: TensorSpec) -> Encoded:
     if isinstance(value, PackedTensor):
         encoded: Encoded = value.to("cpu").data
         return encoded
-    return Encoded(spec, {"": bits_of(value.detach().cpu())})
+    bits = bits_of(value.detach().cpu())
+    return Encoded(spec, {"": bits.reshape(spec.dtype.unit_shape(spec.shape))})

@@ -10,6 +10,7 @@ from typing import Any
 
 from endor.codecs import DTYPES
 from endor.errors import ChecksumError, FormatError, TruncatedError
+from endor.jsontext import parse_object
 from endor.storage.checksum import DIGITS, checksum
 
 PREFIX_BYTES = 8
@@ -108,8 +109,9 @@ class Header:
                 f"{path}: header must begin with b'{{', got {first!r}; this is not a safetensors "
                 "file, or it is damaged"
             )
-        document = parse_json(raw[PREFIX_BYTES:], f"{path}: header")
+        document = parse_object(raw[PREFIX_BYTES:], f"{path}: header")
         metadata = document.pop(METADATA_KEY, {})
+        metadata = {} if metadata is None else metadata  # as the safetensors library has it
         if not isinstance(metadata, dict) or not all(
             isinstance(value, str) for value in metadata.values()
         ):
@@ -172,39 +174,58 @@ def finish(blank: bytes, data_start: int) -> bytes:
     return raw.replace(_MARKER + _BLANK, _MARKER + checksum(raw).encode(), 1)
 
 
-def parse_json(text: bytes | str, where: str) -> dict[str, Any]:
-    """Return the JSON object in `text`, refusing what parsers disagree about.
-
-    Raises:
-        FormatError: `text` is not UTF-8, not JSON, not an object, or repeats a key.
-    """
-    try:
-        document = json.loads(
-            text if isinstance(text, str) else text.decode(),
-            object_pairs_hook=_unique,
-            parse_constant=_refuse_constant,
-        )
-    except (ValueError, RecursionError) as error:
-        raise FormatError(f"{where} must be JSON: {error}; copy the file again") from None
-    if not isinstance(document, dict):
-        raise FormatError(f"{where} must be a JSON object, got {type(document).__name__}")
-    return document
-
-
 def is_count(value: object) -> bool:
     """Whether `value` is a non-negative integer that fits 64 bits (and no bool)."""
     return type(value) is int and 0 <= value < 1 << 63
 
 
 def is_shape(value: object) -> bool:
-    """Whether `value` is a list of sizes, short enough that their product is cheap."""
-    return isinstance(value, list) and len(value) <= MAX_DIMS and all(map(is_count, value))
+    """Whether `value` is a list of sizes that an array can have.
+
+    Sizes beside a 0 count too: no library can hold an array of `[0, 2**62]`.
+    """
+    return (
+        isinstance(value, list)
+        and len(value) <= MAX_DIMS
+        and all(map(is_count, value))
+        and math.prod(max(size, 1) for size in value) < 1 << 60
+    )
 
 
 def brief(value: object) -> str:
     """Return `value` for an error message, cut where a hostile file would fill the screen."""
     text = repr(value)
     return text if len(text) <= 100 else f"{text[:100]}..."
+
+
+def check_plain(header: Header) -> None:
+    """Raise unless the arrays of a plain file fill its data section without hole or overlap.
+
+    Raises:
+        TruncatedError: The file is shorter than its header says.
+        FormatError: Any other contradiction, or an unknown dtype.
+    """
+    position = 0
+    order = sorted(header.entries.items(), key=lambda item: (item[1].start, item[1].stop))
+    for key, entry in order:
+        check_entry_size(header.path, key, entry)
+        if entry.start != position:
+            raise FormatError(
+                f"{header.path}: {key}: must start at byte {position} of the data, where the "
+                f"array before it ends; the header says {entry.start}; copy the file again"
+            )
+        position = entry.stop
+    needed = header.data_start + position
+    if needed > header.file_bytes:
+        raise TruncatedError(
+            f"{header.path}: truncated: has {header.file_bytes} bytes, needs {needed}; copy the "
+            "file again"
+        )
+    if needed < header.file_bytes:
+        raise FormatError(
+            f"{header.path}: {header.file_bytes - needed} bytes follow the last array; copy the "
+            "file again"
+        )
 
 
 def _parse_entry(path: Path, key: str, value: object) -> Entry:
@@ -214,7 +235,10 @@ def _parse_entry(path: Path, key: str, value: object) -> Entry:
     if not isinstance(dtype, str):
         raise FormatError(f"{path}: {key}: dtype must be a string, got {brief(dtype)}")
     if not is_shape(shape):
-        raise FormatError(f"{path}: {key}: shape must be a list of sizes, got {brief(shape)}")
+        raise FormatError(
+            f"{path}: {key}: shape must be a list of sizes that an array can have, got "
+            f"{brief(shape)}"
+        )
     if (
         not isinstance(offsets, list)
         or len(offsets) != 2
@@ -230,28 +254,19 @@ def _parse_entry(path: Path, key: str, value: object) -> Entry:
 def check_entry_size(path: Path, key: str, entry: Entry) -> None:
     """Raise `FormatError` unless the entry's bytes are what its dtype and shape need."""
     if entry.dtype not in DTYPES:
-        raise FormatError(f"{path}: {key}: unknown dtype {entry.dtype!r}")
-    needed = math.prod(entry.shape) * DTYPES[entry.dtype].itemsize
+        raise FormatError(
+            f"{path}: {key}: unknown dtype {brief(entry.dtype)}: dtype must be one of "
+            f"{', '.join(DTYPES)}"
+        )
+    kind, numel = DTYPES[entry.dtype], math.prod(entry.shape)
+    if kind.bits and numel * kind.bits % 8:
+        raise FormatError(f"{path}: {key}: {entry.dtype} {list(entry.shape)} must fill whole bytes")
+    needed = kind.nbytes(numel)
     if entry.stop - entry.start != needed:
         raise FormatError(
             f"{path}: {key}: {entry.dtype} {list(entry.shape)} must take {needed} bytes, "
             f"data_offsets give {entry.stop - entry.start}"
         )
-
-
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    out = dict(pairs)
-    for key in out:
-        key.encode()  # lone surrogates, which \u escapes can smuggle in
-    if len(out) != len(pairs):
-        seen: set[str] = set()
-        repeated = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
-        raise ValueError(f"key {repeated!r} occurs twice")
-    return out
-
-
-def _refuse_constant(name: str) -> None:
-    raise ValueError(f"{name} is not JSON")
 
 
 def _dump(value: object) -> str:

@@ -1,7 +1,7 @@
 """Where everything lies in a packed file."""
 
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from difflib import get_close_matches
 from pathlib import Path
 
@@ -24,7 +24,7 @@ from endor.storage.directory import (
     array_key,
     version_of,
 )
-from endor.storage.header import DIRECTORY_KEY, RESERVED_METADATA, Header
+from endor.storage.header import CHECKSUM_KEY, DIRECTORY_KEY, RESERVED_METADATA, Header
 
 __all__ = [
     "ALIGN",
@@ -54,6 +54,7 @@ class FileLayout:
         tensors: Tensor per name, in file order.
         records: Record per name, in file order; they cover the file from `data_start` to its end.
         metadata: The user's own metadata.
+        checksum: That of the header, which holds those of the records.
     """
 
     path: Path
@@ -62,6 +63,7 @@ class FileLayout:
     tensors: Mapping[str, TensorEntry]
     records: Mapping[str, Record]
     metadata: Mapping[str, str]
+    checksum: str = field(compare=False)
 
     @classmethod
     def read(cls, path: Path | str) -> "FileLayout":
@@ -97,6 +99,7 @@ class FileLayout:
             tensors,
             records,
             metadata,
+            header.metadata[CHECKSUM_KEY],
         )
 
     @property

@@ -4,6 +4,7 @@ import os
 import threading
 import time
 import weakref
+from collections import Counter, OrderedDict
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -20,11 +21,15 @@ from endor.storage.ticket import ReadStat, Ticket
 
 _MAX_BLOCK_BYTES = 1 << 30
 
+MAX_OPEN_FILES = 64
+"""Files that a reader keeps open; more only while as many are being read."""
+
 
 class RecordReader:
     """Reads records with a few threads; made by `open_reader`, a context manager.
 
-    Every method may be called from any thread. Each file is opened once and its descriptor shared.
+    Every method may be called from any thread. A file is opened once and its descriptor shared; of
+    many files those read last stay open.
     """
 
     def __init__(self, kind: ReaderKind, threads: int, block_bytes: int, preadv: Preadv) -> None:
@@ -34,7 +39,9 @@ class RecordReader:
         self._preadv = preadv
         self._lock = threading.RLock()
         self._closed = False
-        self._sources: dict[Path, Source] = {}
+        self._sources: OrderedDict[Path, Source] = OrderedDict()
+        self._users: Counter[Path] = Counter()
+        self._reasons: set[str] = set()
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="endor-read")
         self._total = BlockStat()
         self._records = 0
@@ -84,6 +91,7 @@ class RecordReader:
             if self._closed:
                 raise ReadError(f"{record.path}: the reader is closed; open a new one")
             source = self._source(record)
+            self._users[record.path] += 1
             self._enter()
             spans = _spans(data.size, self._block_bytes)
             ticket._blocks = len(spans) + 1
@@ -176,13 +184,15 @@ class RecordReader:
 
     @property
     def _reason(self) -> str:
-        reasons = sorted({source.reason for source in self._sources.values()})
+        reasons = sorted(self._reasons | {source.reason for source in self._sources.values()})
         return "; ".join(reasons) or "nothing was read yet"
 
     def _source(self, record: Record) -> Source:
         source = self._sources.get(record.path)
         if source is None:
+            self._close_idle()
             source = self._sources[record.path] = Source(record.path, self._kind, self._preadv)
+        self._sources.move_to_end(record.path)
         size, needed = source.nbytes, record.offset + record.nbytes
         if size < needed:
             raise TruncatedError(
@@ -190,6 +200,16 @@ class RecordReader:
                 f"{needed}; copy or convert the file again"
             )
         return source
+
+    def _close_idle(self) -> None:
+        """Make room for one more file: close those that were not read for longest."""
+        for path in list(self._sources):
+            if len(self._sources) < MAX_OPEN_FILES:
+                return
+            if not self._users[path]:
+                source = self._sources.pop(path)
+                self._reasons.add(source.reason)
+                source.close()
 
     def _read_block(self, ticket: Ticket, source: Source, out: memoryview, offset: int) -> None:
         cpu = time.thread_time()
@@ -234,6 +254,7 @@ class RecordReader:
             last = ticket._end_block(stat.retries)
             if last:
                 self._records += 1
+                self._users[ticket.record.path] -= 1
                 self._active -= 1
                 if not self._active:
                     self._busy_s += time.perf_counter() - self._active_since

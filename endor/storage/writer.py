@@ -222,10 +222,10 @@ class RecordWriter:
             raise FormatError(f"{self._writer.path}: {name!r} is reserved; rename the tensor")
         for array in encoded.spec.arrays:
             found = encoded.arrays[array.suffix]
-            if found.shape != array.shape or found.dtype != array.dtype.uint:
+            if found.shape != array.unit_shape or found.dtype != array.dtype.uint:
                 raise ShapeError(
-                    f"{array_key(name, array.suffix)}: must be {array.dtype.uint} {array.shape} by "
-                    f"its spec, got {found.dtype} {found.shape}"
+                    f"{array_key(name, array.suffix)}: must be {array.dtype.uint} "
+                    f"{array.unit_shape} by its spec, got {found.dtype} {found.shape}"
                 )
         self._writer._keys |= keys
         self._book.tensors[name] = encoded.spec.to_dict() | {"record": self._name}

@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import save_file
 
 from endor.checkpoint import CheckpointSource
+from endor.checkpoint.index import _checksum, index_text
 
 State = dict[str, torch.Tensor]
 CONFIG: dict[str, Any] = {"model_type": "llama", "torch_dtype": "bfloat16", "vocab_size": 100}
@@ -93,6 +94,25 @@ def write_checkpoint(
         index = {"metadata": {"total_size": 1}, "weight_map": weight_map}
         (directory / f"{stem}{ending}.index.json").write_text(json.dumps(index))
     return directory
+
+
+def edit_index(packed: Path, change: Callable[[dict[str, Any]], None]) -> None:
+    """Change an index and give it the right checksum again, as an attacker would."""
+    path = packed / "endor.safetensors.index.json"
+    document = json.loads(path.read_text())
+    change(document)
+    document["metadata"]["endor"]["checksum"] = _checksum(document)
+    path.write_bytes(index_text(document))
+
+
+def make_old(packed: Path) -> None:
+    """Give a packed checkpoint the index that older versions wrote."""
+
+    def change(document: dict[str, Any]) -> None:
+        del document["metadata"]["endor"]["headers"]
+        del document["metadata"]["endor"]["companions"]
+
+    edit_index(packed, change)
 
 
 def read_bits(source: CheckpointSource, name: str) -> np.ndarray:

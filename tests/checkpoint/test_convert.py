@@ -20,7 +20,15 @@ from endor.checkpoint import (
     unpack_checkpoint,
     verify_checkpoint,
 )
-from endor.errors import CheckpointError, ConfigError, DTypeError, OutputExistsError, PruningError
+from endor.errors import (
+    CheckpointError,
+    ConfigError,
+    DTypeError,
+    EndorError,
+    EndorWarning,
+    OutputExistsError,
+    PruningError,
+)
 from endor.pruning.contract import PruneOptions
 from endor.pruning.magnitude import Magnitude
 from endor.storage import FileLayout
@@ -29,6 +37,7 @@ from .conftest import (
     COMPANIONS,
     CONFIG,
     assert_same_tensors,
+    make_old,
     read_bits,
     weight,
     write_checkpoint,
@@ -76,7 +85,8 @@ def test_unpacking_restores_the_layout(tmp_path, state, content, kind, shards):
 def test_companions_are_carried_over(tmp_path, model):
     (model / "pytorch_model.bin").write_bytes(b"another weight file")
     (model / ".cache").mkdir()
-    pack_checkpoint(model, tmp_path / "packed", prune="magnitude", sparsity=0.25)
+    with pytest.warns(EndorWarning, match=r"leaves alone pytorch_model\.bin"):
+        pack_checkpoint(model, tmp_path / "packed", prune="magnitude", sparsity=0.25)
     for name, text in COMPANIONS.items():
         assert (tmp_path / "packed" / name).read_text() == text
     names = {path.name for path in (tmp_path / "packed").iterdir()}
@@ -329,9 +339,10 @@ def test_interrupted_and_resumed(tmp_path, large_model, content):
         )
     assert not out.exists()
     partial = tmp_path / "out.partial"
-    kept = sorted(path.name for path in partial.iterdir())
-    assert len(kept) > 2
-    assert all(name == "journal.jsonl" or name.endswith(".safetensors") for name in kept)
+    assert {path.name for path in partial.iterdir()} == {"content", "journal.jsonl"}
+    kept = sorted(path.name for path in (partial / "content").iterdir())
+    assert len(kept) > 1
+    assert all(name.endswith(".safetensors") for name in kept)
     with pytest.raises(OutputExistsError, match="--resume"):
         pack_checkpoint(large_model, out, **options)
     with pytest.raises(CheckpointError, match="max_shard_bytes was 1048576 and is now"):
@@ -340,7 +351,7 @@ def test_interrupted_and_resumed(tmp_path, large_model, content):
     report = pack_checkpoint(
         large_model, out, resume=True, progress=lambda *call: calls.append(call), **options
     )
-    assert report.resumed_shards == len(kept) - 1
+    assert report.resumed_shards == len(kept)
     assert calls[0][0] > 0
     assert calls[-1][0] == calls[-1][1] == report.sizes.dense_bytes
     assert report.converted_bytes == calls[-1][1] - calls[0][0]
@@ -375,12 +386,170 @@ def test_resume_with_a_damaged_shard(tmp_path, large_model):
             max_shard_bytes=MIB,
             progress=stop_after(4 * MIB, KeyboardInterrupt()),
         )
-    path = tmp_path / "out.partial" / "endor-00001.safetensors"
+    path = tmp_path / "out.partial" / "content" / "endor-00001.safetensors"
     content = bytearray(path.read_bytes())
     content[-5000] ^= 1
     path.write_bytes(content)
     with pytest.raises(CheckpointError, match=r"checksum must be .* start again with --overwrite"):
         pack_checkpoint(large_model, tmp_path / "out", max_shard_bytes=MIB, resume=True)
+
+
+def interrupt(source, out, **options):
+    with pytest.raises(KeyboardInterrupt):
+        pack_checkpoint(
+            source,
+            out,
+            max_shard_bytes=MIB,
+            progress=stop_after(4 * MIB, KeyboardInterrupt()),
+            **options,
+        )
+
+
+def test_packing_never_deletes_its_source(tmp_path, large_model, content):
+    """`endor pack m.partial m`, which emptied the model, and all of its relatives."""
+    source = large_model.rename(tmp_path / "m.partial")
+    before = content(tmp_path)
+    for convert in (pack_checkpoint, prune_checkpoint):
+        for options in ({}, {"overwrite": True}, {"resume": True}):
+            with pytest.raises(CheckpointError, match="holds the input"):
+                convert(source, tmp_path / "m", **options)
+            assert content(tmp_path) == before
+
+
+@pytest.mark.parametrize("convert", ["pack", "prune", "unpack"])
+def test_a_folder_that_is_called_partial_survives(tmp_path, model, content, convert):
+    pack_checkpoint(model, tmp_path / "packed")
+    (tmp_path / "o.partial").mkdir()
+    (tmp_path / "o.partial" / "thesis.txt").write_text("mine")
+    before = content(tmp_path)
+    run = {"pack": pack_checkpoint, "prune": prune_checkpoint, "unpack": unpack_checkpoint}
+    source = tmp_path / "packed" if convert == "unpack" else model
+    for options in ({}, {"overwrite": True}, {"resume": True}):
+        with pytest.raises(OutputExistsError, match=r"o\.partial.*thesis\.txt"):
+            run[convert](source, tmp_path / "o", **options)
+    assert content(tmp_path) == before
+
+
+def edit_journal(partial, change):
+    path = partial / "journal.jsonl"
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    change(lines)
+    text = "".join(json.dumps(line, separators=(",", ":")) + "\n" for line in lines)
+    path.write_text(text)
+
+
+PLANTED = ["../precious", "/etc/hostname", "precious", ".", "", None, 5, ["a"], "a\0b"]
+PLANTED += ["endor-00002.safetensors", "sub/endor-00001.safetensors"]
+PLANTED += ["endor-00001-of-00009.safetensors"]
+
+
+@pytest.mark.parametrize("name", PLANTED)
+def test_a_planted_name_is_refused(tmp_path, large_model, content, name):
+    """The journal cannot make Endor touch another file."""
+    (tmp_path / "precious").write_text("mine")
+    interrupt(large_model, tmp_path / "out")
+
+    def plant(lines):
+        next(line for line in lines if "file" in line)["file"] = name
+
+    edit_journal(tmp_path / "out.partial", plant)
+    before = content(tmp_path)
+    with pytest.raises(EndorError):
+        pack_checkpoint(large_model, tmp_path / "out", max_shard_bytes=MIB, resume=True)
+    after = content(tmp_path)
+    assert after["precious"] == b"mine"
+    assert not (tmp_path / "out").exists()
+    assert before.keys() >= after.keys()
+
+
+@pytest.mark.parametrize("kind", ["shard", "link", "hole"])
+def test_a_planted_shard_is_refused(tmp_path, large_model, kind):
+    """Whole in itself and of the right records, but not the one that was finished."""
+    interrupt(large_model, tmp_path / "out")
+    interrupt(large_model, tmp_path / "other", prune="magnitude")
+    path = tmp_path / "out.partial" / "content" / "endor-00001.safetensors"
+    other = tmp_path / "other.partial" / "content" / "endor-00001.safetensors"
+    path.unlink()
+    if kind == "shard":
+        path.write_bytes(other.read_bytes())
+    elif kind == "link":
+        path.symlink_to(other)
+    with pytest.raises(CheckpointError, match=r"was changed|is missing|did not write"):
+        pack_checkpoint(large_model, tmp_path / "out", max_shard_bytes=MIB, resume=True)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("last", [False, True])
+def test_killed_while_shards_get_their_names(tmp_path, large_model, content, last, monkeypatch):
+    """Some have a count in their name and some do not; one is not to be taken twice."""
+    from endor.checkpoint import convert
+
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(convert, "build_index", stop)
+    with pytest.raises(KeyboardInterrupt):
+        pack_checkpoint(large_model, tmp_path / "out", max_shard_bytes=MIB)
+    monkeypatch.undo()
+    names = sorted((tmp_path / "out.partial" / "content").glob("endor-*"))
+    assert all("-of-" in path.name for path in names)
+    if not last:
+        names[1].rename(names[1].with_name("endor-00002.safetensors"))
+    report = pack_checkpoint(large_model, tmp_path / "out", max_shard_bytes=MIB, resume=True)
+    assert report.resumed_shards == len(names)
+    assert report.converted_bytes == 0
+    pack_checkpoint(large_model, tmp_path / "whole", max_shard_bytes=MIB)
+    assert content(tmp_path / "out") == content(tmp_path / "whole")
+
+
+def test_a_companion_that_is_gone_is_not_published_later(tmp_path, large_model, monkeypatch):
+    (large_model / "old.txt").write_text("old")
+    from endor.checkpoint import convert
+
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(convert, "build_index", stop)
+    with pytest.raises(KeyboardInterrupt):
+        pack_checkpoint(large_model, tmp_path / "out", max_shard_bytes=MIB)
+    monkeypatch.undo()
+    (large_model / "old.txt").unlink()
+    pack_checkpoint(large_model, tmp_path / "out", max_shard_bytes=MIB, resume=True)
+    assert not (tmp_path / "out" / "old.txt").exists()
+    assert verify_checkpoint(tmp_path / "out", against=large_model).ok
+
+
+def test_strangers_are_not_replaced(tmp_path, model, content):
+    """The index lists what was published: a file added since, a usual one too, is not Endor's."""
+    out = tmp_path / "out"
+    pack_checkpoint(model, out)
+    for name in ("notes.txt", "merges.txt", "src/a.py", "model.safetensors"):
+        (out / name).parent.mkdir(exist_ok=True)
+        (out / name).write_text("mine")
+        before = content(out)
+        with pytest.raises(OutputExistsError, match=f"holds {name}, which Endor did not write"):
+            pack_checkpoint(model, out, overwrite=True, codec="raw")
+        assert content(out) == before
+        (out / name).unlink()
+        if (out / "src").exists():
+            (out / "src").rmdir()
+    (out / "LICENSE").unlink()  # less than was published is fine
+    pack_checkpoint(model, out, overwrite=True, codec="raw")
+    assert verify_checkpoint(out, against=model).ok
+
+
+def test_dense_outputs_and_old_packed_ones_are_replaced_by_their_names(tmp_path, model, content):
+    pack_checkpoint(model, tmp_path / "packed")
+    unpack_checkpoint(tmp_path / "packed", tmp_path / "dense")
+    for _ in range(2):
+        unpack_checkpoint(tmp_path / "packed", tmp_path / "dense", overwrite=True)
+    make_old(tmp_path / "packed")
+    with pytest.warns(EndorWarning, match="no checksums of shards"):
+        verify_checkpoint(tmp_path / "packed")
+    pack_checkpoint(model, tmp_path / "packed", overwrite=True)
+    (tmp_path / "dense" / "src").mkdir()
+    with pytest.raises(OutputExistsError, match="holds src/, which Endor did not write"):
+        unpack_checkpoint(tmp_path / "packed", tmp_path / "dense", overwrite=True)
 
 
 KILLED = """

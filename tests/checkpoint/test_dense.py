@@ -83,9 +83,8 @@ def test_resume(tmp_path, large_model, content):
     with pytest.raises(KeyboardInterrupt):
         unpack_checkpoint(tmp_path / "packed", tmp_path / "out", progress=stop)
     assert not (tmp_path / "out").exists()
-    left = sorted(path.name for path in (tmp_path / "out.partial").iterdir())
+    left = sorted(path.name for path in (tmp_path / "out.partial" / "content").iterdir())
     assert left == [
-        "journal.jsonl",
         "model-00001-of-00004.safetensors",
         "model-00002-of-00004.safetensors",
     ]
@@ -106,9 +105,26 @@ def test_resume_with_a_damaged_file(tmp_path, large_model, damage, message):
 
     with pytest.raises(KeyboardInterrupt):
         prune_checkpoint(large_model, tmp_path / "out", progress=stop)
-    damage(tmp_path / "out.partial" / "model-00001-of-00004.safetensors")
+    damage(tmp_path / "out.partial" / "content" / "model-00001-of-00004.safetensors")
     with pytest.raises(CheckpointError, match=message):
         prune_checkpoint(large_model, tmp_path / "out", resume=True)
+
+
+@pytest.mark.parametrize("name", ["../precious", "config.json", None, 5, [], {}])
+def test_a_planted_name_is_refused(tmp_path, large_model, name):
+    def stop(done, total):
+        if done >= 5 * MIB:
+            raise KeyboardInterrupt
+
+    (tmp_path / "precious").write_text("mine")
+    with pytest.raises(KeyboardInterrupt):
+        prune_checkpoint(large_model, tmp_path / "out", progress=stop)
+    journal = tmp_path / "out.partial" / "journal.jsonl"
+    with journal.open("a") as file:
+        file.write(json.dumps({"file": name, "bytes": 4, "xxh3_64": "0"}) + "\n")
+    with pytest.raises(CheckpointError, match="which is no file of this checkpoint"):
+        prune_checkpoint(large_model, tmp_path / "out", resume=True)
+    assert (tmp_path / "precious").read_text() == "mine"
 
 
 def test_damage_is_never_unpacked(tmp_path, model):

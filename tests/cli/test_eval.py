@@ -13,7 +13,7 @@ from tokenizers.pre_tokenizers import ByteLevel
 import endor
 from endor.bench.evaluate import bits_per_weight, evaluate, load, read_text, shipped_text
 from endor.cli.eval import eval_command
-from endor.errors import CheckpointError, ConfigError, FormatError
+from endor.errors import CheckpointError, ConfigError
 
 TEXT = "It is a truth — universally acknowledged. " * 6
 WINDOWS = ["--window", "32", "--max-windows", "2"]
@@ -139,7 +139,7 @@ def test_ram_needs_a_packed_checkpoint(models):
 def test_a_text_that_is_not_utf8_is_named(tmp_path):
     path = tmp_path / "latin1.txt"
     path.write_bytes("né".encode("latin-1"))
-    with pytest.raises(FormatError, match=r"latin1\.txt: the text must be UTF-8; byte 1"):
+    with pytest.raises(ConfigError, match=r"latin1\.txt: the text must be UTF-8; byte 0x"):
         read_text(path)
 
 

@@ -10,6 +10,7 @@ from click.testing import CliRunner
 from safetensors.torch import save_file
 
 from endor.cli.main import cli
+from endor.errors import OutputExistsError
 
 SHAPES = {"q_proj": (64, 64), "up_proj": (96, 64), "down_proj": (64, 96)}
 
@@ -127,7 +128,7 @@ def no_output(model):
     [
         (missing_shard, ["1 of 1 shards are missing", "model-00001-of-00002.safetensors"]),
         (truncated, ["model.safetensors", "truncated"]),
-        (wrong_dtype, ["dtype must be one of", "BF17"]),
+        (wrong_dtype, ["dtype", "BF17"]),
         (collision, ["q_proj.weight_bitmap", "collides"]),
         (no_output, ["exists already", "--overwrite"]),
     ],
@@ -184,3 +185,62 @@ def test_wrong_usage_exits_with_2(tmp_path, model, options):
     result = CliRunner().invoke(cli, ["pack", str(model), str(tmp_path / "out"), *options])
     assert result.exit_code == 2
     assert options[0] in result.output
+
+
+def test_the_source_called_partial_survives(tmp_path, model):
+    """`endor pack m.partial m`: one line, exit 1, and the model is still there."""
+    model.rename(tmp_path / "m.partial")
+    before = (tmp_path / "m.partial" / "model.safetensors").read_bytes()
+    result = run("pack", tmp_path / "m.partial", tmp_path / "m", "--prune", "magnitude")
+    assert_one_line(result, "m.partial", "holds the input")
+    assert (tmp_path / "m.partial" / "model.safetensors").read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("pack", "--prune", "wanda"),
+        ("prune", "--method", "wanda"),
+        ("prune", "--method", "wanda", "--mask-only"),
+    ],
+)
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_out_is_looked_at_before_the_work(tmp_path, model, monkeypatch, words, overwrite):
+    """Not after hours of calibration."""
+    from endor.pruning import source
+
+    def work(*_, **__):
+        raise AssertionError("the calibration began")
+
+    monkeypatch.setattr(source, "PrunedSource", work)
+    command, *options = words
+    out = tmp_path / "out"
+    if "--mask-only" in options and overwrite:
+        out.symlink_to(model / "config.json")
+    elif "--mask-only" in options:
+        out.touch()
+    else:
+        out.mkdir()
+        (out / "model.safetensors").touch()
+        (out / "thesis.txt").write_text("mine")
+    if overwrite:
+        options.append("--overwrite")
+    result = CliRunner().invoke(cli, [command, str(model), str(out), *options])
+    assert isinstance(result.exception, OutputExistsError), result.exception
+    partial = tmp_path / "out.partial"
+    if not out.is_file():
+        for path in (out / "model.safetensors", out / "thesis.txt"):
+            path.unlink()
+        out.rmdir()
+        partial.mkdir()
+        (partial / "thesis.txt").write_text("mine")
+        result = CliRunner().invoke(cli, [command, str(model), str(out), *options])
+        assert isinstance(result.exception, OutputExistsError), result.exception
+
+
+def test_what_is_left_out_is_named(tmp_path, model):
+    (model / "model.onnx_data").write_text("other weights")
+    (model / "original").mkdir()
+    result = CliRunner().invoke(cli, ["pack", str(model), str(tmp_path / "out")])
+    assert result.exit_code == 0
+    assert "model.onnx_data, original/" in result.stderr

@@ -201,8 +201,10 @@ def test_an_unforeseen_take_revokes_speculation():
     bench.use(0, 0.0)
     until(lambda: {slot.unit for slot in bench.copier._slots} == {1, 2})
     bench.use(7, 0.0)
-    assert bench.copier.counters.misses == 1 + (bench.copier.counters.hits == 0)
-    assert bench.copier.counters.revoked >= 1
+    counters = bench.copier.counters  # the first take may come before, during or after its copy
+    assert counters.misses == 2 - counters.hits - counters.late
+    assert counters.misses >= 1
+    assert counters.revoked >= 1
     until(lambda: {slot.unit for slot in bench.copier._slots} == {8, 9})
     bench.finish()
 

@@ -10,9 +10,10 @@ import torch
 import endor
 from endor.errors import BackendError, ChecksumError, ConfigError
 from endor.offload import Part, Unit, WeightSpec, collect_units
+from endor.offload import arena as arenas
 from endor.offload.device_placement import DevicePlacement
 from endor.offload.device_store import DeviceStore
-from endor.offload.fake_device import FakeDevice
+from endor.offload.fake_device import FakeDevice, current_index
 from endor.storage import FileLayout, open_reader
 
 COUNT = 9
@@ -55,7 +56,7 @@ def whole(layout: FileLayout) -> list[tuple[WeightSpec, torch.dtype]]:
 
 
 def open_store(layout, placement, specs=None, **options) -> DeviceStore:
-    device = FakeDevice(bytes_per_s=1e6)
+    device = options.pop("device", None) or FakeDevice(bytes_per_s=1e6)
     specs = specs or whole(layout)
     units = collect_units([layout], [spec for spec, _ in specs])
     return DeviceStore(
@@ -277,3 +278,19 @@ def test_a_placement_is_checked(layout):
         DevicePlacement({}, 0).check(units)
     with pytest.raises(ConfigError, match="at least one device slot"):
         DevicePlacement({unit.name: "resident" for unit in units}, 0, slots=0).check(units)
+
+
+def test_the_callers_device_and_pending_work_are_left_alone(layout, tensors, monkeypatch):
+    """A store on device 1, loaded while device 0 is current and device 1 still computes; and
+    locked memory in many registrations, whose borders lie inside units."""
+    monkeypatch.setattr(arenas, "CHUNK_BYTES", 4096)
+    device = FakeDevice(bytes_per_s=1e6, index=1)
+    device.compute(1.0, lambda: None, lambda: None)
+    store = open_store(layout, tiers("vram", "resident", "disk"), device=device)
+    for _ in range(2):
+        for name, weight in store.weights.items():
+            assert torch.equal(weight.dense(), tensors[name])
+    assert current_index() == 0
+    assert device.errors == []
+    store.close()
+    assert device.pinned_bytes == 0

@@ -10,7 +10,8 @@ from transformers import AutoModelForCausalLM
 
 import endor
 from endor.offload.copier import Copier
-from endor.offload.device import CudaDevice
+from endor.offload.device import CudaDevice, allocate_for_copies
+from endor.storage import HostBuffer
 
 pytestmark = pytest.mark.gpu
 
@@ -110,7 +111,10 @@ def test_the_device_copies_what_it_is_told():
     """The copier over a real stream: every slot holds its unit's bytes when they are used."""
     device = CudaDevice("cuda")
     units = [torch.randint(0, 255, (1 << 20,), dtype=torch.uint8) for _ in range(7)]
-    arrays = [unit.numpy() for unit in units]
+    buffers = [HostBuffer(1 << 20) for _ in units]  # each owns its pages
+    arrays = [buffer.array for buffer in buffers]
+    for array, unit in zip(arrays, units, strict=True):
+        array[:] = unit.numpy()
     assert all(device.pin(array) is None for array in arrays)
 
     class Source:
@@ -123,7 +127,9 @@ def test_the_device_copies_what_it_is_told():
         def reads_directly(self, unit: int) -> bool:
             return False
 
-    copier = Copier(device, Source(), [device.allocate(1 << 20) for _ in range(3)], range(7))
+    copier = Copier(
+        device, Source(), [allocate_for_copies(device, 1 << 20) for _ in range(3)], range(7)
+    )
     expected = [unit.cuda() for unit in units]
     wrong = torch.zeros((), dtype=torch.int64, device="cuda")
     for turn in range(20):

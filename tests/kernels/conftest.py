@@ -1,42 +1,10 @@
-"""Which kernels the tests run, and elements that exercise every branch of the codecs."""
-
-import os
+"""Elements that exercise every branch of the codecs."""
 
 import numpy as np
-import pytest
 
 from endor.codecs import DType
-from endor.kernels import native
 
 STYLES = ("noise", "window", "outliers", "specials")
-
-
-def need(name: str) -> None:
-    """Skip, with a reason, unless kernel `name` runs here; fail where it is required to."""
-    if name == "numpy" or name in native.available():
-        return
-    if not native.available():
-        _, why = native.load()
-        if os.environ.get("ENDOR_REQUIRE_NATIVE") == "1":
-            pytest.fail(f"ENDOR_REQUIRE_NATIVE=1, but {why}")
-        pytest.skip(why)
-    pytest.skip(f"this CPU does not run {name}")
-
-
-@pytest.fixture(params=["avx512", "avx2", "scalar", "numpy"])
-def kernel(request: pytest.FixtureRequest) -> str:
-    """Each kernel, the reference included."""
-    name: str = request.param
-    need(name)
-    return name
-
-
-@pytest.fixture(params=["avx512", "avx2", "scalar"])
-def compiled(request: pytest.FixtureRequest) -> str:
-    """Each compiled kernel."""
-    name: str = request.param
-    need(name)
-    return name
 
 
 def elements(

@@ -10,9 +10,10 @@ from hypothesis import strategies as st
 from endor import codecs, kernels
 from endor.codecs import DTYPES, DType, Encoded
 from endor.errors import ConfigError, DTypeError, FormatError, ShapeError
-from endor.kernels import native
+from endor.kernels import native, packing
 
-from .conftest import STYLES, elements, need
+from ..conftest import KERNELS, need
+from .conftest import STYLES, elements
 
 CANARY = 0xA5
 SIZES = [0, 1, 63, 64, 65, 1023, 1024, 1025, 2047, 8191, 8192, 8193, 66000]
@@ -44,7 +45,7 @@ def assert_decodes(
     assert (buffer[pad + stop - start :] == CANARY).all()
 
 
-@pytest.mark.parametrize("kernel", ["avx512", "avx2", "scalar", "numpy"])
+@pytest.mark.parametrize("kernel", KERNELS)
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(
     seed=st.integers(0, 2**32 - 1),
@@ -131,6 +132,53 @@ def test_beyond_the_streaming_size(compiled: str, rng: np.random.Generator) -> N
     assert_same(encoded, codecs.encode(bits, DTYPES["BF16"], codec="raw"))
     for pad in (0, 24, 1):
         assert_decodes(encoded, bits, compiled, 0, n, pad)
+
+
+@pytest.mark.parametrize("name", ["BF16", "F16", "F8_E4M3", "I8"])
+@pytest.mark.parametrize("density", [0.4, 1.0])
+@pytest.mark.parametrize("surprise", ["none", "exponents", "zeros", "few"])
+def test_guessed_windows(
+    compiled: str, name: str, density: float, surprise: str, rng: np.random.Generator
+) -> None:
+    """A tensor large enough to be packed by the window of a sample, which may mislead."""
+    item, n = DTYPES[name], 1_500_007
+    assert n * item.itemsize >= packing.GUESSED_NBYTES
+    bits = elements(rng, item, n, density, "window")
+    tiles = bits[: n // 1024 * 1024].reshape(-1, 1024)
+    unsampled = np.arange(len(tiles)) % -(-len(tiles) // packing.SAMPLED_TILES) != 0
+    if surprise == "exponents":
+        tiles[unsampled] = elements(
+            rng, item, int(unsampled.sum()) * 1024, density, "noise"
+        ).reshape(-1, 1024)
+    elif surprise == "zeros":
+        tiles[unsampled] = 0
+    elif surprise == "few":
+        bits[4096 + rng.integers(0, 900, 50)] = 1
+    scratch = kernels.Scratch()
+    for codec, bitmap in CODECS[:4]:
+        want = codecs.encode(bits, item, codec=codec, bitmap=bitmap)  # type: ignore[arg-type]
+        for how in ({"threads": 1}, {"threads": 3, "scratch": scratch}):
+            got = kernels.encode(bits, item, codec=codec, bitmap=bitmap, kernel=compiled, **how)  # type: ignore[arg-type]
+            assert_same(got, want)
+
+
+def test_a_good_guess_reads_once(
+    compiled: str, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begun: list[bool] = []
+    exp = packing.Packer.exp
+
+    def counted(self: packing.Packer, *args: object, **how: object) -> object:
+        begun.append(bool(how))
+        return exp(self, *args, **how)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(packing.Packer, "exp", counted)
+    for density in (0.5, 1.0):
+        values = rng.standard_normal(1 << 20, dtype=np.float32)
+        values[rng.random(values.size) >= density] = 0
+        bits = (values.view(np.uint32) >> 16).astype(np.uint16)
+        assert kernels.encode(bits, DTYPES["BF16"], kernel=compiled).spec.codec == "exp"
+    assert begun == [True, True]
 
 
 def test_clustered_elements(compiled: str) -> None:

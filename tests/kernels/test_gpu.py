@@ -38,6 +38,7 @@ def fake_cupy(monkeypatch, driver: int, capability: tuple[int, int]) -> None:
             runtime = Runtime
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: capability)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: "Old Card")
     monkeypatch.setattr(gpu, "_cupy", lambda: Cupy)
@@ -61,11 +62,109 @@ def test_too_old_a_card_is_named(monkeypatch):
     gpu._refusal.cache_clear()
 
 
+def test_a_device_that_is_not_there_is_named(monkeypatch):
+    fake_cupy(monkeypatch, 13000, (9, 0))
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "MIG-12")
+    with pytest.raises(BackendError, match=r"no cuda:3: torch sees 1 .*cuda:0.* is MIG-12"):
+        gpu.require("cuda:3")
+
+
+def test_after_a_fork_the_way_out_is_named(monkeypatch):
+    fake_cupy(monkeypatch, 13000, (9, 0))
+    monkeypatch.setattr(gpu, "_forked_after_start", False)
+    gpu._note_fork()
+    gpu.require("cuda:0")
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    gpu._note_fork()
+    with pytest.raises(BackendError, match=r"forked after CUDA had started.*'spawn'"):
+        gpu.require("cuda:0")
+    gpu._refusal.cache_clear()
+
+
+class StubCupy:
+    """Records which device and stream a launch goes to; a kernel may fail as CuPy's do."""
+
+    def __init__(self, error: Exception | None = None) -> None:
+        outer, self.calls, self.at = self, [], []
+
+        class Context:
+            def __init__(self, value: int) -> None:
+                self.value = value
+
+            def __enter__(self) -> None:
+                outer.at.append(self.value)
+
+            def __exit__(self, *_: object) -> None:
+                outer.at.pop()
+
+        class RawModule:
+            def __init__(self, **_: object) -> None: ...
+
+            def get_function(self, name: str):
+                def run(*_: object, **__: object) -> None:
+                    if error is not None:
+                        raise error
+                    outer.calls.append((name, tuple(outer.at)))
+
+                return run
+
+        class CompileException(Exception):
+            pass
+
+        self.RawModule = RawModule
+        self.cuda = type("cuda", (), {"Device": Context, "ExternalStream": Context})
+        self.cuda.compiler = type("compiler", (), {"CompileException": CompileException})
+
+
+@pytest.fixture
+def launch(rng):
+    dtype = DTYPES["BF16"]
+    spec = codecs.encode(rng.integers(1, 99, 2000).astype("u2"), dtype, codec="raw").spec
+    at = {"tile_offsets": 256, "bitmap": 512, "values": 1024}
+    (made,) = plan_expansion([Part(spec, at, 4096)])
+    gpu._function.cache_clear()
+    gpu._stream.cache_clear()
+    yield made
+    gpu._function.cache_clear()
+    gpu._stream.cache_clear()
+
+
+def test_a_launch_goes_to_the_tensors_device(monkeypatch, launch):
+    cupy = StubCupy()
+    monkeypatch.setattr(gpu, "_cupy", lambda: cupy)
+    stream = type("Stream", (), {})
+    monkeypatch.setattr(
+        torch.cuda,
+        "current_stream",
+        lambda index=None: type("S", (stream,), {"cuda_stream": 100 + index}),
+    )
+    gpu.Expansion([launch], [], 1).run()
+    gpu.Expansion([launch], []).run()
+    assert cupy.calls == [("expand_raw", (1, 101)), ("expand_raw", (0, 100))]
+
+
+@pytest.mark.parametrize("error", [RuntimeError, OSError, ImportError, "CompileException"])
+def test_every_failure_of_a_launch_is_ours(monkeypatch, launch, error):
+    cupy = StubCupy()
+    if isinstance(error, str):
+        error = cupy.cuda.compiler.CompileException
+    failing = StubCupy(error("cannot find CUDA headers"))
+    failing.cuda.compiler = cupy.cuda.compiler
+    monkeypatch.setattr(gpu, "_cupy", lambda: failing)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: f"card {index}")
+    monkeypatch.setattr(
+        torch.cuda, "current_stream", lambda index=None: type("S", (), {"cuda_stream": 0})
+    )
+    with pytest.raises(BackendError, match=r"expand_raw\.cu does not run on card 1: cannot find"):
+        gpu.Expansion([launch], [], 1).run()
+
+
 def test_without_cupy_the_extra_is_named(monkeypatch):
     def missing() -> None:
         raise ImportError("No module named 'cupy'")
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setattr(gpu, "_cupy", missing)
     for version, extra in (("12.8", "cuda12"), ("13.0", "cuda13")):
         monkeypatch.setattr(torch.version, "cuda", version)

@@ -11,7 +11,7 @@ from endor import codecs, kernels
 from endor.codecs import DTYPES, DType
 from endor.errors import DTypeError, FormatError, ShapeError
 
-from .conftest import need
+from ..conftest import KERNELS, need
 
 KINDS = ["BF16", "F16", "F32"]
 
@@ -56,7 +56,7 @@ def assert_product(
     return out
 
 
-@pytest.mark.parametrize("kernel", ["avx512", "avx2", "scalar", "numpy"])
+@pytest.mark.parametrize("kernel", KERNELS)
 @settings(max_examples=60, deadline=None)
 @given(
     seed=st.integers(0, 2**32 - 1),

@@ -101,8 +101,27 @@ def test_an_existing_file_is_replaced_only_when_asked(tmp_path, save):
             write_masks(source, tmp_path / "masks", prune=prune)
         assert (tmp_path / "masks").read_text() == "mine"
         write_masks(source, tmp_path / "masks", prune=prune, overwrite=True)
+        (tmp_path / ".masks.99999.0.tmp").write_text("what a killed run left")
+        write_masks(source, tmp_path / "masks", prune=prune, overwrite=True)
     assert load_masks(tmp_path / "masks")
     assert [path.name for path in tmp_path.iterdir() if "masks" in path.name] == ["masks"]
+
+
+def test_masks_never_replace_the_input_or_what_a_link_means(tmp_path, save):
+    save(tmp_path / "model", "llama")
+    before = (tmp_path / "model" / "model.safetensors").read_bytes()
+    (tmp_path / "link").symlink_to("thesis")
+    (tmp_path / "thesis").write_text("mine")
+    prune = Magnitude(PruneOptions(method="magnitude"))
+    for model in ("model", "model/model.safetensors"):
+        with closing(open_source(tmp_path / model)) as source:
+            for out in ("model/model.safetensors", "model/config.json", "model", "link"):
+                if out == "model/config.json" and model != "model":
+                    continue
+                with pytest.raises(CheckpointError, match=r"input|no file"):
+                    write_masks(source, tmp_path / out, prune=prune, overwrite=True)
+    assert (tmp_path / "model" / "model.safetensors").read_bytes() == before
+    assert (tmp_path / "thesis").read_text() == "mine"
 
 
 @pytest.mark.parametrize(

@@ -163,6 +163,23 @@ def test_a_second_run_goes_on_from_the_finished_layers(tmp_path, save, text):
     assert int((changed[name] == 0).sum()) == int(changed[name].numel() * 0.6 + 0.5)
 
 
+def test_a_linked_layer_is_neither_taken_nor_written_through(tmp_path, save, text):
+    """The scratch folder may lie where others can write."""
+    save(tmp_path / "model", "llama")
+    options = small(text, method="wanda", scratch=tmp_path / "scratch")
+    whole, selected = run(tmp_path / "model", options)
+    layer = tmp_path / "scratch" / "layer-00001.safetensors"
+    (tmp_path / "mine").write_bytes(layer.read_bytes())
+    stamp = (tmp_path / "mine").stat().st_mtime_ns
+    layer.unlink()
+    for name in (layer.name, "layer-00001.partial"):
+        (tmp_path / "scratch" / name).symlink_to(tmp_path / "mine")
+    again, _ = run(tmp_path / "model", options)
+    assert all(torch.equal(whole[name], again[name]) for name in selected)
+    assert not layer.is_symlink()
+    assert (tmp_path / "mine").stat().st_mtime_ns == stamp
+
+
 def test_progress_counts_layers(tmp_path, save, text):
     save(tmp_path, "llama")
     seen = []

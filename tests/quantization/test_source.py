@@ -215,8 +215,10 @@ def test_usage_of_the_commands(tmp_path, save):
     save(tmp_path / "model", "llama", torch.bfloat16)
     where = tmp_path / "model", tmp_path / "out"
     assert "4.50 bits" in invoke("quantize", *where, "--bits", 4.5, "--calibration", "none")
+    where = tmp_path / "model", tmp_path / "new"
     assert "1.5<=x<=8.5" in invoke("pack", *where, "--bits", 1, code=2)
-    assert "goes with --bits" in invoke("pack", *where, "--calibration", "none", code=2)
+    told = invoke("pack", *where, "--calibration", "none", code=2)
+    assert "does nothing without --prune METHOD or --bits" in told
     assert "--bits or --quality is needed" in invoke("quantize", *where, code=2)
     both = ("--bits", 4, "--quality", 0.1)
     assert "exclude each other" in invoke("quantize", *where, *both, code=2)
@@ -224,3 +226,4 @@ def test_usage_of_the_commands(tmp_path, save):
     assert "leave out --codec" in invoke("pack", *where, *words, code=2)
     words = ("--bits", 3, "--prune", "wanda", "--calibration", "none")
     assert "needs a calibration text" in invoke("pack", *where, *words, code=2)
+    assert not (tmp_path / "new").exists()

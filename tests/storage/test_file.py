@@ -22,6 +22,8 @@ from endor.errors import (
 )
 from endor.packed import _names
 
+pytestmark = pytest.mark.usefixtures("each_kernel")
+
 DTYPES = sorted(_names(), key=str)
 
 

@@ -12,6 +12,8 @@ from endor import codecs, kernels
 from endor.codecs import DTYPES
 from endor.storage import FileLayout, HostBuffer, bind_checked, open_reader, verify_file
 
+pytestmark = pytest.mark.usefixtures("each_kernel")
+
 GOLDEN = Path(__file__).parents[1] / "golden"
 PACKED = GOLDEN / "v1.safetensors"
 

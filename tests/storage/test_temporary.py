@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from endor.errors import EndorWarning
 from endor.storage import TemporaryFile, remove_stale_temporaries
 
 MAKE = """
@@ -54,6 +55,19 @@ def test_permissions_follow_the_umask(tmp_path: Path) -> None:
     assert (tmp_path / "x").stat().st_mode & 0o777 == 0o640
 
 
+def test_a_complete_file_is_a_success(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What fails after the rename is a warning: the file is there, and whole."""
+    from endor.storage import temporary
+
+    def fail(directory: Path) -> None:
+        raise OSError(5, "Input/output error", str(directory))
+
+    monkeypatch.setattr(temporary, "sync_directory", fail)
+    with pytest.warns(EndorWarning, match="is complete, but"):
+        TemporaryFile(tmp_path / "x").commit()
+    assert [path.name for path in tmp_path.iterdir()] == ["x"]
+
+
 def test_two_for_one_target(tmp_path: Path) -> None:
     one, two = TemporaryFile(tmp_path / "x"), TemporaryFile(tmp_path / "x")
     assert one.path != two.path
@@ -90,7 +104,16 @@ def test_only_what_the_dead_left_is_removed(tmp_path: Path) -> None:
             path.touch()
         link = tmp_path / ".link.1.2.tmp"
         link.symlink_to(others[0])
+        pipe = tmp_path / ".pipe.1.2.tmp"
+        os.mkfifo(pipe)
+        second = tmp_path / ".second.1.2.tmp"
+        second.hardlink_to(others[0])
+        assert remove_stale_temporaries(tmp_path, "other") == []
+        assert remove_stale_temporaries(tmp_path, "dead") == [dead_path]
+        dead_path.touch()
         assert remove_stale_temporaries(tmp_path) == [dead_path]
+        assert pipe.exists()
+        assert second.exists()
         assert living_path.exists()
         assert mine.path.exists()
         assert link.is_symlink()
@@ -99,6 +122,7 @@ def test_only_what_the_dead_left_is_removed(tmp_path: Path) -> None:
         for child in (living, dead):
             child.communicate()
         mine.discard()
+    (tmp_path / ".second.1.2.tmp").unlink()
     assert remove_stale_temporaries(tmp_path) == [living_path]
     assert remove_stale_temporaries(tmp_path) == []
 

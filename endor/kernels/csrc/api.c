@@ -6,6 +6,7 @@
 const endor_ops *endor_ops_of(int kernel) {
     if (kernel == ENDOR_AVX512) return endor_avx512_ops();
     if (kernel == ENDOR_AVX2) return endor_avx2_ops();
+    if (kernel == ENDOR_NEON) return endor_neon_ops();
     return kernel == ENDOR_SCALAR ? endor_scalar_ops() : NULL;
 }
 
@@ -38,6 +39,8 @@ ENDOR_API const char *endor_cpu_features(void) {
     ADD("avx512vbmi");
     ADD("avx512vbmi2");
     ADD("avx512bf16");
+#elif defined(__aarch64__)
+    strcat(found, "neon");
 #endif
     memcpy(names, found, sizeof names);
     return names;

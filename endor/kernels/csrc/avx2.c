@@ -1,5 +1,5 @@
-/* AVX2 kernels (with BMI2, FMA, F16C): elements are placed and gathered eight at a time by byte shuffles whose control
- * comes from a table indexed by eight bitmap bits. Splitting into planes and the histogram stay portable code. */
+/* AVX2 kernels (with BMI2, FMA, F16C): elements are placed eight at a time by byte shuffles whose control comes from a
+ * table indexed by eight bitmap bits. */
 #include "endor.h"
 
 #if defined(__x86_64__)
@@ -12,18 +12,11 @@ endor_avx2_controls endor_avx2_tables ENDOR_ALIGNED;
 
 static void fill_tables(void) {
     for (int m = 0; m < 256; m++) {
-        uint8_t place[8], gather[8];
-        int k = 0;
-        memset(gather, 0x80, 8);
-        for (int i = 0; i < 8; i++) {
-            place[i] = 0x80;
-            if (m >> i & 1) place[i] = (uint8_t)k, gather[k++] = (uint8_t)i;
-        }
+        uint8_t place[8];
+        for (int i = 0, k = 0; i < 8; i++) place[i] = m >> i & 1 ? (uint8_t)k++ : 0x80;
         memcpy(&tables.place[m], place, 8);
-        memcpy(&tables.gather[m], gather, 8);
         for (int i = 0; i < 16; i++) {
             tables.place16[m][i] = place[i / 2] & 0x80 ? 0x80 : (uint8_t)(2 * place[i / 2] + (i & 1));
-            tables.gather16[m][i] = gather[i / 2] & 0x80 ? 0x80 : (uint8_t)(2 * gather[i / 2] + (i & 1));
         }
         for (int i = 0; i < 32; i++) {
             tables.place_bf16[m][i] = i & 2 ? tables.place16[m][i / 4 * 2 + (i & 1)] : 0x80;
@@ -159,74 +152,6 @@ static TARGET void stream(const endor_stream *s, uint64_t word, uint64_t words, 
     }
 }
 
-INLINE TARGET uint32_t nonzero8(const uint8_t *s) { /* of 32 elements */
-    return ~(uint32_t)_mm256_movemask_epi8(_mm256_cmpeq_epi8(load256(s), _mm256_setzero_si256()));
-}
-
-INLINE TARGET uint32_t nonzero16(const uint16_t *s) {
-    const __m256i zero = _mm256_setzero_si256();
-    __m256i a = _mm256_cmpeq_epi16(load256(s), zero), b = _mm256_cmpeq_epi16(load256(s + 16), zero);
-    __m256i x = _mm256_permute4x64_epi64(_mm256_packs_epi16(a, b), 0xd8);
-    return ~(uint32_t)_mm256_movemask_epi8(x);
-}
-
-INLINE TARGET uint32_t nonzero32(const uint32_t *s) {
-    uint32_t m = 0;
-    for (int i = 0; i < 4; i++) {
-        __m256i x = _mm256_cmpeq_epi32(load256(s + 8 * i), _mm256_setzero_si256());
-        m |= (uint32_t)_mm256_movemask_ps(_mm256_castsi256_ps(x)) << 8 * i;
-    }
-    return ~m;
-}
-
-#define SCAN(BITS)                                                                                                \
-    static TARGET uint32_t scan##BITS(const void *src, uint8_t *bitmap) {                                         \
-        uint32_t total = 0;                                                                                       \
-        for (int i = 0; i < ENDOR_TILE / 32; i++) {                                                               \
-            uint32_t m = nonzero##BITS((const uint##BITS##_t *)src + 32 * i);                                     \
-            store32(bitmap + 4 * i, m);                                                                           \
-            total += count(m);                                                                                    \
-        }                                                                                                         \
-        return total;                                                                                             \
-    }
-SCAN(8)
-SCAN(16)
-SCAN(32)
-
-static TARGET uint32_t compress8(const uint8_t *bitmap, const void *src, void *dst) {
-    uint8_t *d = dst;
-    for (int i = 0; i < ENDOR_TILE / 8; i++) {
-        uint32_t m = bitmap[i];
-        __m128i x = _mm_loadl_epi64((const __m128i *)((const uint8_t *)src + 8 * i));
-        _mm_storel_epi64((__m128i *)d, _mm_shuffle_epi8(x, _mm_cvtsi64_si128((long long)tables.gather[m])));
-        d += count(m);
-    }
-    return (uint32_t)(d - (uint8_t *)dst);
-}
-
-static TARGET uint32_t compress16(const uint8_t *bitmap, const void *src, void *dst) {
-    uint16_t *d = dst;
-    for (int i = 0; i < ENDOR_TILE / 8; i++) {
-        uint32_t m = bitmap[i];
-        __m128i x = load128((const uint16_t *)src + 8 * i);
-        _mm_storeu_si128((__m128i *)d, _mm_shuffle_epi8(x, load128(tables.gather16[m])));
-        d += count(m);
-    }
-    return (uint32_t)(d - (uint16_t *)dst);
-}
-
-static TARGET uint32_t compress32(const uint8_t *bitmap, const void *src, void *dst) {
-    uint32_t *d = dst;
-    for (int i = 0; i < ENDOR_TILE / 8; i++) {
-        uint32_t m = bitmap[i];
-        __m256i index = _mm256_cvtepu8_epi32(_mm_cvtsi64_si128((long long)tables.gather[m]));
-        __m256i x = load256((const uint32_t *)src + 8 * i);
-        _mm256_storeu_si256((__m256i *)d, _mm256_permutevar8x32_epi32(x, index));
-        d += count(m);
-    }
-    return (uint32_t)(d - (uint32_t *)dst);
-}
-
 static TARGET void copy_streaming(void *dst, const void *src, size_t nbytes) {
     uint8_t *d = dst;
     const uint8_t *s = src;
@@ -264,8 +189,11 @@ static endor_ops ops = {
     .name = "avx2",
     .expand = {expand8, expand16, expand32},
     .stream = stream,
-    .scan = {scan8, scan16, scan32},
-    .compress = {compress8, compress16, compress32},
+    .scan = {endor_avx2_scan8, endor_avx2_scan16, endor_avx2_scan32},
+    .compress = {endor_avx2_compress8, endor_avx2_compress16, endor_avx2_compress32},
+    .histogram = endor_avx2_histogram,
+    .split = endor_avx2_split,
+    .split_words = endor_avx2_split_words,
     .copy_streaming = copy_streaming,
     .read = read_words,
     .fence = fence,
@@ -280,9 +208,8 @@ static int supported;
 static void probe(void) {
     supported = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("bmi2") && __builtin_cpu_supports("fma") &&
                 __builtin_cpu_supports("f16c") && __builtin_cpu_supports("popcnt");
-    ops.histogram = endor_scalar_ops()->histogram;
-    ops.split = endor_scalar_ops()->split;
     fill_tables();
+    endor_avx2_fill_gather();
 }
 
 const endor_ops *endor_avx2_ops(void) {

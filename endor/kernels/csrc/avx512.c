@@ -49,6 +49,7 @@ static endor_ops ops = {
     .compress = {endor_avx512_compress8, endor_avx512_compress16, endor_avx512_compress32},
     .histogram = endor_avx512_histogram,
     .split = endor_avx512_split,
+    .split_words = endor_avx512_split_words,
     .copy_streaming = copy_streaming,
     .read = read_words,
     .fence = fence,

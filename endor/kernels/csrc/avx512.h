@@ -62,6 +62,8 @@ uint32_t endor_avx512_compress16(const uint8_t *bitmap, const void *src, void *d
 uint32_t endor_avx512_compress32(const uint8_t *bitmap, const void *src, void *dst);
 void endor_avx512_histogram(const void *src, int itemsize, int exponent_bits, int mantissa_bits, uint32_t *hist);
 uint64_t endor_avx512_split(const endor_stream *s, const void *src, endor_slots *slots);
+void endor_avx512_split_words(const endor_stream *s, const void *src, int cached, uint64_t word, uint64_t words,
+                              uint64_t *outside, uint64_t *counts);
 void endor_avx512_dot(const void *w, const endor_operand *x, uint64_t column, uint64_t len, float *acc);
 uint64_t endor_avx512_rows(endor_run *runs, int n_runs, const endor_span *span, const endor_operand *x);
 uint64_t endor_avx512_exp_rows(endor_run *runs, int n_runs, const endor_span *span, const endor_operand *x,

@@ -147,7 +147,7 @@ INLINE TARGET __m512i even_bytes(__m512i a, __m512i b, int odd) {
     return _mm512_permutex2var_epi8(a, _mm512_loadu_si512(index), b);
 }
 
-TARGET uint64_t endor_avx512_split(const endor_stream *s, const void *src, endor_slots *slots) {
+INLINE TARGET uint64_t split(const endor_stream *s, const void *src, endor_slots *slots) {
     const int m = s->mantissa_bits;
     const uint32_t field = (1u << s->exponent_bits) - 1, fraction = (1u << m) - 1;
     const __m128i m_shift = _mm_cvtsi32_si128(m), r_shift = _mm_cvtsi32_si128(s->rest_bits);
@@ -195,6 +195,27 @@ TARGET uint64_t endor_avx512_split(const endor_stream *s, const void *src, endor
         slots->planes[j] = _mm512_test_epi8_mask(high, _mm512_set1_epi8((char)(1 << j)));
     }
     return outside;
+}
+
+TARGET uint64_t endor_avx512_split(const endor_stream *s, const void *src, endor_slots *slots) {
+    return split(s, src, slots);
+}
+
+TARGET void endor_avx512_split_words(const endor_stream *s, const void *src, int cached, uint64_t word, uint64_t words,
+                                     uint64_t *outside, uint64_t *counts) {
+    (void)cached;
+    const uint64_t word_bytes = 64 * (uint64_t)s->itemsize;
+    for (uint64_t i = 0; i < words; i++) {
+        endor_slots slots;
+        for (int j = 0; j < s->byte_planes; j++) {
+            slots.bytes[j] = (uint8_t *)s->bytes + j * s->byte_stride + 64 * (word + i);
+        }
+        outside[i] = split(s, (const uint8_t *)src + i * word_bytes, &slots);
+        for (int j = 0; j < s->bit_planes; j++) {
+            store64((uint8_t *)s->planes + j * s->plane_stride + 8 * (word + i), slots.planes[j]);
+        }
+        if (counts) endor_tally(slots.planes + s->rest_bits % 8, s->k, counts);
+    }
 }
 
 #endif

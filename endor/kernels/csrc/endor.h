@@ -33,7 +33,7 @@
 
 enum { ENDOR_OK = 0, ENDOR_CORRUPT = 1, ENDOR_NO_MEMORY = 2, ENDOR_UNSUPPORTED = 3 };
 enum { ENDOR_DENSE = 0, ENDOR_RAW = 1, ENDOR_EXP = 2 };
-enum { ENDOR_SCALAR = 0, ENDOR_AVX2 = 1, ENDOR_AVX512 = 2, ENDOR_KERNELS = 3 };
+enum { ENDOR_SCALAR = 0, ENDOR_AVX2 = 1, ENDOR_AVX512 = 2, ENDOR_NEON = 3, ENDOR_KERNELS = 4 };
 enum { ENDOR_X_BF16 = 0, ENDOR_X_F16 = 1, ENDOR_X_F32 = 2 };
 
 #define ENDOR_API __attribute__((visibility("default")))
@@ -141,6 +141,10 @@ typedef struct {
     void (*histogram)(const void *src, int itemsize, int exponent_bits, int mantissa_bits, uint32_t *hist);
     /* 64 elements to planes; returns the mask of elements outside the exponent window. */
     uint64_t (*split)(const endor_stream *s, const void *src, endor_slots *slots);
+    /* Optional: the same for `words` whole words from `word` on, into the arrays of s. outside[i]: the mask of word
+     * word + i. counts, unless NULL: see endor_tally. cached: src is, so that nothing need be fetched ahead. */
+    void (*split_words)(const endor_stream *s, const void *src, int cached, uint64_t word, uint64_t words,
+                        uint64_t *outside, uint64_t *counts);
     /* memcpy, past the caches where the destination allows it. */
     void (*copy_streaming)(void *dst, const void *src, size_t nbytes);
     uint64_t (*read)(const void *src, size_t nbytes);
@@ -164,6 +168,7 @@ typedef struct {
 const endor_ops *endor_scalar_ops(void);
 const endor_ops *endor_avx2_ops(void);
 const endor_ops *endor_avx512_ops(void);
+const endor_ops *endor_neon_ops(void);
 const endor_ops *endor_ops_of(int kernel); /* NULL when this CPU lacks it */
 
 /* Runs fn(context) on up to `threads` threads, the caller's included, and returns when all have left it. fn takes its
@@ -202,6 +207,21 @@ ENDOR_INLINE void endor_enter_group(const endor_tensor *t, endor_patches *patche
     patches->start = endor_rank_of_tile(t, group * ENDOR_GROUP);
     patches->at = min64(load32(t->patch_offsets + 4 * group), t->patches);
     patches->end = min64(load32(t->patch_offsets + 4 * group + 4), t->patches);
+}
+
+#define ENDOR_TALLIED 4 /* code bits up to which codes are counted from their planes */
+
+/* Count the codes of 64 stored elements from their k <= ENDOR_TALLIED planes: adds to counts[m], for each set m of bits,
+ * how many codes have all of them. Seven population counts for eight codes, where comparing takes 32 instructions. */
+ENDOR_INLINE void endor_tally(const uint64_t *planes, int k, uint64_t *counts) {
+    uint64_t all[1 << ENDOR_TALLIED];
+    all[0] = UINT64_MAX;
+    for (int j = 0; j < k; j++) {
+        for (int m = 0; m < 1 << j; m++) {
+            all[m | 1 << j] = all[m] & planes[j];
+            counts[m | 1 << j] += (uint64_t)__builtin_popcountll(all[m | 1 << j]);
+        }
+    }
 }
 
 /* Rank of the next patch; UINT64_MAX after the last. */

@@ -1,0 +1,5 @@
+"""`python -m endor`: the command line."""
+
+from endor.cli.main import main
+
+main()

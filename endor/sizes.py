@@ -1,0 +1,25 @@
+"""Sizes that people write."""
+
+import re
+
+from endor.errors import ConfigError
+
+_SIZE = re.compile(r"\s*([0-9]{1,18}(?:\.[0-9]{1,18})?)\s*([KMGT]?i?)B?\s*", re.IGNORECASE)
+
+
+def parse_bytes(size: int | str, what: str = "size") -> int:
+    """Return a size in bytes from `8589934592`, `"8GiB"`, `"500MB"` or `"1.5 G"`.
+
+    `K`, `M`, `G`, `T` are powers of 1000; with an `i`, of 1024.
+
+    Raises:
+        ConfigError: It is not a size.
+    """
+    if isinstance(size, int) and not isinstance(size, bool) and size >= 0:
+        return size
+    match = _SIZE.fullmatch(size) if isinstance(size, str) else None
+    if match is None:
+        raise ConfigError(f"{what} must be bytes or text such as '8GiB' or '500MB', got {size!r}")
+    number, prefix = match.groups()
+    power = " KMGT".index(prefix[0].upper()) if prefix else 0
+    return int(float(number) * (1024 if len(prefix) == 2 else 1000) ** power)
