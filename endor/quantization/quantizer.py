@@ -9,8 +9,9 @@ from endor.pruning.contract import Coded
 from endor.quantization.contract import SPARSE, QuantizeOptions
 from endor.quantization.ecq import Ecq
 
-RECORD_BYTES = 2560
-"""What a tensor's record takes besides its arrays, on average: padding, its part of the header."""
+RECORD_BYTES = 6240
+"""What a tensor takes besides its arrays, on average: padding of its record (3.7 kB in SmolLM2) and
+its part of the header (2.5 kB)."""
 
 MOST_SHIFT_BITS = 1.0
 """Bits that a matrix may have more or fewer than asked for, to make up for others."""
