@@ -14,7 +14,7 @@ if TYPE_CHECKING:
         verify_checkpoint,
     )
     from endor.hf import EndorConfig, load_model
-    from endor.packed import PackedTensor, compress, decompress
+    from endor.packed import PackedTensor, compress, decompress, pack_codes
     from endor.storage import load_file, safe_open, save_file
 
 __version__ = "0.1.0"
@@ -30,6 +30,7 @@ __all__ = [
     "load_file",
     "load_model",
     "pack_checkpoint",
+    "pack_codes",
     "safe_open",
     "save_file",
     "unpack_checkpoint",
@@ -45,6 +46,7 @@ _HOMES = {
     "load_file": "endor.storage",
     "load_model": "endor.hf",
     "pack_checkpoint": "endor.checkpoint",
+    "pack_codes": "endor.packed",
     "safe_open": "endor.storage",
     "save_file": "endor.storage",
     "unpack_checkpoint": "endor.checkpoint",

@@ -55,6 +55,25 @@ class PackedTensor:
     def bits_per_weight(self) -> float:
         return self.spec.bits_per_weight
 
+    def codes(self) -> "torch.Tensor":
+        """Return the integer codes of a tensor in codec `int`, int32, on the CPU.
+
+        Raises:
+            FormatError: It is stored in another codec, or its arrays contradict each other.
+        """
+        import torch
+
+        return torch.from_numpy(codecs.integer.codes_of(self.to("cpu").data))
+
+    def steps(self) -> "torch.Tensor":
+        """Return the steps of a tensor in codec `int`, float32 `(R, C)`, on the CPU.
+
+        One for each block of rows and columns. Errors as for `codes`.
+        """
+        import torch
+
+        return torch.from_numpy(codecs.integer.steps_of(self.to("cpu").data).copy())
+
     def to(self, device: "str | torch.device") -> "PackedTensor":
         """Return the tensor on `device`, still packed."""
         import torch
@@ -97,6 +116,40 @@ def compress(
         encoded = Encoded(encoded.spec, {"": encoded.arrays[""].copy()})
     packed = PackedTensor(encoded.spec, encoded)
     return packed if tensor.device.type == "cpu" else packed.to(tensor.device)
+
+
+def pack_codes(
+    codes: "torch.Tensor",
+    steps: "torch.Tensor | float",
+    dtype: "torch.dtype | None" = None,
+    *,
+    block: tuple[int, int] | None = None,
+) -> PackedTensor:
+    """Return integer codes and their steps in stored form, codec `int`, on the CPU.
+
+    `decompress` gives `float32(code) * step`, rounded to nearest even to `dtype`, bit for bit.
+
+    Args:
+        codes: Integers within +-2**24, any shape; rows are all dimensions but the last.
+        steps: `(cols,)` is one a column, `(rows, 1)` one a row, a number one for all,
+            `(rows, cols / 128)` one for 128 columns of a row, and so on. 0, or finite and at least
+            2**-126 in magnitude; stored exactly, in 16 bits each where they came from
+            `endor.codecs.integer.round_steps`.
+        dtype: Element type of the dense tensor: bfloat16 (None), float16 or float32.
+        block: Rows and columns that share a step, where they do not divide the shape.
+
+    Raises:
+        DTypeError: The codes are no integers, or `dtype` is another type.
+        ConfigError: A code or a step is out of range.
+        ShapeError: The shapes do not fit.
+    """
+    import torch
+
+    item = endor_dtype(dtype or torch.bfloat16)
+    if isinstance(steps, torch.Tensor):
+        steps = steps.detach().cpu().float().numpy()
+    encoded = codecs.integer.encode(codes.detach().cpu().numpy(), steps, item, block=block)
+    return PackedTensor(encoded.spec, encoded)
 
 
 def decompress(packed: PackedTensor, *, out: "torch.Tensor | None" = None) -> "torch.Tensor":

@@ -7,6 +7,7 @@ from typing import Any, Literal, get_args
 
 import numpy as np
 
+from endor.codecs.coding import MAX_STREAM, Coding, array_shapes
 from endor.codecs.dtypes import DTYPES, DType, dtype
 from endor.errors import FormatError
 
@@ -20,7 +21,7 @@ BITMAP_TILE_BYTES = TILE // 8
 MAX_NUMEL = 1 << 40
 MAX_NNZ = (1 << 32) - 1
 
-Codec = Literal["dense", "raw", "exp"]
+Codec = Literal["dense", "raw", "exp", "int"]
 CodecChoice = Literal["auto", "dense", "raw", "exp"]
 CODECS: tuple[Codec, ...] = get_args(Codec)
 
@@ -56,12 +57,15 @@ class TensorSpec:
     Attributes:
         shape: Dense shape, any number of dimensions.
         dtype: Dense element type.
-        codec: `"dense"` (as it is), `"raw"` (bitmap and values) or `"exp"` (exponent window).
+        codec: `"dense"` (as it is), `"raw"` (bitmap and values), `"exp"` (exponent window) or
+            `"int"` (integer codes times steps).
         bitmap: Whether only the elements with a set bit are stored.
         nnz: Stored elements; `numel` without a bitmap.
         k: Bits of the exponent code (`exp` only).
         base: First exponent of the window (`exp` only).
-        patches: Stored elements whose exponent lies outside the window (`exp` only).
+        patches: Stored elements whose exponent lies outside the window (`exp`), or whose code has
+            no word (`int`).
+        coding: How the codes are stored (`int` only).
     """
 
     shape: tuple[int, ...]
@@ -72,6 +76,7 @@ class TensorSpec:
     k: int = 0
     base: int = 0
     patches: int = 0
+    coding: Coding | None = None
 
     @property
     def numel(self) -> int:
@@ -106,6 +111,9 @@ class TensorSpec:
         u8, u16, u32 = DTYPES["U8"], DTYPES["U16"], DTYPES["U32"]
         if self.codec == "dense":
             return (ArraySpec("", self.dtype, self.shape),)
+        if self.coding is not None:
+            shapes = array_shapes(self.coding, self.shape, self.n_tiles, self.n_groups, self.patches)
+            return tuple(ArraySpec(suffix, DTYPES[code], shape) for suffix, code, shape in shapes)
         out: list[ArraySpec] = []
         if self.bitmap:
             out.append(ArraySpec("tile_offsets", u32, (self.n_tiles + 1,)))
@@ -153,6 +161,8 @@ class TensorSpec:
             "dtype": self.dtype.name,
             "codec": self.codec,
         }
+        if self.coding is not None:
+            return out | {"patches": self.patches} | self.coding.to_dict()
         if self.codec != "dense":
             out |= {"bitmap": self.bitmap, "nnz": self.nnz}
         if self.codec == "exp":
@@ -181,6 +191,8 @@ class TensorSpec:
             )
         if codec == "dense":
             return cls(tuple(shape), dtype(name), codec, bitmap=False, nnz=numel)
+        if codec == "int":
+            return cls._from_int(tuple(shape), dtype(name), fields)
         bitmap = fields.get("bitmap")
         if not isinstance(bitmap, bool):
             raise FormatError(f"bitmap must be true or false, got {bitmap!r}")
@@ -193,8 +205,22 @@ class TensorSpec:
         spec.check()
         return spec
 
+    @classmethod
+    def _from_int(
+        cls, shape: tuple[int, ...], dtype: DType, fields: Mapping[str, Any]
+    ) -> "TensorSpec":
+        patches, numel = fields.get("patches", 0), math.prod(shape)
+        if not _is_count(patches):
+            raise FormatError(f"patches must be a non-negative integer, got {patches!r}")
+        coding = Coding.from_dict(fields)
+        spec = cls(shape, dtype, "int", False, numel, patches=patches, coding=coding)
+        spec.check()
+        return spec
+
     def check(self) -> None:
         """Raise `FormatError` unless the fields agree with each other."""
+        if (self.codec == "int") != (self.coding is not None):
+            raise FormatError(f"codec {self.codec} and its coding contradict each other")
         if not self.dtype.packable and self.codec != "dense":
             raise FormatError(f"dtype {self.dtype.name} takes only the dense codec")
         if self.nnz > self.numel or (not self.bitmap and self.nnz != self.numel):
@@ -203,6 +229,13 @@ class TensorSpec:
             raise FormatError(f"nnz {self.nnz} exceeds {MAX_NNZ}; split the tensor")
         if self.codec == "raw" and not self.bitmap:
             raise FormatError("codec raw needs a bitmap; without one the codec is dense")
+        if self.coding is not None:
+            if self.bitmap or self.k or self.base:
+                raise FormatError("codec int takes no bitmap and no exponent window")
+            if self.patches > min(self.nnz, MAX_NNZ):
+                raise FormatError(f"{self.patches} patches exceed nnz {self.nnz} or {MAX_NNZ}")
+            self.coding.check(self.shape, self.dtype)
+            return
         if self.codec == "exp":
             if not 1 <= self.k <= self.dtype.exponent_bits:
                 raise FormatError(f"k must be 1..{self.dtype.exponent_bits}, got {self.k}")
