@@ -1,17 +1,31 @@
-"""Codec `int`: integer codes times steps, the codes in a prefix code.
+"""Codec `int`: integer codes times steps, the codes entropy-coded.
 
-A tile is 1024 codes, each tile's code words stand for themselves: they begin at a byte of their own,
-so that tiles decode independently. Entropy-coding a uniform grid is the idea of WaterSIC (2026),
-EntQuant and EntroLLM (arXiv 2505.02380); docs/decisions/0001-integer-codes.md says why this code.
+The coder is range ANS (Duda, arXiv 1311.2540) with 32-bit states and 16-bit words: 32 interleaved
+coders of a chunk of 32768 codes share one stream of words (Giesen, arXiv 1402.3392, and his
+`ryg_rans`), so that a warp, or four AVX2 registers, decode 32 codes at a time. Entropy-coding the
+codes of a uniform grid is the idea of EntroLLM (arXiv 2505.02380), EntQuant and WaterSIC;
+docs/decisions/0001-integer-codes.md says what else was tried.
 """
+
+from collections.abc import Mapping
 
 import numpy as np
 
-from endor.codecs.coding import MAX_CODE, MAX_STREAM, VALUE_DTYPES, Coding, matrix_shape
+from endor.codecs.coding import (
+    CHUNK,
+    LANES,
+    LOWEST,
+    MAX_CODE,
+    MAX_WORDS,
+    SCALE,
+    SCALE_BITS,
+    VALUE_DTYPES,
+    Coding,
+    matrix_shape,
+)
 from endor.codecs.dtypes import DType
-from endor.codecs.huffman import check_lengths, code_words, decoding_table
 from endor.codecs.planning import CodePlan, plan_code
-from endor.codecs.spec import GROUP, MAX_NNZ, TILE, Encoded, TensorSpec
+from endor.codecs.spec import MAX_NNZ, Encoded, TensorSpec
 from endor.codecs.steps import (
     check_steps,
     load_steps,
@@ -35,8 +49,7 @@ __all__ = [
     "steps_of",
 ]
 
-_TILES = GROUP // TILE
-_OVERREAD = 8
+_ROWS = CHUNK // LANES
 
 
 def check_codes(codes: np.ndarray, shape: tuple[int, ...] | None) -> np.ndarray:
@@ -89,21 +102,8 @@ def encode(
     codes, values, block, plan = prepare(codes, steps, dtype, shape, block)
     flat = codes.reshape(-1)
     symbols, patched = plan.symbols_of(flat)
-    low = flat & np.int32((1 << plan.shift) - 1)
-    low[patched] = 0
-    words = code_words(plan.lengths)[symbols].astype(np.uint32)
-    lengths = plan.lengths[symbols].astype(np.int64)
-    words |= low.astype(np.uint32) << lengths.astype(np.uint32) if plan.shift else np.uint32(0)
-    lengths += plan.shift
-    tile = TILE // 2 if plan.pair else TILE
-    starts, ends = _positions(lengths, tile)
-    total = int(ends[-1]) if ends.size else 0
-    bits = np.zeros(8 * total, dtype=np.uint8)
-    for bit in range(int(lengths.max(initial=0))):
-        has = lengths > bit
-        bits[starts[has] + bit] = words[has] >> np.uint32(bit) & np.uint32(1)
-    stream = np.packbits(bits, bitorder="little")
-    return assemble(codes.shape, dtype, plan, values, block, stream, ends, flat, patched)
+    states, counts, words = _code(symbols, plan)
+    return assemble(codes, dtype, plan, values, block, states, counts, words, patched)
 
 
 def prepare(
@@ -122,114 +122,127 @@ def prepare(
 
 
 def assemble(
-    shape: tuple[int, ...],
+    codes: np.ndarray,
     dtype: DType,
     plan: CodePlan,
     steps: np.ndarray,
     block: tuple[int, int],
-    stream: np.ndarray,
-    ends: np.ndarray,
-    codes: np.ndarray,
+    states: np.ndarray,
+    counts: np.ndarray,
+    words: np.ndarray,
     patched: np.ndarray,
 ) -> Encoded:
     """Return the stored tensor around a finished stream.
 
     Args:
-        stream: u8, flat.
-        ends: First byte after each tile's words, `(n_tiles,)`.
-        codes: All codes, flat int32.
-        patched: Which of them the stream does not hold: flat bool, or their indices, rising.
+        states: u32 `(n_chunks, 32)`.
+        counts: Words of each chunk, `(n_chunks,)`.
+        words: u16, flat.
+        patched: Which codes the stream does not hold: flat bool, or their indices, rising.
     """
-    if stream.size > MAX_STREAM:
-        raise ConfigError(f"stream of {stream.size} bytes exceeds {MAX_STREAM}; split the tensor")
+    flat = codes.reshape(-1)
     at = np.flatnonzero(patched) if patched.dtype == np.bool_ else patched
-    if at.size > MAX_NNZ:
-        raise ConfigError(f"{at.size} patches exceed {MAX_NNZ}; split the tensor")
+    for what, size in (("words", words.size), ("patches", at.size)):
+        if size > min(MAX_WORDS, MAX_NNZ):
+            raise ConfigError(f"{size} {what} exceed {MAX_WORDS}; split the tensor")
     name, exponent, stored = store_steps(steps)
     coding = Coding(
-        plan.base,
-        plan.lengths.size,
-        plan.shift,
-        plan.pair,
-        int(stream.size),
-        name,
-        exponent,
-        block,
+        plan.base, plan.frequencies.size, plan.shift, int(words.size), name, exponent, block
     )
-    numel = codes.size
-    spec = TensorSpec(shape, dtype, "int", False, numel, patches=int(at.size), coding=coding)
-    begins = np.concatenate([[0], ends]).astype(np.int64)
-    group_offsets = np.append(begins[:-1:_TILES], begins[-1])
-    of_group = np.repeat(group_offsets[:-1], _TILES)[: spec.n_tiles]
+    spec = TensorSpec(
+        codes.shape, dtype, "int", False, flat.size, patches=int(at.size), coding=coding
+    )
     arrays = {
-        "steps": stored.reshape(coding.step_shape(shape)),
-        "code_lengths": plan.lengths,
-        "group_offsets": group_offsets.astype("<u4"),
-        "tile_starts": (begins[:-1] - of_group).astype("<u2"),
-        "stream": stream,
+        "steps": stored.reshape(coding.step_shape(codes.shape)),
+        "frequencies": plan.frequencies.astype("<u2"),
+        "chunk_offsets": _offsets(counts),
+        "states": states,
+        "words": words,
     }
+    if plan.shift:
+        low = np.zeros(-(-flat.size // LANES) * LANES, dtype=np.int32)
+        low[: flat.size] = flat & np.int32((1 << plan.shift) - 1)
+        low[at] = 0
+        bits = low[:, None] >> np.arange(plan.shift, dtype=np.int32) & 1
+        arrays["low_bits"] = np.packbits(bits.astype(np.uint8), bitorder="little")
     if at.size:
-        counts = np.bincount(at // GROUP, minlength=spec.n_groups)
-        offsets = np.zeros(spec.n_groups + 1, dtype="<u4")
-        np.cumsum(counts, out=offsets[1:])
         arrays |= {
-            "patch_offsets": offsets,
-            "patch_ranks": (at % GROUP).astype("<u2"),
-            "patch_codes": codes[at].astype("<i4").view("<u4"),
+            "patch_offsets": _offsets(np.bincount(at // CHUNK, minlength=counts.size)),
+            "patch_ranks": (at % CHUNK).astype("<u2"),
+            "patch_codes": flat[at].astype("<i4").view("<u4"),
         }
     return Encoded(spec, arrays)
+
+
+def _code(symbols: np.ndarray, plan: CodePlan) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Return states, words of each chunk, and words, all chunks in step, from the last row back."""
+    n_chunks = -(-symbols.size // CHUNK)
+    n_rows = -(-symbols.size // LANES)
+    padded = np.full(n_chunks * CHUNK, plan.substitute, dtype=np.uint8)
+    padded[: symbols.size] = symbols
+    grid = padded.reshape(n_chunks, _ROWS, LANES)
+    frequencies = plan.frequencies.astype(np.uint32)
+    starts = (np.cumsum(frequencies) - frequencies).astype(np.uint32)
+    states = np.full((n_chunks, LANES), LOWEST, dtype=np.uint32)
+    leaves = np.zeros(grid.shape, dtype=np.bool_)
+    words = np.zeros(grid.shape, dtype=np.uint16)
+    for row in range(_ROWS - 1, -1, -1):
+        live = n_chunks if (n_chunks - 1) * _ROWS + row < n_rows else n_chunks - 1
+        x, symbol = states[:live], grid[:live, row]
+        frequency = frequencies[symbol]
+        out = x >= frequency << np.uint32(32 - SCALE_BITS)
+        leaves[:live, row], words[:live, row] = out, x & np.uint32(0xFFFF)
+        x = np.where(out, x >> np.uint32(16), x)
+        quotient, rest = np.divmod(x, frequency)
+        states[:live] = (quotient << np.uint32(SCALE_BITS)) + rest + starts[symbol]
+    return states, leaves.sum(axis=(1, 2)), words[leaves]
 
 
 def codes_of(encoded: Encoded) -> np.ndarray:
     """Return the codes, int32, of the tensor's shape; `encoded` must be valid.
 
     Raises:
-        FormatError: A tile's code words do not end where the tile does.
+        FormatError: The codec has no codes, or a chunk does not end as its coders began.
     """
     spec, arrays = encoded.spec, encoded.arrays
     coding = spec.coding
     if coding is None:
         raise FormatError(f"codec {spec.codec} has no codes")
-    plan = CodePlan(coding.base, coding.shift, coding.pair, arrays["code_lengths"], 0)
-    begins, ends = tile_bytes(spec, arrays["group_offsets"], arrays["tile_starts"])
-    width = 2 if coding.pair else 1
-    per_tile = TILE // width
-    table, lengths = decoding_table(plan.lengths)
-    padded = np.zeros(arrays["stream"].size + per_tile * 3 + _OVERREAD, dtype=np.uint32)
-    padded[: arrays["stream"].size] = arrays["stream"]
-    words = padded[:-3] | padded[1:-2] << 8 | padded[2:-1] << 16 | padded[3:] << 24
-    at = begins * 8
-    symbols = np.empty((per_tile, spec.n_tiles), dtype=np.uint8)
-    low = np.zeros((per_tile, spec.n_tiles), dtype=np.int32) if coding.shift else None
-    final = np.zeros(spec.n_tiles, dtype=np.int64)
-    counts = np.full(spec.n_tiles, per_tile)
-    if spec.n_tiles:
-        counts[-1] = (spec.numel - TILE * (spec.n_tiles - 1)) // width
-    for i in range(per_tile):
-        window = words[at >> 3] >> (at & 7).astype(np.uint32)
-        index = window & np.uint32(table.size - 1)
-        symbols[i] = table[index]
-        length = lengths[index].astype(np.int64)
-        if low is not None:
-            low[i] = window >> length.astype(np.uint32) & np.uint32((1 << coding.shift) - 1)
-        at = at + length + coding.shift
-        np.minimum(at, 8 * (padded.size - 4), out=at)
-        np.copyto(final, at, where=counts == i + 1)
-    wrong = np.flatnonzero(-(-final // 8) != ends)
+    frequencies = arrays["frequencies"].astype(np.uint32)
+    table = np.repeat(np.arange(coding.symbols, dtype=np.uint8), frequencies)
+    bias = np.arange(SCALE, dtype=np.uint32) - (np.cumsum(frequencies) - frequencies)[table]
+    factor = frequencies[table]
+    words = np.append(arrays["words"], np.zeros(LANES, dtype=np.uint16))
+    offsets = arrays["chunk_offsets"].astype(np.int64)
+    n_chunks, n_rows = offsets.size - 1, -(-spec.numel // LANES)
+    symbols = np.zeros((n_chunks, _ROWS, LANES), dtype=np.uint8)
+    states, at = arrays["states"].copy(), offsets[:-1].copy()
+    for row in range(_ROWS):
+        live = n_chunks if (n_chunks - 1) * _ROWS + row < n_rows else n_chunks - 1
+        slot = states[:live] & np.uint32(SCALE - 1)
+        symbols[:live, row] = table[slot]
+        x = factor[slot] * (states[:live] >> np.uint32(SCALE_BITS)) + bias[slot].astype(np.uint32)
+        need = x < LOWEST
+        index = at[:live, None] + np.cumsum(need, axis=1) - 1
+        word = words[np.where(need, np.minimum(index, words.size - 1), 0)]
+        states[:live] = np.where(need, x << np.uint32(16) | word, x)
+        at[:live] += need.sum(axis=1)
+    wrong = np.flatnonzero((at != offsets[1:]) | (states != LOWEST).any(axis=1))
     if wrong.size:
-        tile = int(wrong[0])
         raise FormatError(
-            f"tile {tile}: its code words must end in byte {int(ends[tile]) - 1} of the stream, "
-            f"they end in byte {int(-(-final[tile] // 8)) - 1}"
+            f"chunk {int(wrong[0])}: its coders must end in state {LOWEST} with its last word; "
+            "states, words or frequencies are damaged"
         )
-    codes = plan.codes_of(symbols.T.reshape(-1))
-    if low is not None:
-        codes |= low.T.reshape(-1)
-    codes = codes[: spec.numel]
+    codes: np.ndarray = symbols.reshape(-1)[: spec.numel].astype(np.int32)
+    codes = (codes + np.int32(coding.base)) << np.int32(coding.shift)
+    if coding.shift:
+        bits = np.unpackbits(arrays["low_bits"], bitorder="little")
+        bits = bits[: spec.numel * coding.shift].reshape(spec.numel, coding.shift)
+        codes |= (bits.astype(np.int32) << np.arange(coding.shift, dtype=np.int32)).sum(
+            axis=1, dtype=np.int32
+        )
     if spec.patches:
-        per_group: np.ndarray = np.diff(arrays["patch_offsets"].astype(np.int64))
-        group = np.repeat(np.arange(spec.n_groups, dtype=np.int64), per_group)
-        codes[group * GROUP + arrays["patch_ranks"]] = arrays["patch_codes"].view("<i4")
+        codes[_patched(spec, arrays)] = arrays["patch_codes"].view("<i4")
     return codes.reshape(spec.shape)
 
 
@@ -259,7 +272,7 @@ def dense_of(
 ) -> np.ndarray:
     """Return the bits that decoding `encode(codes, steps, dtype)` gives; arguments as there."""
     values, block = steps_for(steps, codes.shape, block)
-    coding = Coding(0, 1, 0, False, 0, "F32", 0, block)
+    coding = Coding(0, 2, 0, 0, "F32", 0, block)
     rows_cols = matrix_shape(codes.shape)
     with np.errstate(over="ignore"):
         product = codes.reshape(rows_cols).astype(np.float32) * spread(coding, values, codes.shape)
@@ -280,8 +293,8 @@ def entropy_bits(codes: np.ndarray) -> float:
 def size_bits(codes: np.ndarray, steps: np.ndarray | float | None = None) -> float:
     """Return the stored bits a weight that `encode` would need, from the histogram of `codes`.
 
-    Within 0.002 bits from 100,000 codes on: how the words of a tile fill their last byte is not
-    counted but expected.
+    Within 0.002 bits from 100,000 codes on: what the coders' last states hold is not counted but
+    expected.
 
     Args:
         codes: As for `encode`.
@@ -291,11 +304,12 @@ def size_bits(codes: np.ndarray, steps: np.ndarray | float | None = None) -> flo
     if not codes.size:
         return 0.0
     plan = plan_code(codes.reshape(-1))
-    n_tiles, n_groups = -(-codes.size // TILE), -(-codes.size // GROUP)
-    bits = plan.bits + n_tiles * (16 + 3.5) + (n_groups + 1) * 32 + 8 * plan.lengths.size
+    n_chunks = -(-codes.size // CHUNK)
+    # a state takes 32 bits and holds about 8 of information above its least
+    bits = plan.bits + n_chunks * 24 * LANES + (n_chunks + 1) * 32 + 16 * plan.frequencies.size
     _, patched = plan.symbols_of(codes.reshape(-1))
     if patched.any():
-        bits += 32 * (n_groups + 1)
+        bits += 32 * (n_chunks + 1)
     if steps is None:
         bits += 16 * matrix_shape(codes.shape)[1]
     else:
@@ -304,47 +318,58 @@ def size_bits(codes: np.ndarray, steps: np.ndarray | float | None = None) -> flo
     return bits / codes.size
 
 
-def tile_bytes(
-    spec: TensorSpec, group_offsets: np.ndarray, tile_starts: np.ndarray
-) -> tuple[np.ndarray, np.ndarray]:
-    """Return the first byte of each tile in the stream and the first after it, int64."""
-    of_group = np.repeat(group_offsets[:-1].astype(np.int64), _TILES)[: spec.n_tiles]
-    begins = of_group + tile_starts
-    return begins, np.append(begins[1:], group_offsets[-1:].astype(np.int64))[: spec.n_tiles]
-
-
 def check(encoded: Encoded) -> None:
-    """Raise `FormatError` unless table, offsets, steps and patches are what the format allows.
+    """Raise `FormatError` unless frequencies, offsets, states, steps and patches are allowed.
 
-    The stream may hold anything: every bit string decodes to something, inside its buffers.
+    The words may be anything: they decode to something inside all buffers, and decoding finds that
+    the coders do not end as they began.
     """
     spec, arrays = encoded.spec, encoded.arrays
     coding = spec.coding
     assert coding is not None
-    check_lengths(arrays["code_lengths"])
+    frequencies = arrays["frequencies"].astype(np.int64)
+    if int(frequencies.sum()) != SCALE or frequencies.max() >= SCALE:
+        raise FormatError(
+            f"frequencies must sum to {SCALE} and stay below it, got {int(frequencies.sum())}"
+        )
     check_steps(coding, arrays["steps"])
-    offsets, starts = arrays["group_offsets"].astype(np.int64), arrays["tile_starts"]
-    if offsets[0] != 0 or offsets[-1] != coding.stream_nbytes or (np.diff(offsets) < 0).any():
-        raise FormatError(f"group_offsets must rise from 0 to {coding.stream_nbytes}")
-    if starts[::_TILES].any():
-        raise FormatError("tile_starts must be 0 for the first tile of a group")
-    begins, ends = tile_bytes(spec, arrays["group_offsets"], starts)
-    wrong = np.flatnonzero(ends < begins)
-    if wrong.size:
-        raise FormatError(f"tile_starts must not fall, and tile {int(wrong[0])} must not be passed")
+    _check_offsets("chunk_offsets", arrays["chunk_offsets"], coding.words)
+    if (arrays["states"] < LOWEST).any():
+        raise FormatError(f"states must be at least {LOWEST}")
+    if coding.shift and arrays["low_bits"].size:
+        tail = np.unpackbits(arrays["low_bits"][-LANES // 8 * coding.shift :], bitorder="little")
+        used = (spec.numel - 1) % LANES + 1
+        if tail[used * coding.shift :].any():
+            raise FormatError(f"low_bits past element {spec.numel} must be 0")
     if spec.patches:
-        values = arrays["patch_codes"].view("<i4").astype(np.int64)
-        if (np.abs(values) > MAX_CODE).any():
-            raise FormatError(f"patch_codes must lie within +-{MAX_CODE}")
+        _check_patches(spec, arrays)
 
 
-def _positions(lengths: np.ndarray, tile: int) -> tuple[np.ndarray, np.ndarray]:
-    """Return the first bit of each word, and the first byte after each tile, tiles in whole bytes."""
-    n_tiles = -(-lengths.size // tile)
-    padded = np.zeros(n_tiles * tile, dtype=np.int64)
-    padded[: lengths.size] = lengths
-    inside = np.cumsum(padded.reshape(n_tiles, tile), axis=1)
-    nbytes = -(-inside[:, -1] // 8) if n_tiles else np.zeros(0, dtype=np.int64)
-    ends = np.cumsum(nbytes)
-    first = (8 * (ends - nbytes))[:, None] + inside - padded.reshape(n_tiles, tile)
-    return first.reshape(-1)[: lengths.size], ends
+def _check_patches(spec: TensorSpec, arrays: Mapping[str, np.ndarray]) -> None:
+    _check_offsets("patch_offsets", arrays["patch_offsets"], spec.patches)
+    if (arrays["patch_ranks"] >= CHUNK).any():
+        raise FormatError("a patch rank must lie inside its chunk")
+    at = _patched(spec, arrays)
+    if (np.diff(at) <= 0).any() or at[-1] >= spec.numel:
+        raise FormatError("patch ranks must be strictly increasing, inside the tensor")
+    values = arrays["patch_codes"].view("<i4").astype(np.int64)
+    if (np.abs(values) > MAX_CODE).any():
+        raise FormatError(f"patch_codes must lie within +-{MAX_CODE}")
+
+
+def _check_offsets(name: str, offsets: np.ndarray, last: int) -> None:
+    if offsets[0] != 0 or offsets[-1] != last or (offsets[1:] < offsets[:-1]).any():
+        raise FormatError(f"{name} must rise from 0 to {last}")
+
+
+def _offsets(counts: np.ndarray) -> np.ndarray:
+    out = np.zeros(counts.size + 1, dtype="<u4")
+    np.cumsum(counts, out=out[1:])
+    return out
+
+
+def _patched(spec: TensorSpec, arrays: Mapping[str, np.ndarray]) -> np.ndarray:
+    """Return the flat indices of the patched elements, int64."""
+    counts: np.ndarray = np.diff(arrays["patch_offsets"].astype(np.int64))
+    chunks = np.repeat(np.arange(counts.size, dtype=np.int64), counts)
+    return chunks * CHUNK + arrays["patch_ranks"]

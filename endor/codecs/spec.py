@@ -7,7 +7,7 @@ from typing import Any, Literal, get_args
 
 import numpy as np
 
-from endor.codecs.coding import MAX_STREAM, Coding, array_shapes
+from endor.codecs.coding import Coding, array_shapes
 from endor.codecs.dtypes import DTYPES, DType, dtype
 from endor.errors import FormatError
 
@@ -112,7 +112,7 @@ class TensorSpec:
         if self.codec == "dense":
             return (ArraySpec("", self.dtype, self.shape),)
         if self.coding is not None:
-            shapes = array_shapes(self.coding, self.shape, self.n_tiles, self.n_groups, self.patches)
+            shapes = array_shapes(self.coding, self.shape, self.patches)
             return tuple(ArraySpec(suffix, DTYPES[code], shape) for suffix, code, shape in shapes)
         out: list[ArraySpec] = []
         if self.bitmap:

@@ -34,10 +34,10 @@ def validate(encoded: Encoded) -> None:
         _validate_bitmap(encoded)
     if spec.codec == "exp":
         _validate_planes(encoded)
+        if spec.patches:
+            _validate_patches(encoded)
     if spec.codec == "int":
         integer.check(encoded)
-    if spec.patches:
-        _validate_patches(encoded)
 
 
 def _validate_bitmap(encoded: Encoded) -> None:
@@ -84,8 +84,7 @@ def _validate_patches(encoded: Encoded) -> None:
     if (np.diff(absolute) <= 0).any():
         raise FormatError("patch ranks must be strictly increasing")
     if (
-        spec.codec == "exp"
-        and spec.dtype.exponent_bits < 8
+        spec.dtype.exponent_bits < 8
         and (arrays["patch_exponents"] >> spec.dtype.exponent_bits).any()
     ):
         raise FormatError(f"a patch exponent must be below {1 << spec.dtype.exponent_bits}")
