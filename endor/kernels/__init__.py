@@ -13,7 +13,7 @@ from endor import codecs
 from endor.codecs import CodecChoice, DType, Encoded
 from endor.codecs.spec import MAX_NNZ
 from endor.errors import DTypeError, ShapeError
-from endor.kernels import native
+from endor.kernels import integer, native
 from endor.kernels.dispatch import CHOICES, describe, select, thread_count
 from endor.kernels.packing import Packer
 from endor.kernels.scratch import Scratch
@@ -24,6 +24,7 @@ __all__ = [
     "decode",
     "describe",
     "encode",
+    "integer",
     "matvec",
     "probe_copy",
     "probe_read",
@@ -31,9 +32,6 @@ __all__ = [
     "thread_count",
 ]
 
-_STREAMING_NBYTES = 16 << 20
-"""Outputs beyond this size are stored past the caches. Virtual machines report caches of any size,
-so this does not ask."""
 
 
 def encode(
@@ -139,10 +137,12 @@ def decode(
         out[: stop - start] = encoded.arrays[""].reshape(-1)[start:stop]
     elif number is None:
         out[: stop - start] = codecs.decode(encoded).reshape(-1)[start:stop]
+    elif spec.codec == "int":
+        integer.decode(encoded, out, start, stop, count, streaming, number)
     else:
         library, view = native.library(), native.view(encoded)
         if streaming is None:
-            streaming = (stop - start) * spec.dtype.itemsize > _STREAMING_NBYTES
+            streaming = (stop - start) * spec.dtype.itemsize > native.STREAMING_NBYTES
         status = library.endor_decode(
             number, ctypes.byref(view), out.ctypes.data, start, stop, count, int(streaming)
         )

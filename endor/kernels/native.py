@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from endor.codecs import Encoded, TensorSpec
+from endor.codecs.coding import Coding, matrix_shape
 from endor.errors import BackendError, FormatError, ShapeError
 
 KERNELS = ("scalar", "avx2", "avx512", "neon")
@@ -25,9 +26,13 @@ WEIGHT_KINDS = {"BF16": 0, "F16": 1, "F32": 2}
 
 UNKNOWN = (1 << 64) - 1
 
+STREAMING_NBYTES = 16 << 20
+"""Outputs beyond this size are stored past the caches. Virtual machines report caches of any size,
+so this does not ask."""
+
 _CODECS = {"dense": 0, "raw": 1, "exp": 2}
 _STATUS = {
-    1: "bitmap, offsets or patches contradict each other",
+    1: "the stored arrays contradict each other",
     2: "out of memory",
     3: "the kernel cannot run here",
 }
@@ -56,6 +61,35 @@ class Tensor(ctypes.Structure):
         ("k", ctypes.c_int32),
         ("base", ctypes.c_int32),
         ("reserved", ctypes.c_int32),
+    )
+
+
+class IntTensor(ctypes.Structure):
+    """`endor_int` of csrc/int.h, field by field."""
+
+    _fields_ = (
+        ("numel", ctypes.c_uint64),
+        ("cols", ctypes.c_uint64),
+        ("n_words", ctypes.c_uint64),
+        ("patches", ctypes.c_uint64),
+        ("block_rows", ctypes.c_uint64),
+        ("block_cols", ctypes.c_uint64),
+        ("step_cols", ctypes.c_uint64),
+        ("steps", ctypes.c_void_p),
+        ("frequencies", ctypes.c_void_p),
+        ("chunk_offsets", ctypes.c_void_p),
+        ("states", ctypes.c_void_p),
+        ("words", ctypes.c_void_p),
+        ("low_bits", ctypes.c_void_p),
+        ("patch_offsets", ctypes.c_void_p),
+        ("patch_ranks", ctypes.c_void_p),
+        ("patch_codes", ctypes.c_void_p),
+        ("symbols", ctypes.c_int32),
+        ("base", ctypes.c_int32),
+        ("shift", ctypes.c_int32),
+        ("step_kind", ctypes.c_int32),
+        ("step_exponent", ctypes.c_int32),
+        ("value_kind", ctypes.c_int32),
     )
 
 
@@ -111,6 +145,12 @@ def _bind(library: ctypes.CDLL) -> ctypes.CDLL:
         ("exp_finish", i32, (pointer, pointer)),
         ("exp_free", None, (pointer,)),
         ("matvec", i32, (i32, pointer, i32, u64, u64, pointer, i32, u64, pointer, i32)),
+        ("int_decode", i32, (i32, pointer, pointer, u64, u64, i32, i32, i32)),
+        (
+            "int_encode",
+            i32,
+            (pointer, u64, pointer, i32, i32, pointer, pointer, pointer, i32),
+        ),
         ("probe", u64, (i32, pointer, pointer, u64, i32)),
         ("count16", i32, (pointer, u64, ctypes.c_uint32, pointer)),
         ("zero_below16", i32, (pointer, u64, ctypes.c_uint32, ctypes.c_uint32, u64)),
@@ -154,7 +194,7 @@ def check(status: int) -> None:
     )
 
 
-def tensor(spec: TensorSpec, arrays: dict[str, np.ndarray]) -> Tensor:
+def tensor(spec: TensorSpec, arrays: dict[str, np.ndarray]) -> Tensor | IntTensor:
     """Return the library's view of a stored tensor; `arrays` must outlive it.
 
     Types and sizes are checked, for the kernels rely on them; contents are not.
@@ -162,18 +202,10 @@ def tensor(spec: TensorSpec, arrays: dict[str, np.ndarray]) -> Tensor:
     Raises:
         ShapeError: An array is missing, or is not what `spec` promises.
     """
-    out = Tensor(
-        numel=spec.numel,
-        nnz=spec.nnz,
-        patches=spec.patches,
-        codec=_CODECS[spec.codec],
-        itemsize=spec.dtype.itemsize,
-        exponent_bits=spec.dtype.exponent_bits,
-        mantissa_bits=spec.dtype.mantissa_bits,
-        rest_bits=spec.dtype.rest_bits,
-        k=spec.k,
-        base=spec.base,
-    )
+    if spec.coding is not None:
+        out: Tensor | IntTensor = _int_tensor(spec, spec.coding)
+    else:
+        out = _tensor(spec)
     for expected in spec.arrays:
         array = arrays.get(expected.suffix)
         if (
@@ -191,13 +223,47 @@ def tensor(spec: TensorSpec, arrays: dict[str, np.ndarray]) -> Tensor:
     return out
 
 
-_Seen = tuple["weakref.ref[Encoded]", tuple[np.ndarray, ...], Tensor]
+def _int_tensor(spec: TensorSpec, coding: Coding) -> IntTensor:
+    coding.check(spec.shape, spec.dtype)
+    return IntTensor(
+        numel=spec.numel,
+        cols=max(matrix_shape(spec.shape)[1], 1),
+        n_words=coding.words,
+        patches=spec.patches,
+        block_rows=coding.step_block[0],
+        block_cols=coding.step_block[1],
+        step_cols=coding.step_shape(spec.shape)[1],
+        symbols=coding.symbols,
+        base=coding.base,
+        shift=coding.shift,
+        step_kind=WEIGHT_KINDS[coding.step_dtype],
+        step_exponent=coding.step_exponent,
+        value_kind=WEIGHT_KINDS[spec.dtype.name],
+    )
+
+
+def _tensor(spec: TensorSpec) -> Tensor:
+    return Tensor(
+        numel=spec.numel,
+        nnz=spec.nnz,
+        patches=spec.patches,
+        codec=_CODECS[spec.codec],
+        itemsize=spec.dtype.itemsize,
+        exponent_bits=spec.dtype.exponent_bits,
+        mantissa_bits=spec.dtype.mantissa_bits,
+        rest_bits=spec.dtype.rest_bits,
+        k=spec.k,
+        base=spec.base,
+    )
+
+
+_Seen = tuple["weakref.ref[Encoded]", tuple[np.ndarray, ...], Tensor | IntTensor]
 
 _views: dict[int, _Seen] = {}
 """By id, the last view of each live `Encoded`: making one takes longer than a small product."""
 
 
-def view(encoded: Encoded) -> Tensor:
+def view(encoded: Encoded) -> Tensor | IntTensor:
     """Return the library's view of `encoded`, which must outlive it; errors as for `tensor`.
 
     The view is kept as long as `encoded` lives and holds the same arrays.

@@ -23,6 +23,13 @@ from endor.storage.header import (
 )
 
 FORMAT_VERSION = 1
+"""What is written where every codec is known to it, so that older readers read it."""
+
+INT_VERSION = 2
+"""What is written where a tensor is in codec `int`."""
+
+VERSIONS = (FORMAT_VERSION, INT_VERSION)
+"""What this library reads."""
 
 ALIGN = 4096
 """Records start at multiples of this and are multiples of it long: what O_DIRECT needs."""
@@ -147,10 +154,10 @@ class Directory:
         version = self.directory.get("version")
         if not is_count(version) or version == 0:
             raise self.wrong(f"version must be a positive integer, got {brief(version)}")
-        if version != FORMAT_VERSION:
+        if version not in VERSIONS:
             raise FormatError(
-                f"{self.path}: format version must be {FORMAT_VERSION}, got {version}; upgrade "
-                "endor to read this file"
+                f"{self.path}: format version must be {VERSIONS[0]} or {VERSIONS[-1]}, got "
+                f"{version}; upgrade endor to read this file"
             )
         if self.directory.get("align") != ALIGN:
             raise self.wrong(f"align must be {ALIGN}, got {brief(self.directory.get('align'))}")
