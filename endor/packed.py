@@ -63,7 +63,9 @@ class PackedTensor:
         """
         import torch
 
-        return torch.from_numpy(codecs.integer.codes_of(self.to("cpu").data))
+        encoded = self.to("cpu").data
+        codecs.validate(encoded)
+        return torch.from_numpy(kernels.integer.codes_of(encoded))
 
     def steps(self) -> "torch.Tensor":
         """Return the steps of a tensor in codec `int`, float32 `(R, C)`, on the CPU.
@@ -148,7 +150,7 @@ def pack_codes(
     item = endor_dtype(dtype or torch.bfloat16)
     if isinstance(steps, torch.Tensor):
         steps = steps.detach().cpu().float().numpy()
-    encoded = codecs.integer.encode(codes.detach().cpu().numpy(), steps, item, block=block)
+    encoded = kernels.integer.encode(codes.detach().cpu().numpy(), steps, item, block=block)
     return PackedTensor(encoded.spec, encoded)
 
 

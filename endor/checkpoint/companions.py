@@ -217,7 +217,9 @@ def _weight_files(source: CheckpointSource) -> set[str]:
 
 
 def packed_config(
-    config: Mapping[str, Any] | None, description: Mapping[str, Any]
+    config: Mapping[str, Any] | None,
+    description: Mapping[str, Any],
+    format_version: int = FORMAT_VERSION,
 ) -> dict[str, Any] | None:
     """Return config.json of the packed checkpoint: the dense one, marked as Endor's.
 
@@ -227,7 +229,7 @@ def packed_config(
         return None
     ours: dict[str, Any] = {
         "quant_method": "endor",
-        "format_version": FORMAT_VERSION,
+        "format_version": format_version,
         **description,
     }
     if QUANTIZATION_KEY in config:

@@ -22,7 +22,13 @@ from endor.checkpoint.companions import (
     packed_config,
     planned_files,
 )
-from endor.checkpoint.index import build_index, dense_file_names, index_text, shard_name
+from endor.checkpoint.index import (
+    build_index,
+    dense_file_names,
+    format_version,
+    index_text,
+    shard_name,
+)
 from endor.checkpoint.manifest import Writes
 from endor.checkpoint.output import OutputDirectory
 from endor.checkpoint.pipeline import OrderedWork, ScratchPool
@@ -88,10 +94,9 @@ def convert(
         "selected": hashlib.sha256("\0".join(sorted(selected)).encode()).hexdigest(),
         "prune": dict(options.prune),
     }
-    config = packed_config(source.config(), _describe(options))
     dense_files = dense_file_names(source.tensors.values())
     companions = find_companions(source)
-    writes = _writes(companions, config)
+    writes = _writes(companions, source.config())
     with OutputDirectory(
         out,
         identity=identity,
@@ -104,8 +109,9 @@ def convert(
         run = _Run(source, output, units, selected, pruner, options, progress or no_progress)
         run.adopt_finished()
         run.write(kernels.thread_count(threads))
-        copy_companions(companions, output.folder, config)
         layouts = run.name_shards()
+        config = packed_config(source.config(), _describe(options), format_version(layouts))
+        copy_companions(companions, output.folder, config)
         document = build_index(layouts, dense_files, writes.keys() - {PACKED_INDEX_NAME})
         (output.folder / PACKED_INDEX_NAME).write_bytes(index_text(document))
         output.publish([*writes, *(layout.path.name for layout in layouts)])

@@ -15,7 +15,7 @@ from endor.checkpoint.tensors import SourceTensor
 from endor.errors import CheckpointError, ChecksumError, EndorWarning, FormatError
 from endor.jsontext import read_object
 from endor.storage import FileLayout
-from endor.storage.layout import FORMAT_VERSION, array_key
+from endor.storage.layout import FORMAT_VERSION, VERSIONS, array_key
 
 DEFAULT_DENSE_FILE = "model.safetensors"
 
@@ -47,6 +47,11 @@ class PackedIndex:
     companions: tuple[str, ...] | None
 
 
+def format_version(layouts: Sequence[FileLayout]) -> int:
+    """Return the format version of a checkpoint: the highest of its files'."""
+    return max((layout.version for layout in layouts), default=FORMAT_VERSION)
+
+
 def build_index(
     layouts: Sequence[FileLayout],
     dense_files: Mapping[str, str],
@@ -73,7 +78,7 @@ def build_index(
         "metadata": {
             "total_size": total,
             "endor": {
-                "format_version": FORMAT_VERSION,
+                "format_version": format_version(layouts),
                 "dense_files": files,
                 "dense_file_of": {name: places[dense_files[name]] for name in names},
             },
@@ -222,9 +227,10 @@ def _parse(path: Path) -> PackedIndex:
         raise FormatError(
             f"{path}: malformed index ({error!r}); restore or re-make the checkpoint"
         ) from None
-    if version != FORMAT_VERSION:
+    if version not in VERSIONS:
         raise FormatError(
-            f"{path}: format version must be {FORMAT_VERSION}, got {version}; upgrade endor"
+            f"{path}: format version must be {VERSIONS[0]} or {VERSIONS[-1]}, got {version}; "
+            "upgrade endor"
         )
     odd = [file for file in files if not SHARD_NAME.fullmatch(file)]
     if odd:

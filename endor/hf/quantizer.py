@@ -30,7 +30,7 @@ from endor.offload import Placement, parse_bytes
 from endor.offload.device_placement import DevicePlacement
 from endor.offload.kv_plan import KVSetting, check_kv
 from endor.storage import FileLayout, open_reader
-from endor.storage.layout import FORMAT_VERSION
+from endor.storage.layout import FORMAT_VERSION, VERSIONS
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -118,10 +118,10 @@ class EndorConfig(QuantizationConfigMixin):  # type: ignore[misc]
         loading = {key: value for key, value in config_dict.items() if key in _LOADING}
         packed = {key: value for key, value in config_dict.items() if key not in _LOADING}
         version = packed.get("format_version")
-        if version != FORMAT_VERSION:
+        if version not in VERSIONS:
             raise FormatError(
-                f"quantization_config: format_version must be {FORMAT_VERSION}, got {version!r}; "
-                "a newer Endor may read this checkpoint"
+                f"quantization_config: format_version must be {VERSIONS[0]} or {VERSIONS[-1]}, "
+                f"got {version!r}; a newer Endor may read this checkpoint"
             )
         config = cls(**loading, packed=packed)
         return (config, kwargs) if return_unused_kwargs else config

@@ -194,20 +194,19 @@ def matvec(
         weight = codecs.decode(encoded)
         np.matmul(_floats(x, spec.dtype), _floats(weight, spec.dtype).T, out=out)
         return out
-    view = native.view(encoded)
-    native.check(
-        native.library().endor_matvec(
-            number,
-            ctypes.byref(view),
-            kind,
-            *spec.shape,
-            x.ctypes.data,
-            native.WEIGHT_KINDS["F32"] if x.dtype == np.float32 else kind,
-            x.shape[0],
-            out.ctypes.data,
-            count,
-        )
+    library, view = native.library(), native.view(encoded)
+    operand = (
+        *spec.shape,
+        x.ctypes.data,
+        native.WEIGHT_KINDS["F32"] if x.dtype == np.float32 else kind,
+        x.shape[0],
+        out.ctypes.data,
+        count,
     )
+    if spec.codec == "int":
+        native.check(library.endor_int_matvec(number, ctypes.byref(view), *operand))
+    else:
+        native.check(library.endor_matvec(number, ctypes.byref(view), kind, *operand))
     return out
 
 

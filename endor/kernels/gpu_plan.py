@@ -13,7 +13,7 @@ from typing import Literal
 import numpy as np
 
 from endor.codecs import GROUP, TILE, DType, TensorSpec
-from endor.errors import DTypeError, ShapeError
+from endor.errors import BackendError, DTypeError, ShapeError
 
 MAX_TENSORS = 8
 """Tensors of one launch. The arguments travel by value, 4 KiB at most."""
@@ -185,6 +185,7 @@ def plan_expansion(parts: Sequence[Part], *, warps: int = WARPS) -> list[Launch]
     linear layer or an expert they do; `dense` and empty tensors need none.
 
     Raises:
+        BackendError: A tensor is in a codec that the GPU cannot expand.
         ShapeError: An address is not aligned as the kernels need it.
     """
     families: dict[tuple[object, ...], list[Part]] = {}
@@ -192,6 +193,10 @@ def plan_expansion(parts: Sequence[Part], *, warps: int = WARPS) -> list[Launch]
         spec = part.spec
         if spec.codec == "dense" or spec.numel == 0:
             continue
+        if spec.codec == "int":
+            raise BackendError(
+                "codec int has no GPU kernel yet; decode it on the CPU and copy the dense tensor"
+            )
         _check_alignment(part)
         family = (
             ("raw", spec.dtype.itemsize)

@@ -1,6 +1,7 @@
 """The directory of a packed file: which arrays and records there are, every rule checked."""
 
 from bisect import bisect_right
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -39,6 +40,11 @@ ARRAY_ALIGN = 256
 
 TAIL_BYTES = 128
 """Readable bytes of the record after each array, so that kernels may load whole registers."""
+
+
+def version_of(specs: Iterable[TensorSpec]) -> int:
+    """Return the least format version that holds tensors stored like these."""
+    return INT_VERSION if any(spec.codec == "int" for spec in specs) else FORMAT_VERSION
 
 
 def array_key(name: str, suffix: str) -> str:
@@ -227,6 +233,8 @@ class Directory:
                 spec = TensorSpec.from_dict(fields)
             except FormatError as error:
                 raise FormatError(f"{self.path}: {name}: {error}") from None
+            if spec.codec == "int" and self.directory["version"] < INT_VERSION:
+                raise self.wrong(f"{name}: codec int needs format version {INT_VERSION}, not 1")
             out[name] = TensorEntry(name, spec, record, self.arrays(name, spec, record))
         return dict(sorted(out.items(), key=lambda item: self.position(item[1])))
 

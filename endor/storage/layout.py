@@ -13,13 +13,16 @@ from endor.storage.directory import (
     ALIGN,
     ARRAY_ALIGN,
     FORMAT_VERSION,
+    INT_VERSION,
     TAIL_BYTES,
+    VERSIONS,
     ArrayEntry,
     Directory,
     Record,
     TensorEntry,
     align_up,
     array_key,
+    version_of,
 )
 from endor.storage.header import CHECKSUM_KEY, DIRECTORY_KEY, RESERVED_METADATA, Header
 
@@ -27,13 +30,16 @@ __all__ = [
     "ALIGN",
     "ARRAY_ALIGN",
     "FORMAT_VERSION",
+    "INT_VERSION",
     "TAIL_BYTES",
+    "VERSIONS",
     "ArrayEntry",
     "FileLayout",
     "Record",
     "TensorEntry",
     "align_up",
     "array_key",
+    "version_of",
 ]
 
 
@@ -95,6 +101,11 @@ class FileLayout:
             metadata,
             header.metadata[CHECKSUM_KEY],
         )
+
+    @property
+    def version(self) -> int:
+        """The least format version that holds what the file holds."""
+        return version_of(tensor.spec for tensor in self.tensors.values())
 
     def tensor(self, name: str) -> TensorEntry:
         """Return the entry of the tensor `name`.

@@ -10,6 +10,15 @@ from typing import Any, Self
 import numpy as np
 
 from endor.codecs import DType, Encoded, TensorSpec
+from endor.codecs.coding import (
+    LANES,
+    MAX_CODE,
+    MAX_SHIFT,
+    MAX_SYMBOLS,
+    MAX_WORDS,
+    Coding,
+    matrix_shape,
+)
 from endor.errors import FormatError, ShapeError
 from endor.storage.checksum import DIGITS, Digest
 from endor.storage.header import (
@@ -30,6 +39,7 @@ from endor.storage.layout import (
     FileLayout,
     align_up,
     array_key,
+    version_of,
 )
 from endor.storage.sink import Sink
 from endor.storage.temporary import TemporaryFile
@@ -41,6 +51,23 @@ def largest_spec(shape: tuple[int, ...], dtype: DType) -> TensorSpec:
     if not dtype.packable:
         return TensorSpec(shape, dtype, "dense", bitmap=False, nnz=numel)
     return TensorSpec(shape, dtype, "exp", bitmap=True, nnz=numel, k=8, base=255, patches=numel)
+
+
+def largest_int_spec(
+    shape: tuple[int, ...], dtype: DType, step_block: tuple[int, int] | None = None
+) -> TensorSpec:
+    """Return a spec whose header is at least as long as that of the tensor in codec `int`.
+
+    Args:
+        shape: Dense shape.
+        dtype: Dense element type.
+        step_block: Rows and columns that share a step; None is a step a column.
+    """
+    numel = math.prod(shape)
+    block = step_block or (max(matrix_shape(shape)[0], 1), 1)
+    words = min(-(-numel // LANES) * LANES, MAX_WORDS)
+    coding = Coding(-MAX_CODE, MAX_SYMBOLS, MAX_SHIFT, words, "BF16", -100, block)
+    return TensorSpec(shape, dtype, "int", False, numel, patches=numel, coding=coding)
 
 
 def header_capacity(
@@ -202,6 +229,7 @@ class RecordWriter:
                 )
         self._writer._keys |= keys
         self._book.tensors[name] = encoded.spec.to_dict() | {"record": self._name}
+        self._book.version = max(self._book.version, version_of([encoded.spec]))
         self._tensors += 1
         for array in encoded.spec.arrays:
             self._pad(align_up(self._sink.position, ARRAY_ALIGN))
@@ -240,6 +268,7 @@ class _Book:
         self.tensors: dict[str, dict[str, Any]] = {}
         self.records: dict[str, list[Any]] = {}
         self.pads: list[str] = []
+        self.version = FORMAT_VERSION
 
     def add_pad(self, entry: Entry) -> None:
         key = f"{PAD_PREFIX}{len(self.pads)}"
@@ -249,7 +278,7 @@ class _Book:
     def header(self) -> bytes:
         """Return the header JSON, without its checksum and padding."""
         directory = {
-            "version": FORMAT_VERSION,
+            "version": self.version,
             "align": ALIGN,
             "tensors": self.tensors,
             "records": self.records,

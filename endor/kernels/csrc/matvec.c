@@ -7,9 +7,10 @@
  *          an exp stream where patches are rare, are taken from where they are; else, and near the end of the arrays,
  *          the stored elements of a span of weights are first brought into L1.
  *   tiles  everything else: a tile is decoded into L1, and each piece of it that lies in one row is multiplied.
- *          Threads own runs of rows; a tile that two threads share is decoded by both.
+ *          Threads own runs of rows; a tile that two threads share is decoded by both. Codec int: the same by
+ *          pieces of 1024 weights, and by chunks.
  */
-#include "endor.h"
+#include "int.h"
 
 #include <stdatomic.h>
 #include <stdlib.h>
@@ -17,6 +18,7 @@
 typedef struct {
     const endor_ops *ops;
     const endor_tensor *tensor;
+    const endor_int_reader *integer; /* codec int: instead of tensor */
     endor_stream stream;
     endor_operand x;
     endor_operand arranged; /* x for `exp_rows`; NULL where they do not apply */
@@ -50,6 +52,36 @@ static int product_of_tiles(product_job *job, uint64_t row, uint64_t end_row) {
         while (flat < tile_end) {
             uint64_t len = min64(job->cols - column, tile_end - flat);
             job->ops->dot(weights + (flat % ENDOR_TILE) * itemsize, &job->x, column, len, acc);
+            flat += len;
+            column += len;
+            if (column < job->cols) break;
+            for (int b = 0; b < job->x.batch; b++) job->out[(uint64_t)b * job->rows + row] = total_of(acc + 16 * b);
+            memset(acc, 0, sizeof acc);
+            column = 0;
+            row++;
+        }
+    }
+    return ENDOR_OK;
+}
+
+static int product_of_pieces(product_job *job, uint64_t row, uint64_t end_row) {
+    ENDOR_ALIGNED uint8_t weights[ENDOR_PIECE * 4 + ENDOR_SLACK];
+    ENDOR_ALIGNED float acc[ENDOR_MAX_BATCH * 16] = {0};
+    const endor_int_reader *r = job->integer;
+    endor_int_cursor cursor;
+    uint64_t flat = row * job->cols, end = end_row * job->cols, column = 0;
+    uint64_t itemsize = (uint64_t)endor_int_itemsize(r->kind);
+    memset(weights + ENDOR_PIECE * itemsize, 0, ENDOR_SLACK);
+    endor_int_seek(r, &cursor, flat / ENDOR_CHUNK);
+    while (flat < end) {
+        if (cursor.row == ENDOR_ROWS) endor_int_seek(r, &cursor, cursor.chunk + 1);
+        uint64_t rows = min64(ENDOR_PIECE_ROWS, endor_int_rows(r->t, cursor.chunk) - cursor.row);
+        uint64_t begin = cursor.chunk * ENDOR_CHUNK + cursor.row * ENDOR_LANES, stop = begin + rows * ENDOR_LANES;
+        int status = endor_int_piece(r, &cursor, rows, stop > flat ? weights : NULL);
+        if (status != ENDOR_OK) return status;
+        for (stop = min64(stop, end); flat < stop;) {
+            uint64_t len = min64(job->cols - column, stop - flat);
+            job->ops->dot(weights + (flat - begin) * itemsize, &job->x, column, len, acc);
             flat += len;
             column += len;
             if (column < job->cols) break;
@@ -189,13 +221,14 @@ static void product_of_rows(const product_job *job, uint64_t row, uint64_t end_r
 
 static void product_chunks(void *context) {
     product_job *job = context;
-    int direct = job->ops->rows && job->tensor->bitmap && job->cols % 64 == 0;
+    int direct = !job->integer && job->ops->rows && job->tensor->bitmap && job->cols % 64 == 0;
     for (;;) {
         uint64_t row = atomic_fetch_add_explicit(&job->next, job->chunk, memory_order_relaxed);
         if (row >= job->rows || atomic_load_explicit(&job->status, memory_order_relaxed)) return;
         uint64_t end = min64(row + job->chunk, job->rows);
         int status = ENDOR_OK;
-        if (direct) product_of_rows(job, row, end);
+        if (job->integer) status = product_of_pieces(job, row, end);
+        else if (direct) product_of_rows(job, row, end);
         else status = product_of_tiles(job, row, end);
         if (status != ENDOR_OK) atomic_store(&job->status, status);
     }
@@ -235,6 +268,37 @@ static uint8_t *copy_operand(const product_job *job, const uint8_t *x, int x_kin
     return rows;
 }
 
+/* All rows, with the weight that the job names. */
+static int multiply(product_job *job, int in_place, const void *x, int x_kind, uint64_t batch, float *out,
+                    int threads) {
+    job->x.stride = (job->cols + 31) / 32 * 32;
+    uint8_t *operand = copy_operand(job, x, x_kind, batch, 0);
+    uint8_t *arranged = in_place ? copy_operand(job, x, x_kind, batch, 1) : NULL;
+    if (!operand || (in_place && !arranged)) {
+        free(operand);
+        free(arranged);
+        return ENDOR_NO_MEMORY;
+    }
+    /* a share of codec int begins by passing over what lies before it in a chunk: few shares */
+    uint64_t shares = (job->integer ? 1 : 8) * (uint64_t)(threads > 0 ? threads : 1);
+    job->chunk = job->integer ? (job->rows + shares - 1) / shares : job->rows / shares;
+    if (job->chunk < 1) job->chunk = 1;
+    atomic_init(&job->status, ENDOR_OK);
+    for (uint64_t b = 0; b < batch && atomic_load(&job->status) == ENDOR_OK; b += ENDOR_MAX_BATCH) {
+        job->x.batch = (int)min64(ENDOR_MAX_BATCH, batch - b);
+        uint64_t offset = b * job->x.stride * (job->x.bf16_pairs ? 2 : 4);
+        job->x.x = operand + offset;
+        job->arranged = job->x;
+        job->arranged.x = in_place ? arranged + offset : NULL;
+        job->out = out + b * job->rows;
+        atomic_init(&job->next, 0);
+        endor_parallel(threads, 2 * job->rows * job->cols, product_chunks, job);
+    }
+    free(operand);
+    free(arranged);
+    return atomic_load(&job->status);
+}
+
 /* x: (batch, cols), contiguous, of kind x_kind; out: float (batch, rows). weight_kind says how W's bits are read. */
 ENDOR_API int endor_matvec(int kernel, const endor_tensor *tensor, int weight_kind, uint64_t rows, uint64_t cols,
                            const void *x, int x_kind, uint64_t batch, float *out, int threads) {
@@ -248,30 +312,26 @@ ENDOR_API int endor_matvec(int kernel, const endor_tensor *tensor, int weight_ki
     if (tensor->codec == ENDOR_EXP) endor_stream_of(tensor, &job.stream);
     job.x.weight = weight_kind;
     job.x.bf16_pairs = job.ops->bf16_pairs && weight_kind == ENDOR_X_BF16 && x_kind == ENDOR_X_BF16;
-    job.x.stride = (cols + 31) / 32 * 32;
     int in_place = job.ops->exp_rows && tensor->codec == ENDOR_EXP && weight_kind == ENDOR_X_BF16 && tensor->bitmap &&
                    cols % 64 == 0 && tensor->patches <= tensor->nnz / RARE && tensor->nnz / 13 <= tensor->numel / 16;
-    uint8_t *operand = copy_operand(&job, x, x_kind, batch, 0);
-    uint8_t *arranged = in_place ? copy_operand(&job, x, x_kind, batch, 1) : NULL;
-    if (!operand || (in_place && !arranged)) {
-        free(operand);
-        free(arranged);
-        return ENDOR_NO_MEMORY;
+    return multiply(&job, in_place, x, x_kind, batch, out, threads);
+}
+
+/* The same for codec int. */
+ENDOR_API int endor_int_matvec(int kernel, const endor_int *tensor, uint64_t rows, uint64_t cols, const void *x,
+                               int x_kind, uint64_t batch, float *out, int threads) {
+    endor_int_reader reader;
+    product_job job = {.ops = endor_ops_of(kernel), .integer = &reader, .rows = rows, .cols = cols};
+    if (!job.ops || (cols && rows > tensor->numel / cols)) return ENDOR_UNSUPPORTED;
+    if (!rows || !batch) return ENDOR_OK;
+    if (!cols) {
+        memset(out, 0, rows * batch * sizeof *out);
+        return ENDOR_OK;
     }
-    uint64_t share = rows / (8 * (uint64_t)(threads > 0 ? threads : 1));
-    job.chunk = share < 1 ? 1 : share;
-    atomic_init(&job.status, ENDOR_OK);
-    for (uint64_t b = 0; b < batch && atomic_load(&job.status) == ENDOR_OK; b += ENDOR_MAX_BATCH) {
-        job.x.batch = (int)min64(ENDOR_MAX_BATCH, batch - b);
-        uint64_t offset = b * job.x.stride * (job.x.bf16_pairs ? 2 : 4);
-        job.x.x = operand + offset;
-        job.arranged = job.x;
-        job.arranged.x = in_place ? arranged + offset : NULL;
-        job.out = out + b * rows;
-        atomic_init(&job.next, 0);
-        endor_parallel(threads, 2 * rows * cols, product_chunks, &job);
-    }
-    free(operand);
-    free(arranged);
-    return atomic_load(&job.status);
+    job.x.weight = tensor->value_kind; /* ENDOR_BF16 is ENDOR_X_BF16, and so on */
+    job.x.bf16_pairs = job.ops->bf16_pairs && tensor->value_kind == ENDOR_BF16 && x_kind == ENDOR_X_BF16;
+    int status = endor_int_open(&reader, kernel, tensor, tensor->value_kind);
+    if (status == ENDOR_OK) status = multiply(&job, 0, x, x_kind, batch, out, threads);
+    endor_int_close(&reader);
+    return status;
 }
