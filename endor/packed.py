@@ -148,9 +148,8 @@ def pack_codes(
     import torch
 
     item = endor_dtype(dtype or torch.bfloat16)
-    if isinstance(steps, torch.Tensor):
-        steps = steps.detach().cpu().float().numpy()
-    encoded = kernels.integer.encode(codes.detach().cpu().numpy(), steps, item, block=block)
+    values = steps.detach().cpu().float().numpy() if isinstance(steps, torch.Tensor) else steps
+    encoded = kernels.integer.encode(codes.detach().cpu().numpy(), values, item, block=block)
     return PackedTensor(encoded.spec, encoded)
 
 

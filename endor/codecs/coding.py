@@ -90,11 +90,13 @@ class Coding:
         block = steps.get("block")
         if not isinstance(block, list) or len(block) != 2:
             raise FormatError("steps: block must be two sizes")
-        numbers = {key: fields.get(key) for key in ("base", "symbols", "shift", "words")}
+        numbers: dict[str, Any] = {key: fields.get(key) for key in ("base", "symbols", "shift", "words")}
         numbers |= {"exponent": steps.get("exponent"), "rows": block[0], "cols": block[1]}
         for key, value in numbers.items():
             if type(value) is not int or abs(value) >= 1 << 63:
-                raise FormatError(f"{key} must be an integer of 64 bits, got {type(value).__name__}")
+                raise FormatError(
+                    f"{key} must be an integer of 64 bits, got {type(value).__name__}"
+                )
         if steps.get("dtype") not in STEP_DTYPES:
             raise FormatError(f"steps: dtype must be one of {', '.join(STEP_DTYPES)}")
         return cls(

@@ -236,8 +236,8 @@ def codes_of(encoded: Encoded) -> np.ndarray:
     codes: np.ndarray = symbols.reshape(-1)[: spec.numel].astype(np.int32)
     codes = (codes + np.int32(coding.base)) << np.int32(coding.shift)
     if coding.shift:
-        bits = np.unpackbits(arrays["low_bits"], bitorder="little")
-        bits = bits[: spec.numel * coding.shift].reshape(spec.numel, coding.shift)
+        flat = np.unpackbits(arrays["low_bits"], bitorder="little")
+        bits = flat[: spec.numel * coding.shift].reshape(spec.numel, coding.shift)
         codes |= (bits.astype(np.int32) << np.arange(coding.shift, dtype=np.int32)).sum(
             axis=1, dtype=np.int32
         )
@@ -372,4 +372,5 @@ def _patched(spec: TensorSpec, arrays: Mapping[str, np.ndarray]) -> np.ndarray:
     """Return the flat indices of the patched elements, int64."""
     counts: np.ndarray = np.diff(arrays["patch_offsets"].astype(np.int64))
     chunks = np.repeat(np.arange(counts.size, dtype=np.int64), counts)
-    return chunks * CHUNK + arrays["patch_ranks"]
+    at: np.ndarray = chunks * CHUNK + arrays["patch_ranks"]
+    return at

@@ -29,7 +29,8 @@ def round_steps(steps: np.ndarray | float) -> np.ndarray:
     rounded = scaled.astype(np.float16).astype(np.float64)
     tiny = np.ldexp(1.0, max(-24, -126 - exponent))
     rounded = np.where((values != 0) & (np.abs(rounded) < tiny), np.copysign(tiny, values), rounded)
-    return np.ldexp(rounded, exponent).astype(np.float32)
+    out: np.ndarray = np.ldexp(rounded, exponent).astype(np.float32)
+    return out
 
 
 def store_steps(steps: np.ndarray) -> tuple[str, int, np.ndarray]:

@@ -1,4 +1,4 @@
-"""Make the golden files of format version 1: python tests/golden/make.py
+"""Make the golden files of each format version: python tests/golden/make.py
 
 They are decoded for ever, so this refuses to overwrite them. A later version of the format gets
 files of its own.
@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from endor import codecs
-from endor.codecs import DTYPES, DType, Encoded, exp
+from endor.codecs import DTYPES, DType, Encoded, exp, integer
 from endor.storage import FileWriter, header_capacity
 
 SHAPE = (4, 300)
@@ -56,9 +56,52 @@ def records() -> dict[str, dict[str, Encoded]]:
     return out
 
 
-def write(path: Path) -> dict[str, str]:
+def codes(shape: tuple[int, int], spread: int) -> np.ndarray:
+    """Return integer codes by arithmetic alone: near 0 mostly, a few far away."""
+    at = np.arange(shape[0] * shape[1], dtype=np.int64)
+    noise = at * 2654435761 + 12345 >> 7
+    near = (noise & 255) * spread // 256 - (noise >> 8 & 255) * spread // 256
+    near[::997] = 20_000 - 3 * at[::997]
+    return near.reshape(shape)
+
+
+def steps(count: int) -> np.ndarray:
+    """Return steps of 9 significant bits by arithmetic alone."""
+    at = np.arange(count)
+    return (np.ldexp(257.0 + at * 7 % 255, -16 - at % 9)).astype(np.float32)
+
+
+def records_v2() -> dict[str, dict[str, Encoded]]:
+    """Return codec `int` in every element type, layout of steps and kind of code."""
+    shape = (110, 300)
+    near, wide = codes(shape, 5), codes(shape, 700)
+    bf16, f16, f32 = DTYPES["BF16"], DTYPES["F16"], DTYPES["F32"]
+    return {
+        "int": {
+            "columns.BF16": integer.encode(near, steps(300), bf16),
+            "rows.F16": integer.encode(near, steps(110)[:, None], f16),
+            "groups.F32": integer.encode(near, steps(660).reshape(110, 6), f32),
+            "blocks.BF16": integer.encode(wide, steps(6).reshape(2, 3), bf16, block=(64, 128)),
+            "one.BF16": integer.encode(near[:1, :33], -0.3, bf16),
+            "brain.BF16": integer.encode(near[:2], np.ldexp(1.0, [-100, 100] * 150), bf16),
+            "shift.F32": integer.encode(wide, steps(300), f32),
+        },
+        "edge": {
+            "zeros": integer.encode(np.zeros((2, 40), np.int32), 1.0, bf16),
+            "empty": integer.encode(np.zeros((0, 3), np.int32), steps(3), bf16),
+            "scalar": integer.encode(np.array(-7), 0.5, bf16),
+            "experts": integer.encode(near.reshape(2, 55, 300), steps(600).reshape(2, 300), bf16),
+            "dense": codecs.encode(elements(bf16)[:1, :20], bf16, codec="dense"),
+        },
+    }
+
+
+RECORDS = {"v1": records, "v2": records_v2}
+
+
+def write(path: Path, version: str = "v1") -> dict[str, str]:
     """Write the packed file to `path`; return per tensor the sha256 of its dense elements."""
-    content = records()
+    content = RECORDS[version]()
     plan = {
         record: {name: encoded.spec for name, encoded in tensors.items()}
         for record, tensors in content.items()
@@ -77,13 +120,14 @@ def write(path: Path) -> dict[str, str]:
 
 
 def main() -> None:
-    """Write both golden files next to this one, unless one of them exists."""
+    """Write the golden files of each version next to this one, unless they exist."""
     here = Path(__file__).parent
-    packed, digests = here / "v1.safetensors", here / "v1.json"
-    for path in (packed, digests):
-        if path.exists():
-            raise SystemExit(f"{path}: exists; golden files are never overwritten")
-    digests.write_text(json.dumps(write(packed), indent=1) + "\n")
+    missing = [name for name in RECORDS if not list(here.glob(f"{name}.*"))]
+    if not missing:
+        raise SystemExit(f"{here}: all files exist; golden files are never overwritten")
+    for name in missing:
+        digests = write(here / f"{name}.safetensors", name)
+        (here / f"{name}.json").write_text(json.dumps(digests, indent=1) + "\n")
 
 
 if __name__ == "__main__":

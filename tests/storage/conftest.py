@@ -10,7 +10,7 @@ import pytest
 import xxhash
 
 from endor import codecs
-from endor.codecs import DTYPES, DType, Encoded, exp
+from endor.codecs import DTYPES, DType, Encoded, exp, integer
 from endor.storage import FileWriter, header_capacity
 
 Write = Callable[..., Path]
@@ -48,7 +48,18 @@ def sample_tensors(shape: tuple[int, ...] = (3, 700)) -> dict[str, Encoded]:
             for bitmap, suffix in ((False, "exp"), (True, "exp_bitmap")):
                 encoded = exp.encode(bits, dtype, bitmap=bitmap, k=2, base=base)
                 out[f"{dtype.name}.{suffix}"] = encoded
+    for name, spread in (("BF16", 3.0), ("F16", 3.0), ("F32", 500.0)):
+        out[f"{name}.int"] = sample_codes(DTYPES[name], shape, spread)
     return out
+
+
+def sample_codes(dtype: DType, shape: tuple[int, ...], spread: float) -> Encoded:
+    """Return a tensor in codec `int` with a step a column and with patches."""
+    rng = np.random.default_rng(int(spread))
+    codes = np.rint(rng.standard_normal(shape) * spread).astype(np.int32)
+    codes.reshape(-1)[::300] = 70_000
+    steps = integer.round_steps(0.001 + rng.random(shape[-1]))
+    return integer.encode(codes, steps, dtype)
 
 
 def write_file(
