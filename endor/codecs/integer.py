@@ -321,8 +321,8 @@ def size_bits(codes: np.ndarray, steps: np.ndarray | float | None = None) -> flo
 def check(encoded: Encoded) -> None:
     """Raise `FormatError` unless frequencies, offsets, states, steps and patches are allowed.
 
-    The words may be anything: they decode to something inside all buffers, and decoding finds that
-    the coders do not end as they began.
+    The words may be anything: they decode to something inside all buffers. Decoding finds nearly
+    every change of them, since the coders do not end as they began; a checksum finds all.
     """
     spec, arrays = encoded.spec, encoded.arrays
     coding = spec.coding
