@@ -90,7 +90,9 @@ class Coding:
         block = steps.get("block")
         if not isinstance(block, list) or len(block) != 2:
             raise FormatError("steps: block must be two sizes")
-        numbers: dict[str, Any] = {key: fields.get(key) for key in ("base", "symbols", "shift", "words")}
+        numbers: dict[str, Any] = {
+            key: fields.get(key) for key in ("base", "symbols", "shift", "words")
+        }
         numbers |= {"exponent": steps.get("exponent"), "rows": block[0], "cols": block[1]}
         for key, value in numbers.items():
             if type(value) is not int or abs(value) >= 1 << 63:
