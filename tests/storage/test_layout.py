@@ -480,4 +480,4 @@ def test_room_for_the_largest_form_of_int() -> None:
     assert len(json.dumps(largest.to_dict())) >= len(json.dumps(real.spec.to_dict()))
     assert {a.suffix for a in largest.arrays} >= {a.suffix for a in real.spec.arrays}
     for shape in ((0, 5), (), (2, 3, 100)):
-        largest_int_spec(shape, DTYPES["F32"]).check()
+        assert len(largest_int_spec(shape, DTYPES["F32"]).arrays) == 9
