@@ -28,6 +28,8 @@ def inspect_command(packed: Path, as_json: bool) -> None:
     for row in found.rows:
         spec = row.spec
         codec = spec.codec if spec.bitmap or spec.codec == "dense" else f"{spec.codec}, no bitmap"
+        if spec.coding is not None:
+            codec = f"int, {spec.coding.symbols} symbols"
         if spec.codec == "exp":
             codec = f"exp-{spec.k}" + ("" if spec.bitmap else ", no bitmap")
         rows.append(

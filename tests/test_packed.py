@@ -1,5 +1,7 @@
 """The torch façade: bits survive, buffers are checked."""
 
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -104,3 +106,23 @@ def test_bits_and_tensors_share_memory():
     bits_of(dense)[1, 2] = 0x3F80
     assert dense[1, 2] == 1
     assert_same_bits(tensor_of(bits_of(dense), endor_dtype(dense.dtype)), dense)
+
+
+def test_codes_are_packed_and_come_back(tmp_path: Path) -> None:
+    generator = torch.Generator().manual_seed(0)
+    codes = (torch.randn(40, 96, generator=generator) * 3).round().int()
+    steps = (torch.rand(96, generator=generator) + 0.1).half().float()
+    for dtype in (torch.bfloat16, torch.float16, torch.float32):
+        packed = endor.pack_codes(codes, steps, dtype)
+        assert torch.equal(packed.codes(), codes)
+        assert torch.equal(packed.steps(), steps[None])
+        assert torch.equal(endor.decompress(packed), (codes.float() * steps).to(dtype))
+        endor.save_file({"w": packed}, tmp_path / "w.safetensors")
+        assert torch.equal(
+            endor.load_file(tmp_path / "w.safetensors")["w"], endor.decompress(packed)
+        )
+        with endor.safe_open(tmp_path / "w.safetensors") as file:
+            assert torch.equal(file.get_packed("w").codes(), codes)
+    assert endor.pack_codes(codes, 0.5).dtype == torch.bfloat16
+    with pytest.raises(endor.EndorError, match="has no codes"):
+        endor.compress(codes.float()).codes()

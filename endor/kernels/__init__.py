@@ -33,6 +33,7 @@ __all__ = [
 ]
 
 
+
 def encode(
     bits: np.ndarray,
     dtype: DType,

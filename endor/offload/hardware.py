@@ -23,7 +23,7 @@ from endor.errors import ConfigError, EndorError
 from endor.jsontext import read_object
 from endor.offload import probes
 
-CACHE_VERSION = 2
+CACHE_VERSION = 3
 Facts = Mapping[str, Any]
 
 
@@ -126,7 +126,7 @@ TYPICAL_DISK = Disk(
 
 def typical(dtype: str) -> Machine:
     """Return the constants of an ordinary desktop with a CUDA device."""
-    kinds = ("raw+bitmap", "exp+bitmap", "exp")
+    kinds = ("raw+bitmap", "exp+bitmap", "exp", "int")
     return Machine(
         dtype=dtype,
         threads=torch.get_num_threads(),

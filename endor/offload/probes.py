@@ -59,6 +59,12 @@ def sample_weights(dtype: str, rows: int, cols: int, density: float) -> np.ndarr
     return bits.reshape(-1).view(item.uint).reshape(rows, cols)
 
 
+def sample_codes(rows: int, cols: int) -> np.ndarray:
+    """Return integer codes of about 3.5 bits of entropy."""
+    generator = torch.Generator().manual_seed(0)
+    return (torch.randn(rows, cols, generator=generator) * 2.75).round().int().numpy()
+
+
 def samples(dtype: str, *, rows: int, cols: int) -> dict[str, Encoded]:
     """Return one encoded matrix per kind of stored tensor, keyed as `costs.kind_of` does."""
     pruned = sample_weights(dtype, rows, cols, DENSITY)
@@ -68,6 +74,7 @@ def samples(dtype: str, *, rows: int, cols: int) -> dict[str, Encoded]:
         "raw+bitmap": kernels.encode(pruned, item, codec="raw"),
         "exp+bitmap": kernels.encode(pruned, item, codec="exp", bitmap=True),
         "exp": kernels.encode(whole, item, codec="exp", bitmap=False),
+        "int": kernels.integer.encode(sample_codes(rows, cols), 0.01, item),
     }
 
 

@@ -58,6 +58,8 @@ def largest_int_spec(
 ) -> TensorSpec:
     """Return a spec whose header is at least as long as that of the tensor in codec `int`.
 
+    Every field is as long as it can be, so that together they describe no tensor.
+
     Args:
         shape: Dense shape.
         dtype: Dense element type.

@@ -31,7 +31,8 @@ def quick(monkeypatch, tmp_path):
 
 def test_constants_are_positive_and_cover_every_kind(quick):
     found = hardware.machine("BF16")
-    assert set(found.expand_gbps) == {"raw+bitmap", "exp+bitmap", "exp"} == set(found.product_gbps)
+    kinds = {"raw+bitmap", "exp+bitmap", "exp", "int"}
+    assert set(found.expand_gbps) == kinds == set(found.product_gbps)
     rates = [found.copy_gbps, found.read_gbps, found.linear_gbps, found.gemm_gflops, found.op_us]
     assert min(*rates, *found.expand_gbps.values(), *found.product_gbps.values()) > 0
 

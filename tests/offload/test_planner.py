@@ -17,7 +17,7 @@ from endor.offload.units import Unit
 from endor.storage.layout import Record
 
 MB = 10**6
-KINDS = ("raw+bitmap", "exp+bitmap", "exp")
+KINDS = ("raw+bitmap", "exp+bitmap", "exp", "int")
 CPU = Machine(
     dtype="BF16",
     threads=2,

@@ -23,6 +23,9 @@ from endor.errors import (
 )
 from endor.storage import ALIGN, FileLayout, HostBuffer, align_up, open_reader
 from endor.storage.directory import ARRAY_ALIGN, TAIL_BYTES
+from endor.storage.writer import largest_int_spec
+
+from .conftest import sample_codes
 
 Doc = dict[str, Any]
 Edit = Callable[[Doc, Doc], object]
@@ -242,7 +245,7 @@ BAD: dict[str, tuple[Edit, str]] = {
     "version-text": (set_directory(version="1"), "version must be a positive integer"),
     "version-0": (set_directory(version=0), "version must be a positive integer"),
     "version-true": (set_directory(version=True), "version must be a positive integer"),
-    "version-2": (set_directory(version=2), "must be 1, got 2; upgrade endor"),
+    "version-3": (set_directory(version=3), "must be 1 or 2, got 3; upgrade endor"),
     "align": (set_directory(align=512), "align must be 4096, got 512"),
     "records-missing": (lambda _, d: d.pop("records"), "'records' must be an object"),
     "records-list": (set_directory(records=[]), "'records' must be an object"),
@@ -451,3 +454,30 @@ def test_errors_of_hostile_headers_stay_short(small: Path, tamper: Tamper) -> No
     with pytest.raises(EndorError) as caught:
         FileLayout.read(small)
     assert len(str(caught.value)) < 300 + len(str(small))
+
+
+def test_codec_int_needs_the_second_version(write: Write, tamper: Tamper) -> None:
+    path = write({"x": {"x": sample_codes(DTYPES["BF16"], (3, 700), 3.0)}})
+    assert FileLayout.read(path).version == 2
+    tamper(path, set_directory(version=1))
+    with pytest.raises(FormatError, match="x: codec int needs format version 2, not 1"):
+        FileLayout.read(path)
+
+
+@pytest.mark.parametrize("suffix", ["frequencies", "states", "words", "steps"])
+def test_arrays_of_codec_int_are_those_of_its_spec(
+    write: Write, tamper: Tamper, suffix: str
+) -> None:
+    path = write({"x": {"x": sample_codes(DTYPES["BF16"], (3, 700), 3.0)}})
+    tamper(path, lambda document, _: document[f"x_{suffix}"].update(shape=[1]))
+    with pytest.raises(FormatError, match=f"x_{suffix}"):
+        FileLayout.read(path)
+
+
+def test_room_for_the_largest_form_of_int() -> None:
+    real = sample_codes(DTYPES["BF16"], (3, 700), 3.0)
+    largest = largest_int_spec((3, 700), DTYPES["BF16"])
+    assert len(json.dumps(largest.to_dict())) >= len(json.dumps(real.spec.to_dict()))
+    assert {a.suffix for a in largest.arrays} >= {a.suffix for a in real.spec.arrays}
+    for shape in ((0, 5), (), (2, 3, 100)):
+        assert len(largest_int_spec(shape, DTYPES["F32"]).arrays) == 9

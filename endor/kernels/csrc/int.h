@@ -65,7 +65,7 @@ typedef struct {
      * the last row begin. Returns where the next words are. Table entry: symbol | bias << 8 | frequency << 20. */
     const uint8_t *(*rows)(const uint32_t *table, uint32_t *states, const uint8_t *words, uint64_t rows,
                            uint8_t *symbols);
-    /* The low bits of n elements, a multiple of 32; reads 4 * shift bytes for each 32, no more. */
+    /* The low bits of n elements, a multiple of 32; reads up to 7 bytes past them. */
     void (*low)(const uint8_t *bits, int shift, uint64_t n, uint8_t *low);
     /* n elements, a multiple of 32. */
     void (*values)(const endor_values *v, uint64_t n, void *out);

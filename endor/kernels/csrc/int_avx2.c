@@ -71,9 +71,7 @@ static TARGET const uint8_t *rows(const uint32_t *table, uint32_t *states, const
 TARGET void endor_int_avx2_low(const uint8_t *bits, int shift, uint64_t n, uint8_t *out) {
     const uint64_t spots = ((1ull << shift) - 1) * 0x0101010101010101ull;
     for (uint64_t i = 0; i < n; i += 8, bits += shift) {
-        uint64_t v = 0;
-        memcpy(&v, bits, (size_t)shift);
-        store64(out + i, _pdep_u64(v, spots));
+        store64(out + i, _pdep_u64(load64(bits), spots));
     }
 }
 

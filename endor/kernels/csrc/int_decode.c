@@ -132,7 +132,7 @@ static void patch(const endor_int_reader *r, endor_int_cursor *c, uint64_t n, co
 }
 
 int endor_int_piece(const endor_int_reader *r, endor_int_cursor *c, uint64_t rows, void *out) {
-    ENDOR_ALIGNED uint8_t symbols[ENDOR_PIECE], low[ENDOR_PIECE];
+    ENDOR_ALIGNED uint8_t symbols[ENDOR_PIECE], low[ENDOR_PIECE], bits[ENDOR_PIECE + 8];
     ENDOR_ALIGNED float buffer[ENDOR_PIECE];
     const endor_int *t = r->t;
     uint64_t n = rows * ENDOR_LANES, flat = c->chunk * ENDOR_CHUNK + c->row * ENDOR_LANES;
@@ -140,7 +140,10 @@ int endor_int_piece(const endor_int_reader *r, endor_int_cursor *c, uint64_t row
     if (out) {
         const float *steps = r->kind == ENDOR_CODES ? NULL : steps_of(r, flat, n, buffer);
         endor_values v = {symbols, t->shift ? low : NULL, steps, t->base, t->shift, r->kind};
-        if (t->shift) r->in->low(t->low_bits + flat / 8 * (uint64_t)t->shift, t->shift, n, low);
+        if (t->shift) {
+            memcpy(bits, t->low_bits + flat / 8 * (uint64_t)t->shift, n / 8 * (uint64_t)t->shift);
+            r->in->low(bits, t->shift, n, low);
+        }
         r->in->values(&v, n, out);
         patch(r, c, n, steps, out);
     } else {

@@ -18,8 +18,7 @@ static const uint8_t *rows(const uint32_t *table, uint32_t *states, const uint8_
 
 static void low(const uint8_t *bits, int shift, uint64_t n, uint8_t *out) {
     for (uint64_t i = 0; i < n; i += 8, bits += shift) {
-        uint64_t v = 0;
-        memcpy(&v, bits, (size_t)shift);
+        uint64_t v = load64(bits);
         for (int j = 0; j < 8; j++) out[i + (uint64_t)j] = (uint8_t)(v >> j * shift & ((1u << shift) - 1));
     }
 }
