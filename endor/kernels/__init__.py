@@ -33,7 +33,6 @@ __all__ = [
 ]
 
 
-
 def encode(
     bits: np.ndarray,
     dtype: DType,

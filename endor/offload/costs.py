@@ -220,11 +220,8 @@ def unit_costs(units: Sequence[Unit], machine: Machine, shape: ModelShape) -> tu
                 expand += spec.nbytes / machine.copy_gbps / 1e9
                 product += spec.nbytes * (1 / machine.copy_gbps + 1 / machine.linear_gbps) / 1e9
                 continue
-            # A machine measured before this kind existed: as slow as its slowest.
-            expand_gbps = machine.expand_gbps.get(kind) or min(machine.expand_gbps.values())
-            product_gbps = machine.product_gbps.get(kind) or min(machine.product_gbps.values())
-            expand += spec.dense_nbytes / expand_gbps / 1e9
-            product += spec.nbytes / product_gbps / 1e9
+            expand += spec.dense_nbytes / machine.expand_gbps[kind] / 1e9
+            product += spec.nbytes / machine.product_gbps[kind] / 1e9
         dense_bytes = weights * shape.itemsize or unit.dense_nbytes
         out.append(
             UnitCost(
