@@ -227,3 +227,21 @@ def test_usage_of_the_commands(tmp_path, save):
     words = ("--bits", 3, "--prune", "wanda", "--calibration", "none")
     assert "needs a calibration text" in invoke("pack", *where, *words, code=2)
     assert not (tmp_path / "new").exists()
+
+
+def test_a_lone_file_becomes_a_file_of_codes(tmp_path, save):
+    from safetensors.torch import load_file
+
+    save(tmp_path / "model", "llama", torch.bfloat16)
+    lone, out = tmp_path / "model" / "model.safetensors", tmp_path / "out.safetensors"
+    (tmp_path / "lone.safetensors").write_bytes(lone.read_bytes())
+    invoke("pack", tmp_path / "lone.safetensors", out, "--bits", 5, "--calibration", "none")
+    dense, found = load_file(lone), endor.load_file(out)
+    with endor.safe_open(out) as file:
+        kinds = {name: file.get_packed(name).spec.codec for name in file.keys()}  # noqa: SIM118
+    assert sum(kind == "int" for kind in kinds.values()) == 3 * 7
+    for name, tensor in dense.items():
+        if kinds[name] == "int":
+            assert (found[name] - tensor).float().square().mean() < 0.01 * tensor.float().var()
+        else:
+            assert torch.equal(found[name], tensor)
