@@ -15,6 +15,7 @@ from endor.errors import EndorError
 COMMANDS = {
     "pack": "Pack a Hugging Face checkpoint, pruning it first if asked.",
     "prune": "Prune a checkpoint; write an ordinary dense one.",
+    "quantize": "Quantise a checkpoint; write an ordinary dense one.",
     "unpack": "Turn a packed checkpoint back into an ordinary one, bit for bit.",
     "inspect": "Show what a packed checkpoint holds, tensor by tensor.",
     "verify": "Check checksums, structure and, if given, equality with a model.",

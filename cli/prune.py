@@ -19,7 +19,7 @@ from endor.cli.common import (
     resumable,
     selection_options,
 )
-from endor.cli.pruning import calibration_options, method_help, pruned
+from endor.cli.pruning import calibration_options, method_help, prepared
 from endor.cli.terminal import echo, show
 from endor.pruning.contract import METHODS
 
@@ -79,20 +79,16 @@ def prune_command(
     with (
         resumable(out),
         calibration_progress() as watch,
-        pruned(model, method, options, include, exclude, watch, ready) as (
-            source,
-            pruner,
-            description,
-        ),
+        prepared(model, method, options, include, exclude, watch, ready) as found,
         progress_bar("prune") as progress,
     ):
         report: DenseReport | MaskReport
         if mask_only:
             report = write_masks(
-                source,
+                found.source,
                 out,
-                prune=pruner,
-                description=description,
+                prune=found.pruner,
+                description=found.description,
                 include=include,
                 exclude=exclude,
                 overwrite=overwrite,
@@ -101,10 +97,10 @@ def prune_command(
             )
         else:
             report = prune_checkpoint(
-                source,
+                found.source,
                 out,
-                prune=pruner,
-                description=description,
+                prune=found.pruner,
+                description=found.description,
                 include=include,
                 exclude=exclude,
                 resume=resume,

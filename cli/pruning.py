@@ -1,8 +1,8 @@
-"""The pruning options that `endor pack` and `endor prune` share."""
+"""The options that `endor pack`, `endor prune` and `endor quantize` share."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -10,7 +10,9 @@ import click
 from click.core import ParameterSource
 
 from endor.cli.common import Command, Share, Size
-from endor.pruning.contract import METHODS, Method, Pattern, PruneOptions
+from endor.codecs.rounding import LEAST_BITS, MOST_BITS
+from endor.pruning.contract import METHODS, NOTHING, Pattern, PruneOptions
+from endor.quantization.contract import QuantizeOptions
 
 if TYPE_CHECKING:
     from endor.checkpoint import CheckpointSource
@@ -31,17 +33,23 @@ class PatternType(click.ParamType[str]):
             self.fail(str(error), param, ctx)
 
 
-class CalibrationText(click.ParamType[tuple[Path, ...]]):
-    """A file, or the name of a shipped text."""
+NO_TEXT = "none"
+"""What `--calibration` says when there shall be none."""
+
+
+class CalibrationText(click.ParamType[tuple[Path, ...] | None]):
+    """A file, or the name of a shipped text; None for no text."""
 
     name = "text"
 
     def convert(
         self, value: Any, param: click.Parameter | None, ctx: click.Context | None
-    ) -> tuple[Path, ...]:
+    ) -> tuple[Path, ...] | None:
         from endor.errors import ConfigError
         from endor.pruning.calibration import shipped_texts
 
+        if value == NO_TEXT:
+            return None
         try:
             return shipped_texts(str(value))
         except ConfigError as error:
@@ -116,10 +124,10 @@ def calibration_options(command: Command) -> Command:
             type=CalibrationText(),
             multiple=True,
             metavar="FILE",
-            callback=lambda _ctx, _param, texts: tuple(path for text in texts for path in text),
+            callback=_texts,
             help="Text or JSONL like what the model will see, or a shipped text: wiki, austen, "
             "python, web, or mix (the default) for all. May be repeated: texts take turns, window "
-            "by window. It matters more than the method.",
+            "by window. It matters more than the method. none: quantise without any.",
         ),
         click.option(
             "--pattern",
@@ -140,6 +148,46 @@ def calibration_options(command: Command) -> Command:
     return command
 
 
+def quantize_options(command: Command) -> Command:
+    """Add the options of quantisation."""
+    for option in (
+        click.option(
+            "--keep-zeros/--no-keep-zeros",
+            default=None,
+            help="Whether weights that are zero stay so.  [default: in matrices of which a tenth "
+            "is zero]",
+        ),
+        click.option(
+            "--quality",
+            type=click.FloatRange(0, min_open=True),
+            metavar="KL",
+            help="Quantise: find the fewest bits at which predictions on calibration windows held "
+            "out diverge from the dense model's by at most KL nats a token. Takes a few runs.",
+        ),
+        click.option(
+            "--bits",
+            type=click.FloatRange(LEAST_BITS, MOST_BITS),
+            metavar="BITS",
+            help="Quantise: bits that a weight takes on average, all metadata counted "
+            f"({LEAST_BITS} to {MOST_BITS}, fractions too; 3.5 is a good start).",
+        ),
+    ):
+        command = option(command)
+    return command
+
+
+def _texts(
+    ctx: click.Context, param: click.Parameter, texts: Sequence[tuple[Path, ...] | None]
+) -> tuple[Path, ...] | None:
+    """Return all paths; None for no calibration."""
+    paths = tuple(path for text in texts for path in text or ())
+    if None not in texts:
+        return paths
+    if paths:
+        raise click.BadParameter("'none' does not go with a text", ctx, param)
+    return None
+
+
 def refuse_idle(ctx: click.Context, needed: str) -> None:
     """Raise where an option for pruning was given and nothing is pruned.
 
@@ -158,8 +206,25 @@ def _count(name: str, default: int, help: str) -> Callable[[Command], Command]:
     return click.option(name, type=click.IntRange(1), default=default, show_default=True, help=help)
 
 
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """What to convert.
+
+    Attributes:
+        source: Yields tensors, pruned and quantised already if that takes calibration.
+        pruner: To be applied to them; None for nothing.
+        description: How the pruning was done; empty for none.
+        quantized: How the quantisation was done; empty for none.
+    """
+
+    source: "CheckpointSource"
+    pruner: "WeightPruner | None" = None
+    description: Mapping[str, Any] = field(default_factory=dict)
+    quantized: Mapping[str, Any] = field(default_factory=dict)
+
+
 @contextmanager
-def pruned(
+def prepared(
     model: Path,
     name: str,
     options: dict[str, Any],
@@ -167,17 +232,17 @@ def pruned(
     exclude: Sequence[str],
     watch: Callable[[int, int, str], None],
     ready: Callable[["CheckpointSource"], None],
-) -> Iterator[tuple["CheckpointSource", "WeightPruner | None", dict[str, Any]]]:
-    """Yield what to convert: a source, a pruner for it (or None), and a description of both.
+) -> Iterator[Prepared]:
+    """Yield what to convert.
 
     A method that looks at weights only is a pruner on the plain source; a calibrated one is a
-    source that computes layer after layer as its tensors are asked for.
+    source that computes layer after layer as its tensors are asked for, and so is quantisation.
 
     Args:
         model: The checkpoint.
         name: `"none"`, or a key of `METHODS`.
-        options: Fields of `PruneOptions`.
-        include: Patterns of tensors to prune besides the default ones.
+        options: Fields of `PruneOptions` and, if it takes such, `QuantizeOptions`.
+        include: Patterns of tensors to take besides the default ones.
         exclude: Patterns of tensors to leave alone.
         watch: Called with layers done, layers in total, and what goes on.
         ready: Called with the opened checkpoint, before the calibration begins.
@@ -186,24 +251,83 @@ def pruned(
     from typing import cast
 
     from endor.checkpoint import open_source
+    from endor.checkpoint.select import select
     from endor.pruning.contract import WeightPruner
 
+    options = dict(options)
+    bits, quality, keep_zeros = (
+        options.pop(key, None) for key in ("bits", "quality", "keep_zeros")
+    )
+    quantizes = bits is not None or quality is not None
+    text = options.pop("calibration")
+    chosen = PruneOptions(method=name, calibration=text or (), **options)
+    calibrated = METHODS.get(name, NOTHING).calibrated
+    if text is None and calibrated:
+        raise click.UsageError(
+            f"{name} needs a calibration text; magnitude is the one that does not"
+        )
+    if bits is not None and quality is not None:
+        raise click.UsageError("--bits and --quality exclude each other")
+    if text is None and bits is None:
+        raise click.UsageError("'--calibration none' goes with --bits")
     with ExitStack() as stack:
         source = stack.enter_context(closing(open_source(model)))
         ready(source)
-        if name == "none":
-            yield source, None, {}
-            return
-        method: Method = METHODS[name]
-        chosen = PruneOptions(method=name, **options)
-        if not method.calibrated:
-            yield source, cast(WeightPruner, method.create(chosen)), {}
-            return
-        from endor.checkpoint.select import select
-        from endor.pruning.source import PrunedSource
-
         selected = select(source.tensors.values(), include=include, exclude=exclude)
-        wrapped = stack.enter_context(
-            closing(PrunedSource(source, chosen, selected, progress=watch))
+        pruner = None
+        if name != NOTHING.name and not calibrated:
+            pruner = cast(WeightPruner, METHODS[name].create(chosen))
+        if quantizes:
+            given = QuantizeOptions(
+                bits=bits or QuantizeOptions().bits,
+                dampening=chosen.dampening,
+                keep_zeros=keep_zeros,
+            )
+            yield _quantized(stack, source, chosen, given, quality, selected, pruner, text, watch)
+        elif calibrated:
+            from endor.pruning.source import PrunedSource
+
+            wrapped = PrunedSource(source, chosen, selected, progress=watch)
+            stack.enter_context(closing(wrapped))
+            yield Prepared(wrapped, None, wrapped.describe())
+        else:
+            yield Prepared(source, pruner)
+
+
+def _quantized(
+    stack: ExitStack,
+    source: "CheckpointSource",
+    prune: PruneOptions,
+    options: QuantizeOptions,
+    quality: float | None,
+    selected: frozenset[str],
+    pruner: "WeightPruner | None",
+    text: tuple[Path, ...] | None,
+    watch: Callable[[int, int, str], None],
+) -> Prepared:
+    """Return a source that quantises, closed with the stack."""
+    from contextlib import closing
+    from dataclasses import replace
+
+    from endor.quantization.search import found_quality
+    from endor.quantization.source import QuantizedSource, RoundedSource, WeightPrunedSource
+
+    described: dict[str, Any] = {}
+    if pruner is not None:
+        described = getattr(pruner, "describe", dict)()
+    if pruner is not None:
+        source = WeightPrunedSource(source, pruner, selected, repr(described))
+        prune = replace(prune, method=NOTHING.name)
+        options = replace(options, keep_zeros=True)
+    if text is None:
+        rounded = RoundedSource(source, options, selected)
+        return Prepared(rounded, None, described, rounded.describe_quantization())
+    if quality is not None:
+        prune, options = stack.enter_context(
+            found_quality(source, prune, options, selected, quality, progress=watch)
         )
-        yield wrapped, None, wrapped.describe()
+    found = QuantizedSource(source, prune, options, selected, progress=watch)
+    stack.enter_context(closing(found))
+    if prune.method != NOTHING.name:
+        described = found.describe()
+    return Prepared(found, None, described, found.describe_quantization())

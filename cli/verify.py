@@ -27,6 +27,9 @@ SHOWN = 20
 def verify_command(packed: Path, against: Path | None, threads: int | None, as_json: bool) -> None:
     """Check PACKED: checksums, structure, index; with --against, equality of every bit.
 
+    Tensors that --bits quantised equal those of the model that PACKED was made from only nearly:
+    how nearly is said. They equal those of `endor unpack PACKED` in every bit.
+
     Prints a line for each problem and exits 1 if there is any.
     """
     from endor.checkpoint import verify_checkpoint
@@ -41,7 +44,16 @@ def verify_command(packed: Path, against: Path | None, threads: int | None, as_j
         if len(report.problems) > SHOWN:
             say(f"and {len(report.problems) - SHOWN} more (--json has all)")
         found = f"{report.tensors} tensors in {report.files} file(s), {human(report.nbytes)}"
-        if report.ok and against is not None:
+        if report.ok and report.lossy:
+            if report.output_error is not None:
+                how = f"relative output error {report.output_error:.4f}"
+            else:
+                how = f"relative weight error {report.weight_error:.4f}"
+            show(
+                f"{packed}: whole, and lossy against {against}: {how}, the mean of {report.lossy} "
+                f"quantised tensors; the others equal in every bit: {found}"
+            )
+        elif report.ok and against is not None:
             show(f"{packed}: whole, and equal to {against} in every bit: {found}")
         elif report.ok:
             show(f"{packed}: whole: {found}")

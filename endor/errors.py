@@ -14,6 +14,7 @@ EndorError
 │   └── DependencyError    a library does not behave as Endor relies on
 ├── BudgetError            a memory budget is too small for the plan
 ├── PruningError           a pruning run cannot go on
+├── QuantizationError      weights that cannot be quantised
 └── ConfigError            an option or combination of options makes no sense
 
 Two warnings stand beside them, for the library prints nothing: `EndorWarning` is what a caller
@@ -78,6 +79,10 @@ class BudgetError(EndorError):
 
 class PruningError(EndorError):
     """A pruning run cannot go on."""
+
+
+class QuantizationError(EndorError):
+    """Weights that cannot be quantised."""
 
 
 class ConfigError(EndorError):

@@ -7,7 +7,7 @@ import numpy as np
 
 from endor import codecs, kernels
 from endor.codecs import CodecChoice, DType, Encoded, TensorSpec
-from endor.errors import DTypeError, ShapeError
+from endor.errors import ConfigError, DTypeError, ShapeError
 
 if TYPE_CHECKING:
     import torch
@@ -90,9 +90,13 @@ class PackedTensor:
 
 
 def compress(
-    tensor: "torch.Tensor", *, codec: CodecChoice = "auto", bitmap: bool | None = None
+    tensor: "torch.Tensor",
+    *,
+    codec: CodecChoice = "auto",
+    bitmap: bool | None = None,
+    bits: float | None = None,
 ) -> PackedTensor:
-    """Return `tensor` in stored form; `decompress` gives back its exact bits.
+    """Return `tensor` in stored form; `decompress` gives back its exact bits, but with `bits`.
 
     Args:
         tensor: Any shape and element type of the safetensors format, on any device. Packing runs
@@ -100,22 +104,47 @@ def compress(
         codec: `"auto"` takes whatever needs the fewest bytes; `"raw"` is a bitmap and the
             non-zeros, `"exp"` codes their exponents too, `"dense"` stores the tensor as it is.
         bitmap: Force a bitmap on or off; None leaves it to the size.
+        bits: Round the values to integers times one step, such that an element takes this many
+            bits in all (1.5 to 8.5). Nothing but the tensor is looked at; `endor pack --bits`
+            looks at what its inputs are like as well, and loses far less at the same size.
 
     Returns:
         The packed tensor, on `tensor`'s device. It owns its memory.
 
     Raises:
         DTypeError: The element type has no safetensors code.
-        ConfigError: The forced codec does not apply to the element type.
+        ConfigError: The forced codec does not apply to the element type, or `bits` is out of range
+            or combined with one.
+        QuantizationError: `bits` is given and a value is not finite.
     """
-    bits = bits_of(tensor.detach().cpu())
+    if bits is not None:
+        return _round(tensor, bits, codec, bitmap)
+    elements = bits_of(tensor.detach().cpu())
     dtype = endor_dtype(tensor.dtype)
     if dtype.bits:
-        encoded = codecs.dense.encode_as(bits, dtype, endor_shape(tensor, dtype))
+        encoded = codecs.dense.encode_as(elements, dtype, endor_shape(tensor, dtype))
     else:
-        encoded = kernels.encode(bits, dtype, codec=codec, bitmap=bitmap)
+        encoded = kernels.encode(elements, dtype, codec=codec, bitmap=bitmap)
     if encoded.spec.codec == "dense":
         encoded = Encoded(encoded.spec, {"": encoded.arrays[""].copy()})
+    packed = PackedTensor(encoded.spec, encoded)
+    return packed if tensor.device.type == "cpu" else packed.to(tensor.device)
+
+
+def _round(
+    tensor: "torch.Tensor", bits: float, codec: CodecChoice, bitmap: bool | None
+) -> PackedTensor:
+    """Return `tensor` in codes that take `bits` an element."""
+    from endor.codecs.rounding import round_to_bits
+
+    if codec != "auto" or bitmap is not None:
+        raise ConfigError("bits: goes with no other codec or bitmap; leave them out")
+    if not tensor.is_floating_point():
+        raise DTypeError(f"bits: needs floating-point values, got {tensor.dtype}")
+    codes, step = round_to_bits(tensor.detach().cpu().float().numpy(), bits)
+    from endor.kernels import integer
+
+    encoded = integer.encode(codes, step, endor_dtype(tensor.dtype))
     packed = PackedTensor(encoded.spec, encoded)
     return packed if tensor.device.type == "cpu" else packed.to(tensor.device)
 

@@ -29,6 +29,7 @@ def pack_checkpoint(
     sparsity: float = 0.5,
     pattern: str = "unstructured",
     description: Mapping[str, Any] | None = None,
+    quantized: Mapping[str, Any] | None = None,
     codec: CodecChoice = "auto",
     include: Sequence[str] = (),
     exclude: Sequence[str] = (),
@@ -53,6 +54,7 @@ def pack_checkpoint(
         sparsity: Share of zeros in every pruned matrix.
         pattern: "unstructured", or "N:M" for N survivors in every M.
         description: What config.json says about the pruning, where `model` yields pruned tensors.
+        quantized: What it says about the quantisation, where `model` yields quantised ones.
         codec: For the packed tensors: "auto", "raw", "exp" or "dense".
         include: Patterns (globs, or `re:` and a regular expression) of tensors to pack besides the
             matrices of the layers.
@@ -97,7 +99,7 @@ def pack_checkpoint(
             out,
             selected=selected,
             pruner=pruner,
-            options=PackOptions(codec, max_shard_bytes, description or found),
+            options=PackOptions(codec, max_shard_bytes, description or found, quantized or {}),
             resume=resume,
             overwrite=overwrite,
             threads=threads,
@@ -113,6 +115,7 @@ def prune_checkpoint(
     sparsity: float = 0.5,
     pattern: str = "unstructured",
     description: Mapping[str, Any] | None = None,
+    quantized: Mapping[str, Any] | None = None,
     include: Sequence[str] = (),
     exclude: Sequence[str] = (),
     resume: bool = False,
@@ -133,7 +136,7 @@ def prune_checkpoint(
             _target(out_dir),
             selected=selected,
             pruner=pruner,
-            description=description or found,
+            description=dict(description or found) | _said("quantize", quantized),
             resume=resume,
             overwrite=overwrite,
             threads=threads,
@@ -171,6 +174,10 @@ def unpack_checkpoint(
             threads=threads,
             progress=progress,
         )
+
+
+def _said(key: str, about: Mapping[str, Any] | None) -> dict[str, Any]:
+    return {key: dict(about)} if about else {}
 
 
 def _target(out_dir: Path | str) -> Path:

@@ -10,9 +10,11 @@ import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from endor import kernels
 from endor.checkpoint.companions import (
@@ -36,13 +38,15 @@ from endor.checkpoint.plan import Unit, plan_units
 from endor.checkpoint.reading import TensorLoader
 from endor.checkpoint.report import PackReport, Progress, Sizes, no_progress
 from endor.checkpoint.source import PACKED_INDEX_NAME
-from endor.checkpoint.tensors import CheckpointSource, SourceTensor
+from endor.checkpoint.tensors import CheckpointSource, CodedSource, SourceTensor
 from endor.checkpoint.verify import check_file
 from endor.codecs import CodecChoice, Encoded, TensorSpec, dense
 from endor.errors import CheckpointError
+from endor.kernels import integer
 from endor.pruning.contract import WeightPruner
 from endor.storage import FileLayout, FileWriter, header_capacity, largest_spec
 from endor.storage.layout import ALIGN, FORMAT_VERSION
+from endor.storage.writer import largest_int_spec
 
 DEFAULT_SHARD_BYTES = 4 << 30
 MAX_HEADER_ROOM = 32 << 20
@@ -60,11 +64,13 @@ class PackOptions:
         codec: For the selected tensors.
         max_shard_bytes: Size that a shard does not exceed, unless one record does.
         prune: How the weights were pruned, for config.json; empty when they were not.
+        quantize: How they were quantised; empty when they were not.
     """
 
     codec: CodecChoice
     max_shard_bytes: int
     prune: Mapping[str, Any]
+    quantize: Mapping[str, Any] = field(default_factory=dict)
 
 
 def convert(
@@ -93,7 +99,9 @@ def convert(
         "max_shard_bytes": options.max_shard_bytes,
         "selected": hashlib.sha256("\0".join(sorted(selected)).encode()).hexdigest(),
         "prune": dict(options.prune),
+        "quantize": dict(options.quantize),
     }
+    described = _describe(options)
     dense_files = dense_file_names(source.tensors.values())
     companions = find_companions(source)
     writes = _writes(companions, source.config())
@@ -110,7 +118,9 @@ def convert(
         run.adopt_finished()
         run.write(kernels.thread_count(threads))
         layouts = run.name_shards()
-        config = packed_config(source.config(), _describe(options), format_version(layouts))
+        if isinstance(source, CodedSource) and "quantize" in described:
+            described["quantize"] |= source.outcome()
+        config = packed_config(source.config(), described, format_version(layouts))
         copy_companions(companions, output.folder, config)
         document = build_index(layouts, dense_files, writes.keys() - {PACKED_INDEX_NAME})
         (output.folder / PACKED_INDEX_NAME).write_bytes(index_text(document))
@@ -135,7 +145,8 @@ def _writes(companions: Companions, config: Mapping[str, Any] | None) -> Writes:
 
 
 def _describe(options: PackOptions) -> dict[str, Any]:
-    return {"codec": options.codec} | ({"prune": dict(options.prune)} if options.prune else {})
+    said = {"prune": dict(options.prune), "quantize": dict(options.quantize)}
+    return {"codec": options.codec} | {key: about for key, about in said.items() if about}
 
 
 @dataclass(frozen=True, slots=True)
@@ -169,6 +180,8 @@ class _Run:
         self.total_bytes = sum(unit.nbytes for unit in units)
         self.converted_bytes = 0
         self.shards: list[Path] = []
+        self.coded = source if isinstance(source, CodedSource) else None
+        self.codes: dict[str, tuple[np.ndarray, np.ndarray]] = {}
         self.loader = TensorLoader(source, pruner, selected)
         self.scratches = ScratchPool(self.loader.budget_bytes)
         self.threads = 1
@@ -215,14 +228,28 @@ class _Run:
             lambda tensor: tensor.nbytes,
             threads=threads,
             budget_bytes=self.loader.budget_bytes,
-            prepare=self.loader.prepare,
+            prepare=self._prepare,
         )
         tensors = (tensor for unit in self.units[self.done :] for tensor in unit.tensors)
         with closing(work.run(tensors)) as results:
             while self.done < len(self.units):
                 self._write_shard(results)
 
+    def _prepare(self, tensor: SourceTensor) -> None:
+        """Read in order what a source with state demands so."""
+        found = self.coded.coded(tensor.name) if self.coded and self.coded.ordered else None
+        if found is None:
+            self.loader.prepare(tensor)
+        else:
+            self.codes[tensor.name] = found
+
     def _encode(self, tensor: SourceTensor) -> _Encoded:
+        found = self.codes.pop(tensor.name, None)
+        if found is None and self.coded and not self.coded.ordered:
+            found = self.coded.coded(tensor.name)
+        if found is not None:
+            encoded = integer.encode(*found, tensor.dtype, shape=tensor.shape, threads=1)
+            return _Encoded(encoded, lambda: None)
         loaded = self.loader.load(tensor)
         if tensor.dtype.bits:
             plain = dense.encode_as(loaded.bits, tensor.dtype, tensor.shape)
@@ -284,6 +311,8 @@ class _Run:
 
     def _largest(self, tensor: SourceTensor) -> TensorSpec:
         """Return a spec whose header entry is at least as long as the real one."""
+        if self.coded and tensor.name in self.selected:
+            return largest_int_spec(tensor.shape, tensor.dtype, (1, 1))
         if tensor.name not in self.selected or self.options.codec == "dense":
             return TensorSpec(tensor.shape, tensor.dtype, "dense", False, tensor.numel)
         if self.options.codec == "raw":

@@ -9,11 +9,12 @@ from endor.checkpoint.pipeline import OrderedWork
 from endor.checkpoint.plan import plan_units, stored_arrays
 from endor.checkpoint.reading import Loaded, TensorLoader
 from endor.checkpoint.report import PackReport, Progress, Sizes, no_progress
-from endor.checkpoint.tensors import CheckpointSource, SourceTensor
+from endor.checkpoint.tensors import CheckpointSource, CodedSource, SourceTensor
 from endor.codecs import CodecChoice, Encoded, TensorSpec, dense
 from endor.errors import CheckpointError, OutputExistsError
 from endor.pruning.contract import WeightPruner
 from endor.storage import FileLayout, FileWriter, header_capacity, largest_spec
+from endor.storage.writer import largest_int_spec
 
 
 def pack_file(
@@ -41,12 +42,19 @@ def pack_file(
     out.parent.mkdir(parents=True, exist_ok=True)
     units = plan_units(source.tensors.values(), selected)
     loader = TensorLoader(source, pruner, selected)
-    plan = {
-        unit.name: {tensor.name: _largest(tensor, selected) for tensor in unit.tensors}
-        for unit in units
-    }
+    coded = source if isinstance(source, CodedSource) else None
 
-    def encode(tensor: SourceTensor) -> tuple[Loaded, Encoded]:
+    def largest(tensor: SourceTensor) -> TensorSpec:
+        if coded and tensor.name in selected:
+            return largest_int_spec(tensor.shape, tensor.dtype, (1, 1))
+        return _largest(tensor, selected)
+
+    plan = {unit.name: {tensor.name: largest(tensor) for tensor in unit.tensors} for unit in units}
+
+    def encode(tensor: SourceTensor) -> tuple[Loaded | None, Encoded]:
+        codes = coded.coded(tensor.name) if coded else None
+        if codes is not None:
+            return None, kernels.integer.encode(*codes, tensor.dtype, shape=tensor.shape, threads=1)
         loaded = loader.load(tensor)
         if tensor.dtype.bits:
             return loaded, dense.encode_as(loaded.bits, tensor.dtype, tensor.shape)
@@ -73,7 +81,8 @@ def pack_file(
                 for tensor in unit.tensors:
                     _, (loaded, encoded) = next(results)
                     record.add(tensor.name, encoded)
-                    loader.pool.give(loaded.buffer)
+                    if loaded is not None:
+                        loader.pool.give(loaded.buffer)
                     done += tensor.nbytes
                     report(done, total)
     sizes = Sizes.of([FileLayout.read(out)])

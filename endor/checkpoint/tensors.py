@@ -4,7 +4,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
@@ -80,4 +80,21 @@ class CheckpointSource(Protocol):
 
     def close(self) -> None:
         """Give up files and buffers."""
+        ...
+
+
+@runtime_checkable
+class CodedSource(CheckpointSource, Protocol):
+    """A source whose quantised tensors can be had as codes, besides as dense bytes."""
+
+    def coded(self, name: str) -> tuple[np.ndarray, np.ndarray] | None:
+        """Return integer codes of the tensor's shape, and steps; None of what is not quantised.
+
+        Steps are float32 in the layout that `endor.codecs.integer.encode` takes, and stored
+        exactly. The dense bytes of the tensor are what codes and steps decode to.
+        """
+        ...
+
+    def outcome(self) -> dict[str, Any]:
+        """Return what config.json says besides of the quantisation, once all tensors are read."""
         ...

@@ -1,13 +1,16 @@
 """Is a packed checkpoint whole: checksums, structure, index, and equality with a dense one."""
 
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Mapping
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from endor import kernels
+from endor.checkpoint.companions import QUANTIZATION_KEY
 from endor.checkpoint.index import (
     PackedIndex,
     build_index,
@@ -18,8 +21,10 @@ from endor.checkpoint.index import (
 )
 from endor.checkpoint.pipeline import MIN_BUDGET_BYTES, BufferPool, OrderedWork
 from endor.checkpoint.report import Progress, no_progress
-from endor.checkpoint.source import PACKED_INDEX_NAME, open_source
+from endor.checkpoint.source import PACKED_INDEX_NAME, open_source, read_config
 from endor.checkpoint.tensors import CheckpointSource
+from endor.codecs import DType
+from endor.codecs.rounding import floats_of
 from endor.errors import EndorError
 from endor.storage import (
     FileLayout,
@@ -42,6 +47,10 @@ class VerifyReport:
         tensors: Tensors in them.
         nbytes: Packed bytes read.
         compared: Tensors compared with the dense checkpoint.
+        lossy: Those of them that are quantised and not equal, as quantised ones may be.
+        weight_error: Geometric mean over these of the squared change over the squared weights; None
+            when there are none.
+        output_error: The same of their outputs on the calibration text, as packing recorded it.
     """
 
     path: Path
@@ -50,6 +59,9 @@ class VerifyReport:
     tensors: int
     nbytes: int
     compared: int
+    lossy: int = 0
+    weight_error: float | None = None
+    output_error: float | None = None
 
     @property
     def ok(self) -> bool:
@@ -68,7 +80,8 @@ def verify_checkpoint(
 
     Args:
         packed_dir: The packed checkpoint.
-        against: A dense or packed checkpoint whose tensors must equal these bit for bit.
+        against: A dense or packed checkpoint whose tensors must equal these bit for bit; quantised
+            ones must be nearer to it than nothing at all.
         threads: Workers; every CPU when omitted.
         progress: Called with packed bytes done and in total.
 
@@ -109,7 +122,18 @@ def verify_checkpoint(
         tensors=sum(len(layout.tensors) for layout in layouts),
         nbytes=sum(layout.file_bytes for layout in layouts),
         compared=check.compared,
+        lossy=len(check.changes),
+        weight_error=check.weight_error,
+        output_error=_recorded_error(path) if check.changes else None,
     )
+
+
+def _recorded_error(path: Path) -> float | None:
+    """Return the relative output error that a quantising run left in config.json."""
+    found: Any = read_config(path)
+    for key in (QUANTIZATION_KEY, "quantize", "output_error"):
+        found = found.get(key) if isinstance(found, Mapping) else None
+    return found if isinstance(found, float) else None
 
 
 def check_file(path: Path) -> list[str]:
@@ -147,6 +171,22 @@ def _check_index(path: Path, index: PackedIndex, layouts: list[FileLayout]) -> I
             yield f"{where}: does not describe the shards; restore or re-make the checkpoint"
 
 
+@dataclass(slots=True)
+class _Checked:
+    """What is known of one record: problems, tensors compared, changes of quantised ones."""
+
+    problems: list[str] = field(default_factory=list)
+    compared: int = 0
+    changes: list[float] = field(default_factory=list)
+
+
+def _relative_change(bits: np.ndarray, expected: np.ndarray, dtype: DType) -> float:
+    """Return the squared distance of two tensors over the squared length of the second."""
+    ours, theirs = (floats_of(part, dtype).astype(np.float64) for part in (bits, expected))
+    whole = float(np.square(theirs).sum())
+    return float(np.square(ours - theirs).sum()) / whole if whole > 0 else math.inf
+
+
 class _ContentCheck:
     """Reads every record once; checks it, and compares its tensors when there is a reference."""
 
@@ -157,6 +197,7 @@ class _ContentCheck:
         self.reference = reference
         self.threads = threads
         self.compared = 0
+        self.changes: list[float] = []
         records = [record for layout in layouts for record in layout.records.values()]
         self.total = sum(record.nbytes for record in records)
         self.budget = max([record.nbytes for record in records] + [MIN_BUDGET_BYTES])
@@ -168,16 +209,17 @@ class _ContentCheck:
         done = 0
         progress(done, self.total)
         with open_reader() as reader:
-            work: OrderedWork[tuple[FileLayout, Record], tuple[list[str], int]] = OrderedWork(
+            work: OrderedWork[tuple[FileLayout, Record], _Checked] = OrderedWork(
                 lambda task: self._check(task[0], task[1], reader),
                 lambda task: task[1].nbytes,
                 threads=self.threads,
                 budget_bytes=self.budget,
             )
             with closing(work.run(tasks)) as results:
-                for (_, record), (found, compared) in results:
-                    problems += found
-                    self.compared += compared
+                for (_, record), found in results:
+                    problems += found.problems
+                    self.compared += found.compared
+                    self.changes += found.changes
                     done += record.nbytes
                     progress(done, self.total)
         return problems
@@ -189,32 +231,38 @@ class _ContentCheck:
         for name in sorted(self.reference.tensors.keys() - ours):
             yield f"{name}: is in {self.reference.path} and not in the packed checkpoint"
 
-    def _check(
-        self, layout: FileLayout, record: Record, reader: RecordReader
-    ) -> tuple[list[str], int]:
+    @property
+    def weight_error(self) -> float | None:
+        """The geometric mean of the changes."""
+        if not self.changes:
+            return None
+        return math.exp(sum(map(math.log, self.changes)) / len(self.changes))
+
+    def _check(self, layout: FileLayout, record: Record, reader: RecordReader) -> "_Checked":
         buffer = self.pool.take(record.nbytes)
-        problems: list[str] = []
-        compared = 0
+        checked = _Checked()
         try:
             reader.read(record, buffer)
             check_bytes(record, buffer.array)
         except EndorError as error:
             self.pool.give(buffer)
-            return [str(error)], 0
+            return _Checked([str(error)])
         for name in record.tensors:
             try:
                 encoded = bind_checked(layout, name, buffer.array)
                 if self.reference is not None:
                     out = np.empty(encoded.spec.units, dtype=encoded.spec.dtype.uint)
                     kernels.decode(encoded, out, threads=1)
-                    problems += self._compare(layout, name, out)
-                    compared += 1
+                    checked.problems += self._compare(layout, name, out, checked.changes)
+                    checked.compared += 1
             except EndorError as error:
-                problems.append(str(error))
+                checked.problems.append(str(error))
         self.pool.give(buffer)
-        return problems, compared
+        return checked
 
-    def _compare(self, layout: FileLayout, name: str, bits: np.ndarray) -> Iterator[str]:
+    def _compare(
+        self, layout: FileLayout, name: str, bits: np.ndarray, changes: list[float]
+    ) -> Iterator[str]:
         assert self.reference is not None
         spec = layout.tensors[name].spec
         tensor = self.reference.tensors.get(name)
@@ -230,6 +278,11 @@ class _ContentCheck:
         expected = np.empty(tensor.nbytes, dtype=np.uint8)
         self.reference.read_into(name, expected)
         wrong = np.flatnonzero(bits != expected.view(bits.dtype))
+        if wrong.size and spec.codec == "int":
+            change = _relative_change(bits, expected.view(bits.dtype), spec.dtype)
+            if change < 1:
+                changes.append(change)
+                return
         if wrong.size:
             first = int(wrong[0])
             shape = spec.dtype.unit_shape(spec.shape)

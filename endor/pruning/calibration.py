@@ -1,5 +1,6 @@
 """Calibration: text to windows of tokens, no padding and nothing added between them."""
 
+from dataclasses import replace
 from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -125,6 +126,30 @@ def calibration_windows(directory: Path | None, options: PruneOptions) -> "torch
     windows = torch.stack([texts[text][turn] for turn, text in turns])
     lead = torch.tensor(start, dtype=torch.int64).expand(len(windows), -1)
     return torch.cat([lead, windows], dim=1)
+
+
+def calibration_and_held_out(
+    directory: Path | None, options: PruneOptions, held_out: int
+) -> "tuple[torch.Tensor, torch.Tensor]":
+    """Return calibration windows as without, and `held_out` windows of the same texts after them.
+
+    Where the texts are too short for both, at most a quarter of their windows is held out.
+
+    Raises:
+        ConfigError: A text is shorter than one window, or there is but one window in all.
+    """
+    if not held_out:
+        windows = calibration_windows(directory, options)
+        return windows, windows[:0]
+    more = replace(options, samples=options.samples + held_out)
+    windows = calibration_windows(directory, more)
+    count = min(held_out, max(1, len(windows) // 4))
+    if count == len(windows):
+        raise ConfigError(
+            f"calibration: one window of {options.seq_len} tokens leaves none to measure quality "
+            "on; give more text, a smaller seq_len, or bits"
+        )
+    return windows[:-count], windows[-count:]
 
 
 def _text_windows(path: Path, tokenizer: Any, options: PruneOptions, length: int) -> "torch.Tensor":

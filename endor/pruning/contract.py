@@ -14,7 +14,7 @@ Both return the pruned weight, same shape and dtype, absent weights exactly +0.0
 
 import importlib
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, Protocol, cast
@@ -68,7 +68,7 @@ class PruneOptions:
     """Everything a pruning run is told. Checked on creation.
 
     Attributes:
-        method: A name of `METHODS`.
+        method: A name of `METHODS`, or "none" where a stream only quantises.
         sparsity: Share of zeros in every pruned matrix, in [0, 1). Ignored under an N:M pattern.
         pattern: "unstructured" or "N:M".
         samples: Calibration windows.
@@ -112,7 +112,7 @@ class PruneOptions:
     sequential: bool = True
 
     def __post_init__(self) -> None:
-        if self.method not in METHODS:
+        if self.method not in METHODS and self.method != NOTHING.name:
             raise ConfigError(f"method: must be one of {', '.join(METHODS)}, got {self.method!r}")
         if not 0.0 <= self.sparsity < 1.0:
             raise ConfigError(
@@ -186,6 +186,47 @@ class LayerPruner(Protocol):
         ...
 
 
+class LayerQuantizer(Protocol):
+    """What a stream hands each matrix of a layer to once it is pruned, if it is to be pruned.
+
+    Attributes:
+        identity: Changes when the result does.
+    """
+
+    identity: str
+
+    def begin(self, numel: Mapping[str, int]) -> None:
+        """Learn what is to come: weights of each matrix, by its name, in no order."""
+        ...
+
+    def quantize(
+        self, name: str, weight: "torch.Tensor", gram: "torch.Tensor", dtype: "torch.dtype"
+    ) -> "Coded":
+        """Return float32 `weight` `(outputs, inputs)` in codes; values are rounded to `dtype`."""
+        ...
+
+    def adopt(self, name: str, bits: float) -> None:
+        """Count a matrix that an earlier run has quantised, at so many bits a weight."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Coded:
+    """A quantised matrix.
+
+    Attributes:
+        codes: int16 `(rows, cols)`.
+        steps: float32 `(cols,)`, as they are stored.
+        values: float32 `(rows, cols)`: codes times steps, rounded to the stored type, no -0.0.
+        bits: What a weight takes in all, predicted from the codes.
+    """
+
+    codes: "torch.Tensor"
+    steps: "torch.Tensor"
+    values: "torch.Tensor"
+    bits: float
+
+
 @dataclass(frozen=True, slots=True)
 class Method:
     """One way to prune.
@@ -220,6 +261,9 @@ class Method:
         )
         return factory(options)
 
+
+NOTHING = Method("none", "keeps every weight", "none", "")
+"""What a stream prunes by whose weights are only quantised; no method to choose."""
 
 METHODS: dict[str, Method] = {
     method.name: method

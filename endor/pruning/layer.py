@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from endor.errors import PruningError
-from endor.pruning.contract import LayerPruner, Statistics
-from endor.pruning.moe import RoutedTokens, check_experts, is_experts, prune_experts
+from endor.errors import PruningError, QuantizationError
+from endor.pruning.contract import Statistics
+from endor.pruning.moe import RoutedTokens, check_experts, is_experts, renew_experts
 from endor.pruning.names import Part
 from endor.pruning.statistics import collect, input_groups
 
@@ -42,7 +42,7 @@ class Matrix:
 
 
 class LayerMatrices:
-    """What is to be pruned in one filled decoder layer.
+    """What is to be pruned or quantised in one filled decoder layer.
 
     Args:
         layer: The layer.
@@ -107,39 +107,43 @@ class LayerMatrices:
             view = matrix.part.view(matrix.parameter.data)
             view.copy_(stored if stored.dim() == view.dim() else stored[matrix.part.expert])
 
-    def prune(
+    def rewrite(
         self,
-        solver: LayerPruner,
+        solve: Callable[[Matrix, torch.Tensor], torch.Tensor],
         kind: Statistics,
-        sparsity: float,
         batches: Batches,
         room: Callable[[int], Any],
         *,
         sequential: bool,
-    ) -> float:
-        """Prune every matrix and return the largest relative output error of any.
+    ) -> dict[str, float]:
+        """Replace every matrix and return the relative output errors, the largest of each tensor.
 
         The error of a matrix is tr(D H Dᵀ) / tr(W H Wᵀ) with D the change, H = mean x xᵀ (its
         diagonal, if only that is collected).
 
         Args:
-            solver: The method.
-            kind: What it needs.
-            sparsity: Share of zeros of each matrix.
+            solve: Takes a matrix and the statistic of its inputs; returns its new weight.
+            kind: Which statistic.
             batches: See `Batches`.
             room: Gives activations with room for the inputs of that many features.
-            sequential: Whether matrices are given what the pruned ones before them yield, which
+            sequential: Whether matrices are given what the new ones before them yield, which
                 takes one (partial) forward for each group of matrices that share an input.
         """
-        worst = 0.0
+        errors: dict[str, float] = {}
 
-        def solve(weight: torch.Tensor, statistic: torch.Tensor) -> torch.Tensor:
-            nonlocal worst
-            found = solver.solve(weight.contiguous(), statistic, sparsity)
+        def renew(matrix: Matrix, statistic: torch.Tensor) -> None:
+            weight = matrix.weight
+            try:
+                found = solve(matrix, statistic)
+            except (PruningError, QuantizationError) as error:
+                raise type(error)(f"{matrix.name}: {error}") from None
             if not bool(torch.isfinite(found).all()):
-                raise PruningError("pruning gave NaN or infinity; use a larger dampening")
-            worst = max(worst, relative_error(weight, found, statistic))
-            return found
+                raise PruningError(
+                    f"{matrix.name}: came out as NaN or infinity; use a larger dampening"
+                )
+            change = relative_error(weight, found, statistic)
+            errors[matrix.name] = max(errors.get(matrix.name, 0.0), change)
+            weight.copy_(found)
 
         modules = {name: self._layer.get_submodule(name) for name in self.linears}
         modules |= {name: self._layer.get_submodule(name) for name in self.experts}
@@ -158,34 +162,31 @@ class LayerMatrices:
             for group in together:
                 for name in group:
                     if name in routed:
-                        views = self._expert_views(name)
-                        prune_experts(modules[name], routed[name], kind, views, solve)
+                        stacks = self._by_expert(name)
+                        renew_experts(modules[name], routed[name], kind, stacks, renew)
                         routed[name].close()
                         continue
                     for matrix in self.linears[name]:
                         statistic = found.get(group[0])
                         if statistic is None:  # no token came here: all inputs count the same
                             statistic = _neutral(matrix.weight, kind)
-                        try:
-                            matrix.weight.copy_(solve(matrix.weight, statistic))
-                        except PruningError as error:
-                            raise PruningError(f"{matrix.name}: {error}") from None
-        return worst
+                        renew(matrix, statistic)
+        return errors
 
     def _routed_tokens(self, name: str, room: Callable[[int], Any]) -> RoutedTokens:
         module: Any = self._layer.get_submodule(name)
         return RoutedTokens(room(module.gate_up_proj.shape[2]), module.num_experts)
 
-    def _expert_views(self, name: str) -> dict[str, list[list[torch.Tensor]]]:
+    def _by_expert(self, name: str) -> dict[str, list[list[Matrix]]]:
         module: Any = self._layer.get_submodule(name)
-        views: dict[str, list[list[torch.Tensor]]] = {
+        found: dict[str, list[list[Matrix]]] = {
             leaf: [[] for _ in range(module.num_experts)] for leaf in ("gate_up_proj", "down_proj")
         }
         for leaf, matrices in self.experts[name].items():
             for matrix in matrices:
                 assert matrix.part.expert is not None
-                views[leaf][matrix.part.expert].append(matrix.weight)
-        return views
+                found[leaf][matrix.part.expert].append(matrix)
+        return found
 
 
 @contextmanager

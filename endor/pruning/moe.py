@@ -6,7 +6,7 @@ shades over into that of the whole layer the rarer it is.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -17,11 +17,10 @@ from endor.pruning.activations import Activations
 from endor.pruning.contract import Statistics
 from endor.pruning.statistics import moment
 
+Item = TypeVar("Item")
+
 GRAM_BYTES = 1 << 30
 """Statistics of as many experts are collected in one pass over the tokens as fit in this."""
-
-Solve = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
-"""Takes a weight `(outputs, inputs)` and its statistic, returns the pruned weight."""
 
 
 def is_experts(module: nn.Module) -> bool:
@@ -119,22 +118,21 @@ class RoutedTokens:
                 use(expert, sums[expert] / max(1, sum(len(rows) for rows in chosen[expert])))
 
 
-def prune_experts(
+def renew_experts(
     module: Any,
     tokens: RoutedTokens,
     kind: Statistics,
-    views: Mapping[str, Sequence[Sequence[torch.Tensor]]],
-    solve: Solve,
+    matrices: Mapping[str, Sequence[Sequence[Item]]],
+    renew: Callable[[Item, torch.Tensor], None],
 ) -> None:
-    """Prune gate and up of all experts, then down on what the pruned gate and up give it.
+    """Renew gate and up of all experts, then down on what the new gate and up give it.
 
     Args:
         module: The experts.
         tokens: What they were given.
         kind: "diagonal" or "gram".
-        views: For "gate_up_proj" and "down_proj", for each expert, the matrices to prune: views of
-            the module's parameters.
-        solve: See `Solve`.
+        matrices: For "gate_up_proj" and "down_proj", for each expert, those to renew.
+        renew: Takes one, and the statistic of its inputs.
     """
     hidden, inner = module.gate_up_proj.shape[2], module.down_proj.shape[2]
     device = module.down_proj.device
@@ -146,11 +144,11 @@ def prune_experts(
         return activated
 
     def use(parameter: str) -> Callable[[int, torch.Tensor], None]:
-        def prune(expert: int, statistic: torch.Tensor) -> None:
-            for weight in views[parameter][expert]:
-                weight.copy_(solve(weight, statistic))
+        def renew_all(expert: int, statistic: torch.Tensor) -> None:
+            for matrix in matrices[parameter][expert]:
+                renew(matrix, statistic)
 
-        return prune
+        return renew_all
 
     tokens.statistics(least, kind, lambda _, given: given, hidden, device, use("gate_up_proj"))
     tokens.statistics(least, kind, inner_inputs, inner, device, use("down_proj"))

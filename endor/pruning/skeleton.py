@@ -54,6 +54,7 @@ class Skeleton:
         self._device = device
         self._model = _empty_model(source)
         self._prefix, self.layers = _decoder_layers(self._model)
+        self._tuples = False  # whether layers return tuples, as `trace` finds out
         shapes = {name: tensor.shape for name, tensor in source.tensors.items()}
         self._parts = map_parts(self._model, shapes)
 
@@ -99,22 +100,59 @@ class Skeleton:
         try:
             with torch.no_grad():
                 # The first layer alone, for real: what it returns is what the stand-ins return.
-                first = self._record(body, ids[:1], [0], False)[0]
+                first = self._record(body, ids[:1], [0])[0]
                 layer = self.load_layer(0)
                 returned = layer(first[0], *first[1].args, **first[1].kwargs)
                 self.drop_layer(0)
-                found = self._record(
-                    body, ids[:1], range(len(self.layers)), isinstance(returned, tuple)
-                )
+                self._tuples = isinstance(returned, tuple)
+                found = self._record(body, ids[:1], range(len(self.layers)))
                 for start, stop in batches(len(ids), batch):
-                    sink(start, self._record(body, ids[start:stop], [0], False)[0][0])
+                    sink(start, self._record(body, ids[start:stop], [0])[0][0])
         finally:
             _drop(body, layers_at)
             return_memory()
         return [call for _, call in found]
 
+    @contextmanager
+    def head(self) -> Iterator[Callable[[torch.Tensor, torch.Tensor], torch.Tensor]]:
+        """Yield a function from ids and the last layer's output to logits; `trace` was run before.
+
+        What follows the layers is in memory meanwhile: the model's own forward runs with every
+        layer replaced by one that returns the given output.
+
+        Raises:
+            PruningError: A parameter outside the layers has no value in the checkpoint.
+        """
+        model, layers_at = self._model, f"{self._prefix}."
+        self._fill(model, "", layers_at, optional=True)
+        model.tie_weights()
+        missing = [
+            name
+            for name, value in model.named_parameters()
+            if value.is_meta and not name.startswith(layers_at)
+        ]
+        if missing:
+            raise PruningError(
+                f"{self._source.path}: lacks {missing[0]}, which {type(model).__name__} needs to "
+                "predict tokens; give --bits"
+            )
+
+        def logits(ids: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
+            def stand_in(*_args: Any, **_kwargs: Any) -> Any:
+                return (hidden,) if self._tuples else hidden
+
+            with _replaced_forwards(self.layers, stand_in), torch.no_grad():
+                out = model(input_ids=ids.to(self._device), use_cache=False)
+            return cast(torch.Tensor, out.logits.float())
+
+        try:
+            yield logits
+        finally:
+            _drop(model, layers_at)
+            return_memory()
+
     def _record(
-        self, body: nn.Module, ids: torch.Tensor, wanted: "range | list[int]", as_tuple: bool
+        self, body: nn.Module, ids: torch.Tensor, wanted: "range | list[int]"
     ) -> list[tuple[torch.Tensor, Call]]:
         """Return input and call of the first `len(wanted)` layers in one forward."""
         found: list[tuple[torch.Tensor, Call]] = []
@@ -124,7 +162,7 @@ class Skeleton:
             found.append((hidden, Call(tuple(args[1:]), kwargs)))
             if len(found) == len(wanted):
                 raise _StopForward
-            return (hidden,) if as_tuple else hidden
+            return (hidden,) if self._tuples else hidden
 
         with _replaced_forwards(self.layers, stand_in):
             try:
@@ -136,8 +174,11 @@ class Skeleton:
             "cannot be run layer by layer: prune with magnitude"
         )
 
-    def _fill(self, module: nn.Module, prefix: str, skip: str) -> None:
-        """Give every parameter and stored buffer of `module` its value, but those under `skip`."""
+    def _fill(self, module: nn.Module, prefix: str, skip: str, *, optional: bool = False) -> None:
+        """Give every parameter and stored buffer of `module` its value, but those under `skip`.
+
+        With `optional` a parameter that is not stored, as a tied one, is left alone.
+        """
         for name, value in list(module.named_parameters()) + list(module.named_buffers()):
             if skip and name.startswith(skip):
                 continue
@@ -147,6 +188,8 @@ class Skeleton:
             if leaf in owner._buffers:
                 filled = value if parts is None else self._read(parts, value)
                 owner._buffers[leaf] = filled.to(self._device)
+                continue
+            if parts is None and optional:
                 continue
             if parts is None:
                 raise CheckpointError(

@@ -10,9 +10,9 @@ import torch
 from endor.checkpoint.tensors import CheckpointSource, SourceTensor
 from endor.packed import bits_of
 from endor.pruning.calibration import shipped_texts
-from endor.pruning.contract import METHODS, PruneOptions
+from endor.pruning.contract import METHODS, NOTHING, LayerQuantizer, PruneOptions
 from endor.pruning.scratch import ScratchFolder
-from endor.pruning.stream import LayerStream, Progress
+from endor.pruning.stream import LayerStream, Progress, codes_of, steps_of
 
 
 class PrunedSource:
@@ -26,6 +26,7 @@ class PrunedSource:
         options: What to do.
         selected: Checkpoint names of the tensors to prune.
         progress: Called with layers done, layers in all, and what goes on.
+        quantizer: What turns the weights, pruned or not, into codes.
 
     Raises:
         PruningError, ConfigError, BackendError: See `LayerStream`.
@@ -40,9 +41,11 @@ class PrunedSource:
         selected: frozenset[str],
         *,
         progress: Progress | None = None,
+        quantizer: LayerQuantizer | None = None,
     ) -> None:
         self._source = source
         self._options = options
+        self._quantizer = quantizer
         self._scratch: ScratchFolder | None
         if options.scratch is None:
             self._scratch = ScratchFolder()
@@ -52,7 +55,7 @@ class PrunedSource:
             folder = options.scratch
             folder.mkdir(parents=True, exist_ok=True)
         try:
-            self._stream = LayerStream(source, options, selected, folder, progress)
+            self._stream = LayerStream(source, options, selected, folder, progress, quantizer)
         except BaseException:
             self._drop_scratch()
             raise
@@ -76,6 +79,18 @@ class PrunedSource:
         if index is None:
             self._source.read_into(name, out)
             return
+        out[:] = bits_of(self._tensor(index, name)).reshape(-1).view(np.uint8)
+
+    def coded(self, name: str) -> tuple[np.ndarray, np.ndarray] | None:
+        """Return codes and steps of a quantised tensor; None of another."""
+        index = self._stream.layer_of(name)
+        if index is None or self._quantizer is None:
+            return None
+        codes = self._tensor(index, codes_of(name))
+        return codes.numpy(), self._tensor(index, steps_of(name)).numpy()
+
+    def _tensor(self, index: int, name: str) -> torch.Tensor:
+        """Return what the stream made for a layer."""
         while self._stream.done <= index:
             self._layer = self._stream.next_layer()
         tensor = self._layer.get(name)
@@ -84,7 +99,7 @@ class PrunedSource:
 
             with safe_open(self._stream.path_of(index), framework="pt") as file:
                 tensor = file.get_tensor(name)
-        out[:] = bits_of(tensor).reshape(-1).view(np.uint8)
+        return tensor
 
     def config(self) -> dict[str, Any] | None:
         return self._source.config()
@@ -103,7 +118,7 @@ class PrunedSource:
             "seq_len": options.seq_len,
             "seed": options.seed,
             "calibration": [path.name for path in options.calibration or shipped_texts()],
-            "paper": METHODS[options.method].paper,
+            "paper": METHODS.get(options.method, NOTHING).paper,
         }
 
     def close(self) -> None:

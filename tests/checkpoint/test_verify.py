@@ -1,14 +1,22 @@
 import json
 import shutil
+from contextlib import closing
 
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
-from endor.checkpoint import inspect_checkpoint, pack_checkpoint, verify_checkpoint
+from endor.checkpoint import (
+    inspect_checkpoint,
+    open_source,
+    pack_checkpoint,
+    unpack_checkpoint,
+    verify_checkpoint,
+)
 from endor.checkpoint.verify import check_file
 from endor.errors import CheckpointError, EndorError
+from endor.quantization import QuantizeOptions, RoundedSource
 
 from .conftest import write_checkpoint
 
@@ -219,3 +227,29 @@ def test_a_damaged_file_never_reads_as_something_else(packed, rng):
         except EndorError:
             caught += 1
     assert caught > 20
+
+
+def test_a_quantised_tensor_is_said_to_be_lossy_and_another_model_to_differ(tmp_path):
+    torch.manual_seed(0)
+    name = "model.layers.0.mlp.up_proj.weight"
+    tensors = {name: torch.randn(96, 128).bfloat16(), "model.norm.weight": torch.ones(8)}
+    save_file(tensors, tmp_path / "model.safetensors")
+    with closing(open_source(tmp_path / "model.safetensors")) as source:
+        rounded = RoundedSource(source, QuantizeOptions(bits=5), frozenset([name]))
+        pack_checkpoint(rounded, tmp_path / "packed", quantized=rounded.describe_quantization())
+    report = verify_checkpoint(tmp_path / "packed", against=tmp_path / "model.safetensors")
+    assert report.ok
+    assert (report.compared, report.lossy, report.output_error) == (2, 1, None)
+    assert 1e-4 < report.weight_error < 1e-2
+    unpack_checkpoint(tmp_path / "packed", tmp_path / "dense")
+    report = verify_checkpoint(tmp_path / "packed", against=tmp_path / "dense")
+    assert (report.ok, report.lossy, report.weight_error) == (True, 0, None)
+    tensors[name] = torch.randn(96, 128).bfloat16()
+    save_file(tensors, tmp_path / "other.safetensors")
+    report = verify_checkpoint(tmp_path / "packed", against=tmp_path / "other.safetensors")
+    assert "elements differ from" in report.problems[0]
+    tensors = load_file(tmp_path / "model.safetensors") | {"model.norm.weight": torch.zeros(8)}
+    save_file(tensors, tmp_path / "other.safetensors")
+    report = verify_checkpoint(tmp_path / "packed", against=tmp_path / "other.safetensors")
+    assert len(report.problems) == 1
+    assert "model.norm.weight: 8 of 8 elements differ" in report.problems[0]

@@ -65,7 +65,7 @@ def test_texts_add_up(model, tmp_path, monkeypatch):
         seen.append(options["calibration"])
         raise SystemExit(3)
 
-    monkeypatch.setattr("endor.cli.prune.pruned", run)
+    monkeypatch.setattr("endor.cli.prune.prepared", run)
     (tmp_path / "mine.txt").write_text("text")
     words = ("prune", model, tmp_path / "out", "--calibration", "austen")
     invoke(*words, "--calibration", tmp_path / "mine.txt", code=3)

@@ -4,7 +4,7 @@ import torch
 from torch import nn
 
 from endor.pruning.activations import Activations
-from endor.pruning.moe import RoutedTokens, prune_experts
+from endor.pruning.moe import RoutedTokens, renew_experts
 
 
 def routed(tmp_path, hidden, routes, batch):
@@ -34,16 +34,16 @@ def test_each_expert_gets_the_statistics_of_its_tokens(tmp_path):
     module.act_fn = torch.relu
     seen = []
 
-    def solve(weight, statistic):
+    def renew(weight, statistic):
         seen.append((tuple(weight.shape), statistic))
-        return torch.where(weight.abs() < 0.5, 0.0, weight)
+        weight.copy_(torch.where(weight.abs() < 0.5, 0.0, weight))
 
     views = {
         name: [[getattr(module, name)[expert]] for expert in range(3)]
         for name in ("gate_up_proj", "down_proj")
     }
     tokens = routed(tmp_path, hidden, routes, 20)
-    prune_experts(module, tokens, "gram", views, solve)
+    renew_experts(module, tokens, "gram", views, renew)
     tokens.close()
     for expert in range(3):
         own = hidden[(routes == expert).any(1)]

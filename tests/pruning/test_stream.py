@@ -68,6 +68,25 @@ def test_streamed_layers_are_the_model(architecture, tmp_path, save):
     assert all(parameter.is_meta for parameter in skeleton.layers.parameters())
 
 
+@pytest.mark.parametrize("architecture", ["llama", "gemma2", "opt", "gpt2", "mixtral"])
+def test_what_follows_the_layers_gives_the_models_logits(architecture, tmp_path, save):
+    model = save(tmp_path, architecture)
+    ids = torch.randint(3, 250, (2, 32), generator=torch.Generator().manual_seed(0))
+    seen = []
+    with closing(open_source(tmp_path)) as source, torch.no_grad():
+        skeleton = Skeleton(source, CPU)
+        calls = skeleton.trace(ids, 2, lambda start, hidden: seen.append(hidden))
+        hidden = seen[0]
+        for index, call in enumerate(calls):
+            hidden = call.run(skeleton.load_layer(index), hidden)
+            skeleton.drop_layer(index)
+        with skeleton.head() as logits:
+            found = logits(ids, hidden)
+        wanted = model(input_ids=ids, use_cache=False).logits
+    torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
+    assert all(parameter.is_meta for parameter in skeleton.layers.parameters())
+
+
 @pytest.mark.parametrize("method", ["wanda", "admm"])
 @pytest.mark.parametrize("architecture", DENSE + MIXTURES)
 def test_every_selected_tensor_is_pruned_and_no_other(architecture, method, tmp_path, save, text):

@@ -1,0 +1,103 @@
+"""`endor quantize`: a dense checkpoint to a dense one whose weights are quantised."""
+
+import json
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import click
+
+from endor.cli.common import (
+    MODEL,
+    calibration_progress,
+    human,
+    json_option,
+    left_out_line,
+    output_options,
+    progress_bar,
+    refuse_existing,
+    resumable,
+    selection_options,
+)
+from endor.cli.pruning import calibration_options, prepared, quantize_options
+from endor.cli.terminal import echo, show
+from endor.pruning.contract import METHODS
+
+
+@click.command("quantize")
+@click.argument("model", type=MODEL)
+@click.argument("out", type=MODEL)
+@quantize_options
+@click.option(
+    "--prune",
+    type=click.Choice(["none", *METHODS]),
+    default="none",
+    show_default=True,
+    help="Zero weights first, and keep them zero.",
+)
+@calibration_options
+@selection_options
+@output_options
+@json_option
+def quantize_command(
+    model: Path,
+    out: Path,
+    prune: str,
+    include: tuple[str, ...],
+    exclude: tuple[str, ...],
+    resume: bool,
+    overwrite: bool,
+    threads: int | None,
+    as_json: bool,
+    **options: Any,
+) -> None:
+    """Quantise MODEL and write it to OUT as an ordinary dense Hugging Face checkpoint.
+
+    OUT takes as much room as MODEL, and runs wherever MODEL does: it is for measuring what
+    quantisation costs. `endor pack --bits` stores the same values in as few bits as asked for.
+    """
+    if options["bits"] is None and options["quality"] is None:
+        raise click.UsageError("--bits or --quality is needed")
+    refuse_existing(out, resume=resume, overwrite=overwrite)
+    from endor.checkpoint.output import check_output
+
+    check = partial(check_output, out, resume=resume, overwrite=overwrite)
+    check(model)
+    from endor.checkpoint import CheckpointSource, prune_checkpoint
+    from endor.checkpoint.dense import dense_writes
+
+    def ready(source: CheckpointSource) -> None:
+        check(source.path, writes=dense_writes(source))
+
+    with (
+        resumable(out),
+        calibration_progress() as watch,
+        prepared(model, prune, options, include, exclude, watch, ready) as found,
+        progress_bar("quantize") as progress,
+    ):
+        report = prune_checkpoint(
+            found.source,
+            out,
+            prune=found.pruner,
+            description=found.description,
+            quantized=found.quantized,
+            include=include,
+            exclude=exclude,
+            resume=resume,
+            overwrite=overwrite,
+            threads=threads,
+            progress=progress,
+        )
+    if as_json:
+        echo(json.dumps(report.to_dict() | {"quantize": dict(found.quantized)}))
+        return
+    bits = found.quantized["bits"]
+    show(
+        f"{out}: {report.weights:,} weights of {report.pruned_tensors} tensors take the values "
+        f"that {bits:.2f} bits give them ({report.sparsity:.4f} zeros), {report.seconds:.1f} s"
+    )
+    show(
+        f"{human(report.dense_bytes)} before and after; to make it smaller: "
+        f"endor pack {model} PACKED --bits {bits}"
+    )
+    left_out_line(report.left_out)
