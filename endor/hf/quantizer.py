@@ -181,7 +181,8 @@ class EndorQuantizer(HfQuantizer):  # type: ignore[misc]
     """
 
     requires_calibration = True
-    is_trainable = False
+    # What transformers means: adapters may be trained on it. Weights alone, its Trainer refuses.
+    is_trainable = True
 
     def __init__(self, quantization_config: EndorConfig, **kwargs: Any) -> None:
         super().__init__(quantization_config, **kwargs)
