@@ -29,14 +29,12 @@ class PackedWeight(torch.Tensor):
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
         kwargs = kwargs or {}
-        name = getattr(func, "__name__", "")
         out = kwargs.get("out")
-        if (
-            (name in _WRITES or (name.endswith("_") and not name.endswith("__")))
-            and args
-            and isinstance(args[0], cls)
-        ) or any(isinstance(item, cls) for item in (out if isinstance(out, tuple) else (out,))):
-            _refuse_write()
+        written = out if isinstance(out, tuple) else (out,)
+        if _writes(func, args):
+            written = (args[0], *written)
+        if any(isinstance(item, cls) for item in written):
+            refuse_write()
         with torch._C.DisableTorchFunctionSubclass():
             found = func(*args, **kwargs)
             shared = (
@@ -49,6 +47,16 @@ class PackedWeight(torch.Tensor):
         return found.as_subclass(cls) if shared else found
 
 
+def _writes(func: Callable[..., Any], args: Sequence[Any]) -> bool:
+    """Whether `func` changes its first argument, by torch's names."""
+    name = getattr(func, "__name__", "")
+    if func in _FREEZES and len(args) > 1 and args[1] is False:
+        return False
+    in_place = name.endswith("_") and not name.endswith("__")
+    return bool(args) and (in_place or name in _WRITES)
+
+
+_FREEZES = (torch.Tensor.requires_grad_, torch.Tensor.requires_grad.__set__)  # type: ignore[attr-defined]
 _WRITES = frozenset(
     f"__{name}__"
     for name in (
@@ -61,10 +69,11 @@ _WRITES = frozenset(
 class EndorLinear(nn.Linear):
     """`nn.Linear` without a weight parameter: the store expands the weight when it is needed.
 
-    A subclass, so that what looks for linear layers (adapters of PEFT, for one) finds it. There is nothing to initialise, tie, move or save, so transformers loads and places the model
-    as if the weight did not exist. With `exact` the result has the bits of `nn.Linear` on the
-    unpacked weight. Without it, up to eight rows may be multiplied straight from the packed form,
-    and many rows in float32, whichever is fastest here: sums of another order.
+    It is a subclass for those who look for linear layers, such as the adapters of PEFT. There is
+    nothing to initialise, tie, move or save, so transformers loads and places the model as if the
+    weight did not exist. With `exact` the result has the bits of `nn.Linear` on the unpacked
+    weight. Without it, up to eight rows may be multiplied straight from the packed form, and many
+    rows in float32, whichever is fastest here: sums of another order.
 
     Gradients flow to the input and the bias; the weight has none, and cannot be written.
 
@@ -76,7 +85,7 @@ class EndorLinear(nn.Linear):
         exact: See above.
     """
 
-    bias: nn.Parameter | None
+    bias: nn.Parameter | None  # type: ignore[assignment]
 
     def __init__(
         self,
@@ -131,7 +140,7 @@ class EndorLinear(nn.Linear):
 
     @weight.setter
     def weight(self, value: Any) -> None:
-        _refuse_write()
+        refuse_write()
 
     def reset_parameters(self) -> None:
         """Refuse: there is no weight to draw anew.
@@ -139,7 +148,7 @@ class EndorLinear(nn.Linear):
         Raises:
             ConfigError: Always.
         """
-        _refuse_write()
+        refuse_write()
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         source = self._source or self.source
@@ -165,7 +174,7 @@ class EndorLinear(nn.Linear):
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name == "weight":
-            _refuse_write()
+            refuse_write()
         super().__setattr__(name, value)
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *rest: Any) -> None:
@@ -248,7 +257,12 @@ def refuse_packed_keys(state_dict: Mapping[str, Any], names: Sequence[str]) -> N
             )
 
 
-def _refuse_write() -> NoReturn:
+def refuse_write() -> NoReturn:
+    """Raise: whatever would be written to a packed weight would be lost.
+
+    Raises:
+        ConfigError: Always.
+    """
     raise ConfigError(
         "a packed weight cannot be replaced, tied, changed or merged into: unpack the checkpoint "
         "(endor unpack) and do it there; an adapter also works unmerged"

@@ -14,6 +14,7 @@ from endor.dependencies import internals, require
 from endor.errors import ConfigError, FormatError
 from endor.hf import model as behaviour
 from endor.hf import register
+from endor.hf.adapters import guard_merging
 from endor.hf.device import Wanted, host_reader, read_device_map
 from endor.hf.experts import (
     EndorExperts,
@@ -307,6 +308,7 @@ class EndorQuantizer(HfQuantizer):  # type: ignore[misc]
                     for leaf, stack in stacks.items()
                 },
             )
+        guard_merging()
         link_experts(model)
         stay_on_device(model)
         behaviour.multiply_as_unquantized(model)

@@ -3,15 +3,17 @@
 import copy
 import warnings
 from importlib.util import find_spec
+from types import SimpleNamespace
 
 import pytest
 import torch
 from transformers import Trainer, TrainingArguments
 
-from endor.errors import ConfigError
-from endor.hf import load_model
+from endor.errors import ConfigError, DependencyError
+from endor.hf import EndorLinear, adapters, load_model
 
 from .conftest import least, prompt
+from .test_register import run
 
 if find_spec("peft") is None:
     pytest.skip("peft is not installed (pip install peft)", allow_module_level=True)
@@ -73,6 +75,10 @@ def two_steps(model):
     return found
 
 
+def is_packed(module):
+    return isinstance(getattr(module, "base_layer", None), EndorLinear)
+
+
 def logits(model):
     model.eval()
     with torch.no_grad():
@@ -83,7 +89,9 @@ def logits(model):
 @pytest.mark.parametrize("kind", KINDS)
 def test_two_steps_are_those_of_the_dense_model(pair, tier, kind):
     model = adapted(packed_of(pair, tier), kind)
-    for found, expected in zip(two_steps(model), two_steps(adapted(copy.deepcopy(pair.dense), kind)), strict=True):
+    for found, expected in zip(
+        two_steps(model), two_steps(adapted(copy.deepcopy(pair.dense), kind)), strict=True
+    ):
         assert torch.equal(found[0], expected[0])
         assert list(found[1]) == list(expected[1])
         for name in found[1]:
@@ -102,9 +110,10 @@ def test_an_adapter_is_saved_loaded_and_applied(pair, tier, tmp_path):
     assert torch.equal(logits(again), expected)
     assert not torch.equal(expected, pair.logits(pair.dense))
     again.unload()
-    other = load_model(pair.packed)
-    other.load_adapter(str(tmp_path))
-    assert torch.equal(logits(other), expected)
+    both = [packed_of(pair, tier), copy.deepcopy(pair.dense)]
+    for other in both:
+        other.load_adapter(str(tmp_path))
+    assert torch.equal(logits(both[0]), logits(both[1]))
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -115,11 +124,51 @@ def test_merging_is_refused_and_changes_nothing(pair, kind):
         model.merge_and_unload,
         lambda: model.merge_and_unload(safe_merge=True),
         model.merge_adapter,
-        next(m for m in model.modules() if hasattr(m, "base_layer")).merge,
+        next(m for m in model.modules() if is_packed(m)).merge,
     ):
         with pytest.raises(ConfigError, match=r"merged into: unpack the checkpoint \(endor unpack"):
             merge()
         assert torch.equal(logits(model), expected)
+
+
+def test_a_refused_merge_leaves_unpacked_layers_unmerged(pair):
+    model = load_model(pair.packed)
+    config = peft.LoraConfig(
+        r=4, target_modules=["embed_tokens", "q_proj"], init_lora_weights=False
+    )
+    model = peft.get_peft_model(model, config)
+    for merge in (model.merge_adapter, model.merge_and_unload):
+        with pytest.raises(ConfigError, match="merged into"):
+            merge()
+        tuned = [module for module in model.modules() if hasattr(module, "base_layer")]
+        assert len(tuned) == 4
+        assert not any(module.merged for module in tuned)
+    alone = peft.LoraConfig(r=4, target_modules=["embed_tokens"], init_lora_weights=False)
+    model = peft.get_peft_model(load_model(pair.packed), alone)
+    expected = logits(model)
+    torch.testing.assert_close(logits(model.merge_and_unload()), expected, rtol=0.1, atol=0.3)
+
+
+def test_peft_may_be_imported_first_or_last(pair):
+    for imports in ("import peft, endor", "import endor", "import peft.tuners.tuners_utils, endor"):
+        done = run(
+            imports + "\nmodel = endor.load_model(sys.argv[1])\n"
+            "import peft\n"
+            "model = peft.get_peft_model(model, peft.IA3Config(target_modules=['q_proj'],"
+            " feedforward_modules=[]))\n"
+            "try: model.merge_adapter()\n"
+            "except endor.EndorError as error: print('refused')\n"
+            "layer = model.base_model.model.model.layers[0].self_attn.q_proj\n"
+            "try: layer.merge()\n"
+            "except endor.EndorError as error: print(layer.merged)\n",
+            str(pair.packed),
+        )
+        assert done.stdout.split() == ["refused", "False"], done.stderr
+
+
+def test_a_peft_without_the_checks_is_an_error():
+    with pytest.raises(DependencyError, match="has no check_adapters_to_merge"):
+        adapters.guard(SimpleNamespace(BaseTuner=object, BaseTunerLayer=object))
 
 
 @pytest.mark.parametrize("init", ["pissa", "olora"])
