@@ -21,19 +21,6 @@ _LAYER_CHECK = "check_adapters_to_merge"
 _MODEL_CHECK = "_check_merge_allowed"
 
 
-def guard_merging() -> None:
-    """Have PEFT refuse to merge into packed weights: now if it is imported, else once it is.
-
-    Raises:
-        DependencyError: The PEFT that is imported has no such checks.
-    """
-    checks = sys.modules.get(CHECKS)
-    if checks is not None and hasattr(checks, "BaseTuner"):
-        guard(checks)
-    else:
-        _FINDER.install()
-
-
 def guard(checks: Any) -> None:
     """Put the question for packed layers before PEFT's checks; twice is no harm.
 
@@ -83,4 +70,4 @@ def _refuse_packed(model: nn.Module) -> None:
         refuse_write()
 
 
-_FINDER = AfterImport(CHECKS, guard)
+watch = AfterImport(CHECKS, guard)

@@ -12,9 +12,8 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from endor.checkpoint.index import read_packed_index
 from endor.dependencies import internals, require
 from endor.errors import ConfigError, FormatError
+from endor.hf import adapters, pipelines, register
 from endor.hf import model as behaviour
-from endor.hf import register
-from endor.hf.adapters import guard_merging
 from endor.hf.device import Wanted, host_reader, read_device_map
 from endor.hf.experts import (
     EndorExperts,
@@ -308,7 +307,8 @@ class EndorQuantizer(HfQuantizer):  # type: ignore[misc]
                     for leaf, stack in stacks.items()
                 },
             )
-        guard_merging()
+        adapters.watch.install()
+        pipelines.watch.install()
         link_experts(model)
         stay_on_device(model)
         behaviour.multiply_as_unquantized(model)

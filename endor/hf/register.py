@@ -28,7 +28,7 @@ class AfterImport:
 
     Args:
         module: Its full name.
-        step: Called once with the module.
+        step: Called with the module.
     """
 
     def __init__(self, module: str, step: Callable[[Any], None]) -> None:
@@ -37,8 +37,12 @@ class AfterImport:
         self._searching = False
 
     def install(self) -> None:
-        """Wait for the module; twice is no harm."""
-        if self not in sys.meta_path:
+        """Do the step now, if the module has run already, else when it has."""
+        module = sys.modules.get(self._module)
+        running = getattr(getattr(module, "__spec__", None), "_initializing", False)
+        if module is not None and not running:
+            self._step(module)
+        elif self not in sys.meta_path:
             sys.meta_path.insert(0, self)
 
     def uninstall(self) -> None:
@@ -74,11 +78,7 @@ class AfterImport:
 
 def install() -> None:
     """Register the quantizer now, if transformers has its table already, else when it gets it."""
-    table = sys.modules.get(TABLE)
-    if table is not None and hasattr(table, "register_quantizer"):
-        register(table)
-    else:
-        _FINDER.install()
+    _FINDER.install()
 
 
 def register(table: Any) -> None:
