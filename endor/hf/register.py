@@ -35,12 +35,13 @@ class AfterImport:
         self._module = module
         self._step = step
         self._searching = False
+        self._ran = False
 
     def install(self) -> None:
         """Do the step now, if the module has run already, else when it has."""
         module = sys.modules.get(self._module)
         running = getattr(getattr(module, "__spec__", None), "_initializing", False)
-        if module is not None and not running:
+        if module is not None and (self._ran or not running):
             self._step(module)
         elif self not in sys.meta_path:
             sys.meta_path.insert(0, self)
@@ -70,6 +71,7 @@ class AfterImport:
         def run_and_step(module: ModuleType) -> None:
             run(module)
             self.uninstall()
+            self._ran = True
             self._step(module)
 
         spec.loader.exec_module = run_and_step  # type: ignore[method-assign]

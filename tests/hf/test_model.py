@@ -139,11 +139,19 @@ def test_an_exception_in_a_forward_leaves_the_model_usable(pair):
     pair.check(model)
 
 
-def test_resizing_embeddings_with_a_packed_head_is_an_error(make_pair):
+@pytest.mark.parametrize("tight", [False, True])
+def test_resizing_embeddings_expands_a_packed_head(make_pair, tmp_path, tight):
     pair = make_pair("llama", pack={"include": ["lm_head.weight"]})
     model = endor.load_model(pair.packed)
-    with pytest.raises(TypeError):
-        model.resize_token_embeddings(300)
+    if tight:
+        model = endor.load_model(pair.packed, ram=least(model))
+    model.resize_token_embeddings(300)
+    expected = pair.logits(pair.dense)
+    for _ in range(2):
+        torch.testing.assert_close(pair.logits(model)[..., :211], expected, rtol=2e-2, atol=2e-2)
+    assert torch.equal(model.lm_head.weight[:211], pair.dense.lm_head.weight)
+    with pytest.raises(ConfigError, match="changed since the model was loaded"):
+        model.save_pretrained(tmp_path)
 
 
 def test_pipelines(pair, tokenizer, tmp_path):
