@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from endor.errors import ConfigError
-from endor.hf.linear import fast_product, refuse_conversion
+from endor.hf.linear import fast_product, refuse_conversion, refuse_packed_keys
 from endor.hf.routing import Router, routers
 from endor.offload.products import NEVER
 from endor.offload.state import State
@@ -143,6 +143,11 @@ class EndorExperts(nn.Module):
     def _stacks(self) -> list[ExpertStack]:
         stacks: list[ExpertStack] = self.__dict__["_endor_stacks"]
         return stacks
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *rest: Any) -> None:
+        names = self.__dict__.get("_endor_names", ())
+        refuse_packed_keys(state_dict, [f"{prefix}{name}" for name in names])
+        super()._load_from_state_dict(state_dict, prefix, *rest)
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Any:
         refuse_conversion(fn, self._stacks[0].dtype, self._stacks[0].device)

@@ -1,6 +1,6 @@
 """A linear layer whose weight stays packed."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NoReturn
 
 import torch
@@ -13,15 +13,69 @@ from endor.offload.store import Weight
 _CPU = torch.device("cpu")
 
 
-class EndorLinear(nn.Module):
+class PackedWeight(torch.Tensor):
+    """An expanded weight that refuses to be written: a write would be lost, it is a copy.
+
+    Adapter libraries merge into, and initialise from, `layer.weight.data`. What is computed from
+    it is an ordinary tensor.
+    """
+
+    @classmethod
+    def __torch_function__(
+        cls,
+        func: Callable[..., Any],
+        types: Any,
+        args: Sequence[Any] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        kwargs = kwargs or {}
+        out = kwargs.get("out")
+        written = out if isinstance(out, tuple) else (out,)
+        if _writes(func, args):
+            written = (args[0], *written)
+        if any(isinstance(item, cls) for item in written):
+            refuse_write()
+        with torch._C.DisableTorchFunctionSubclass():
+            found = func(*args, **kwargs)
+            shared = (
+                isinstance(found, torch.Tensor)
+                and bool(args)
+                and isinstance(args[0], cls)
+                and found.untyped_storage()._cdata == args[0].untyped_storage()._cdata
+            )
+        # A view, or `.data`: what is written there is lost as well.
+        return found.as_subclass(cls) if shared else found
+
+
+def _writes(func: Callable[..., Any], args: Sequence[Any]) -> bool:
+    """Whether `func` changes its first argument, by torch's names."""
+    name = getattr(func, "__name__", "")
+    if func in _FREEZES and len(args) > 1 and args[1] is False:
+        return False
+    in_place = name.endswith("_") and not name.endswith("__")
+    return bool(args) and (in_place or name in _WRITES)
+
+
+_FREEZES = (torch.Tensor.requires_grad_, torch.Tensor.requires_grad.__set__)  # type: ignore[attr-defined]
+_WRITES = frozenset(
+    f"__{name}__"
+    for name in (
+        *("set", "setitem", "iadd", "isub", "imul", "idiv", "itruediv", "ifloordiv", "imod"),
+        *("ipow", "iand", "ior", "ixor", "ilshift", "irshift"),
+    )
+)
+
+
+class EndorLinear(nn.Linear):
     """`nn.Linear` without a weight parameter: the store expands the weight when it is needed.
 
-    There is nothing to initialise, tie, move or save, so transformers loads and places the model
-    as if the weight did not exist. With `exact` the result has the bits of `nn.Linear` on the
-    unpacked weight. Without it, up to eight rows may be multiplied straight from the packed form,
-    and many rows in float32, whichever is fastest here: sums of another order.
+    It is a subclass for those who look for linear layers, such as the adapters of PEFT. There is
+    nothing to initialise, tie, move or save, so transformers loads and places the model as if the
+    weight did not exist. With `exact` the result has the bits of `nn.Linear` on the unpacked
+    weight. Without it, up to eight rows may be multiplied straight from the packed form, and many
+    rows in float32, whichever is fastest here: sums of another order.
 
-    Gradients flow to the input and the bias; the weight has none.
+    Gradients flow to the input and the bias; the weight has none, and cannot be written.
 
     Args:
         in_features: Columns of the weight.
@@ -31,7 +85,7 @@ class EndorLinear(nn.Module):
         exact: See above.
     """
 
-    bias: nn.Parameter | None
+    bias: nn.Parameter | None  # type: ignore[assignment]
 
     def __init__(
         self,
@@ -42,7 +96,7 @@ class EndorLinear(nn.Module):
         *,
         exact: bool = True,
     ) -> None:
-        super().__init__()
+        nn.Module.__init__(self)  # that of nn.Linear would allocate a weight
         self.in_features = in_features
         self.out_features = out_features
         self.weight_dtype = dtype
@@ -71,7 +125,7 @@ class EndorLinear(nn.Module):
 
     @property
     def weight(self) -> torch.Tensor:
-        """The dense weight in memory of its own: every access expands it again.
+        """The dense weight in memory of its own, read-only: every access expands it again.
 
         While transformers builds the model it is an empty tensor on the meta device, marked as
         initialised: many an architecture's `_init_weights` looks at the weights of its children.
@@ -82,7 +136,19 @@ class EndorLinear(nn.Module):
             )
             empty._is_hf_initialized = True  # type: ignore[attr-defined]
             return empty
-        return self.source.fresh()
+        return self.source.fresh().as_subclass(PackedWeight)
+
+    @weight.setter
+    def weight(self, value: Any) -> None:
+        refuse_write()
+
+    def reset_parameters(self) -> None:
+        """Refuse: there is no weight to draw anew.
+
+        Raises:
+            ConfigError: Always.
+        """
+        refuse_write()
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         source = self._source or self.source
@@ -108,8 +174,12 @@ class EndorLinear(nn.Module):
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name == "weight":
-            _refuse_write()
+            refuse_write()
         super().__setattr__(name, value)
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *rest: Any) -> None:
+        refuse_packed_keys(state_dict, [f"{prefix}weight"])
+        super()._load_from_state_dict(state_dict, prefix, *rest)
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Any:
         device = _CPU if self._source is None else self._source.device
@@ -173,7 +243,27 @@ def refuse_conversion(
         )
 
 
-def _refuse_write() -> NoReturn:
+def refuse_packed_keys(state_dict: Mapping[str, Any], names: Sequence[str]) -> None:
+    """Raise when a state dict holds one of these packed weights, which would not be taken.
+
+    Raises:
+        ConfigError: It does.
+    """
+    for name in names:
+        if name in state_dict:
+            raise ConfigError(
+                f"{name}: a state dict cannot set a packed weight; leave it out, or unpack the "
+                "checkpoint (endor unpack) to change its weights"
+            )
+
+
+def refuse_write() -> NoReturn:
+    """Raise: whatever would be written to a packed weight would be lost.
+
+    Raises:
+        ConfigError: Always.
+    """
     raise ConfigError(
-        "a packed weight cannot be replaced or tied: unpack the checkpoint to change its weights"
+        "a packed weight cannot be replaced, tied, changed or merged into: unpack the checkpoint "
+        "(endor unpack) and do it there; an adapter also works unmerged"
     )

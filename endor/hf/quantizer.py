@@ -12,8 +12,8 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from endor.checkpoint.index import read_packed_index
 from endor.dependencies import internals, require
 from endor.errors import ConfigError, FormatError
+from endor.hf import adapters, pipelines, register
 from endor.hf import model as behaviour
-from endor.hf import register
 from endor.hf.device import Wanted, host_reader, read_device_map
 from endor.hf.experts import (
     EndorExperts,
@@ -181,7 +181,8 @@ class EndorQuantizer(HfQuantizer):  # type: ignore[misc]
     """
 
     requires_calibration = True
-    is_trainable = False
+    # What transformers means: adapters may be trained on it. Weights alone, its Trainer refuses.
+    is_trainable = True
 
     def __init__(self, quantization_config: EndorConfig, **kwargs: Any) -> None:
         super().__init__(quantization_config, **kwargs)
@@ -306,6 +307,8 @@ class EndorQuantizer(HfQuantizer):  # type: ignore[misc]
                     for leaf, stack in stacks.items()
                 },
             )
+        adapters.watch.install()
+        pipelines.watch.install()
         link_experts(model)
         stay_on_device(model)
         behaviour.multiply_as_unquantized(model)

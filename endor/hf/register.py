@@ -6,7 +6,7 @@ the module that holds the table of quantizers and adds ours when that module has
 
 import importlib.util
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from importlib.machinery import ModuleSpec
 from types import ModuleType
 from typing import Any
@@ -23,11 +23,33 @@ _NEEDED = (
 )
 
 
-class _Finder:
-    """Finds nothing itself; puts a step behind the execution of one module."""
+class AfterImport:
+    """A finder that finds nothing itself: puts a step behind the execution of one module.
 
-    def __init__(self) -> None:
+    Args:
+        module: Its full name.
+        step: Called with the module.
+    """
+
+    def __init__(self, module: str, step: Callable[[Any], None]) -> None:
+        self._module = module
+        self._step = step
         self._searching = False
+        self._ran = False
+
+    def install(self) -> None:
+        """Do the step now, if the module has run already, else when it has."""
+        module = sys.modules.get(self._module)
+        running = getattr(getattr(module, "__spec__", None), "_initializing", False)
+        if module is not None and (self._ran or not running):
+            self._step(module)
+        elif self not in sys.meta_path:
+            sys.meta_path.insert(0, self)
+
+    def uninstall(self) -> None:
+        """Stop waiting."""
+        if self in sys.meta_path:
+            sys.meta_path.remove(self)
 
     def find_spec(
         self,
@@ -35,7 +57,7 @@ class _Finder:
         path: Sequence[str] | None = None,
         target: ModuleType | None = None,
     ) -> ModuleSpec | None:
-        if name != TABLE or self._searching:
+        if name != self._module or self._searching:
             return None
         self._searching = True
         try:
@@ -46,31 +68,19 @@ class _Finder:
             return None
         run = spec.loader.exec_module
 
-        def run_and_register(module: ModuleType) -> None:
+        def run_and_step(module: ModuleType) -> None:
             run(module)
-            uninstall()
-            register(module)
+            self.uninstall()
+            self._ran = True
+            self._step(module)
 
-        spec.loader.exec_module = run_and_register  # type: ignore[method-assign]
+        spec.loader.exec_module = run_and_step  # type: ignore[method-assign]
         return spec
-
-
-_FINDER = _Finder()
 
 
 def install() -> None:
     """Register the quantizer now, if transformers has its table already, else when it gets it."""
-    table = sys.modules.get(TABLE)
-    if table is not None and hasattr(table, "register_quantizer"):
-        register(table)
-    elif _FINDER not in sys.meta_path:
-        sys.meta_path.insert(0, _FINDER)
-
-
-def uninstall() -> None:
-    """Stop waiting for transformers."""
-    if _FINDER in sys.meta_path:
-        sys.meta_path.remove(_FINDER)
+    _FINDER.install()
 
 
 def register(table: Any) -> None:
@@ -93,3 +103,6 @@ def register(table: Any) -> None:
         table.LOADING_ATTRIBUTES_CONFIG_TYPES += (EndorConfig,)
     if table.AUTO_QUANTIZER_MAPPING.get(METHOD) is not EndorQuantizer:
         raise changed("transformers", f"it did not take the quantizer {METHOD!r}")
+
+
+_FINDER = AfterImport(TABLE, register)

@@ -101,17 +101,63 @@ def test_a_model_can_be_differentiated_and_trained_around(pair):
     scale = grads[1].abs().max()
     assert (grads[0] - grads[1]).abs().max() <= 0.02 * scale
     assert not any("up_proj" in name for name, _ in model.named_parameters())
-    assert model.hf_quantizer.is_trainable is False
+    assert model.hf_quantizer.is_trainable is True  # with adapters; see test_adapters.py
 
 
 def test_weight_is_a_copy_that_cannot_be_set(layers):
     packed, dense, _ = layers
     assert torch.equal(packed.weight, dense.weight)
-    packed.weight.zero_()
-    assert torch.equal(packed.weight, dense.weight)
     for value in (nn.Parameter(torch.zeros(1)), torch.zeros(1), None):
-        with pytest.raises(ConfigError, match="cannot be replaced or tied"):
+        with pytest.raises(ConfigError, match="cannot be replaced, tied"):
             packed.weight = value
+    with pytest.raises(ConfigError, match="cannot be replaced, tied"):
+        packed.reset_parameters()
+
+
+@pytest.mark.parametrize(
+    "write",
+    [
+        lambda w, one: w.zero_(),
+        lambda w, one: w.data.copy_(one),
+        lambda w, one: w.detach().add_(one),
+        lambda w, one: w.data.reshape(-1).fill_(0),
+        lambda w, one: w.T.mul_(2),
+        lambda w, one: w.data.__iadd__(one),
+        lambda w, one: w.__setitem__(0, 1),
+        lambda w, one: setattr(w, "data", one),
+        lambda w, one: torch.add(one, one, out=w),
+        lambda w, one: torch.Tensor.add_(w, one),
+        lambda w, one: nn.init.zeros_(w),
+    ],
+)
+def test_a_write_that_would_be_lost_is_refused(layers, write):
+    packed, dense, _ = layers
+    with pytest.raises(ConfigError, match="merged into: unpack the checkpoint"):
+        write(packed.weight, torch.ones_like(dense.weight))
+    assert torch.equal(packed.weight, dense.weight)
+
+
+def test_what_is_computed_from_a_weight_is_an_ordinary_tensor(layers):
+    packed, dense, _ = layers
+    for compute in (torch.clone, lambda w: w + 1, lambda w: w.float(), lambda w: w.data @ w.T):
+        found = compute(packed.weight)
+        assert type(found) is torch.Tensor
+        assert torch.equal(found, compute(dense.weight))
+
+
+def test_a_state_dict_cannot_set_packed_weights(make_pair):
+    for kind, name in (("llama", "up_proj.weight"), ("mixtral", "experts.gate_up_proj")):
+        pair = make_pair(kind)
+        model = load_model(pair.packed)
+        for strict in (True, False):
+            with pytest.raises(ConfigError, match="state dict cannot set a packed weight"):
+                model.load_state_dict(pair.dense.state_dict(), strict=strict)
+        only = {key: value for key, value in pair.dense.state_dict().items() if name in key}
+        with pytest.raises(ConfigError, match=name):
+            model.load_state_dict(only, strict=False)
+        own = model.state_dict()
+        assert not any(model.load_state_dict(own))
+        pair.check(model)
 
 
 def test_only_the_bias_is_a_parameter(layers):

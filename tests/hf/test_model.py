@@ -5,6 +5,7 @@ import json
 import pickle
 import shutil
 from itertools import chain
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,7 +13,8 @@ from transformers import AutoModelForCausalLM, pipeline
 from transformers.generation import BaseStreamer
 
 import endor
-from endor.errors import BackendError, ConfigError, OutputExistsError
+from endor.errors import BackendError, ConfigError, DependencyError, OutputExistsError
+from endor.hf import pipelines
 from endor.hf.model import is_packed, parameter_bytes, read_config
 
 from .conftest import least
@@ -137,11 +139,19 @@ def test_an_exception_in_a_forward_leaves_the_model_usable(pair):
     pair.check(model)
 
 
-def test_resizing_embeddings_with_a_packed_head_is_an_error(make_pair):
+@pytest.mark.parametrize("tight", [False, True])
+def test_resizing_embeddings_expands_a_packed_head(make_pair, tmp_path, tight):
     pair = make_pair("llama", pack={"include": ["lm_head.weight"]})
     model = endor.load_model(pair.packed)
-    with pytest.raises(TypeError):
-        model.resize_token_embeddings(300)
+    if tight:
+        model = endor.load_model(pair.packed, ram=least(model))
+    model.resize_token_embeddings(300)
+    expected = pair.logits(pair.dense)
+    for _ in range(2):
+        torch.testing.assert_close(pair.logits(model)[..., :211], expected, rtol=2e-2, atol=2e-2)
+    assert torch.equal(model.lm_head.weight[:211], pair.dense.lm_head.weight)
+    with pytest.raises(ConfigError, match="changed since the model was loaded"):
+        model.save_pretrained(tmp_path)
 
 
 def test_pipelines(pair, tokenizer, tmp_path):
@@ -154,6 +164,27 @@ def test_pipelines(pair, tokenizer, tmp_path):
         texts.append(pipe("w5 w6 w7", max_new_tokens=6, do_sample=False)[0]["generated_text"])
     assert texts[0] == texts[1]
     assert len(texts[0].split()) > 3
+
+
+@pytest.mark.parametrize("device", ["cpu", -1, torch.device("cpu")], ids=str)
+def test_a_pipeline_takes_the_device_where_the_model_is(pair, model, tokenizer, device):
+    texts = []
+    for each in (model, pair.dense):
+        pipe = pipeline("text-generation", each, tokenizer=tokenizer, device=device)
+        assert pipe.device == torch.device("cpu")
+        texts.append(pipe("w5 w6 w7", max_new_tokens=6, do_sample=False)[0]["generated_text"])
+    assert texts[0] == texts[1]
+
+
+@pytest.mark.parametrize("device", [0, "cuda", "cuda:1", "meta"])
+def test_a_pipeline_does_not_move_packed_weights(model, tokenizer, device):
+    with pytest.raises(ValueError, match="cannot be moved to a specific device"):
+        pipeline("text-generation", model, tokenizer=tokenizer, device=device)
+
+
+def test_pipelines_of_another_form_are_an_error():
+    with pytest.raises(DependencyError, match="has no Pipeline"):
+        pipelines.allow_own_device(SimpleNamespace())
 
 
 def test_a_pipeline_takes_a_directory_and_its_options(pair, tokenizer, tmp_path):
