@@ -172,6 +172,7 @@ def arithmetic(planned: "Planned") -> str:
         ["  over its passes", f"{disk.slowest_gbps:.2f} to {disk.fastest_gbps:.2f} GB/s"],
         ["memory read / copy", f"{machine.read_gbps:.1f} / {machine.copy_gbps:.1f} GB/s"],
         ["dense product, batch 1", f"{machine.linear_gbps:.1f} GB/s"],
+        ["  by Endor, for the head", f"{machine.plain_gbps:.1f} GB/s"],
         ["dense product, long prompt", f"{machine.gemm_gflops:.0f} Gflop/s"],
         ["  in float32", f"{machine.float32_gflops:.0f} Gflop/s"],
         ["small operation", f"{machine.op_us:.1f} us"],

@@ -23,7 +23,7 @@ from endor import __version__, kernels
 from endor.errors import EndorError
 from endor.jsontext import read_object
 
-CACHE_VERSION = 3
+CACHE_VERSION = 4
 PARTS = ("machines", "disks", "arithmetic")
 Facts = Mapping[str, Any]
 

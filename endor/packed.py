@@ -235,6 +235,13 @@ def bits_of(tensor: "torch.Tensor") -> np.ndarray:
     return flat.view(item.uint).reshape(tuple(tensor.shape))
 
 
+def plain_matrix(weight: "torch.Tensor") -> Encoded:
+    """Return a view of a dense CPU matrix that `kernels.matvec` multiplies by as it lies there."""
+    item = endor_dtype(weight.dtype)
+    spec = TensorSpec(tuple(weight.shape), item, "raw", bitmap=False, nnz=weight.numel())
+    return Encoded(spec, {"values": bits_of(weight.detach()).reshape(-1)})
+
+
 def tensor_of(
     bits: np.ndarray, dtype: DType, shape: tuple[int, ...] | None = None
 ) -> "torch.Tensor":

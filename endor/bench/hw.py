@@ -48,6 +48,7 @@ def constants(machine: Machine, disk: Disk | None = None) -> list[Constant]:
         Constant("dense product of 256 rows", machine.gemm_gflops, "Gflop/s"),
         Constant("dense product of 64 rows in float32", machine.float32_gflops, "Gflop/s"),
         Constant("widening to float32, narrow bytes", machine.widen_gbps, "GB/s"),
+        Constant("dense product by Endor at batch 1, weight bytes", machine.plain_gbps, "GB/s"),
         Constant("small dense product at batch 1", machine.small_linear_gbps, "GB/s"),
         Constant("one small operation", machine.op_us, "us"),
     ]

@@ -7,10 +7,14 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from endor import kernels
 from endor.errors import BackendError, ConfigError
 from endor.offload.store import Weight
+from endor.packed import bits_of, plain_matrix
 
 _CPU = torch.device("cpu")
+_HEAD_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+_PLAIN = (torch.Tensor, nn.Parameter)
 
 
 class PackedWeight(torch.Tensor):
@@ -185,6 +189,48 @@ class EndorLinear(nn.Linear):
         device = _CPU if self._source is None else self._source.device
         refuse_conversion(fn, self.weight_dtype, device)
         return super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+
+
+class FastHead(nn.Linear):
+    """An output head that is not packed, which multiplies few rows by Endor's own product.
+
+    Torch's product of one row is far from the speed of memory where the CPU only emulates the
+    weight's type. Sums in float32 in an order of their own. It is a linear layer otherwise: its
+    weight may be tied, replaced, trained and saved, since nothing of it is kept between products.
+    """
+
+    product_rows: int
+
+    @staticmethod
+    def adopt(module: nn.Module | None, rows: int) -> None:
+        """Have `module`, when it is a plain `nn.Linear`, multiply up to `rows` rows that way."""
+        if rows and type(module) is nn.Linear:
+            module.__class__ = FastHead
+            module.product_rows = rows  # type: ignore[assignment]
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        if not self._applies(input):
+            return super().forward(input)
+        x = input.detach().reshape(-1, self.in_features).contiguous()
+        out = torch.empty((x.shape[0], self.out_features), dtype=torch.float32)
+        kernels.matvec(plain_matrix(self.weight), bits_of(x), out.numpy())
+        if self.bias is not None:
+            out += self.bias
+        return out.to(input.dtype).view(*input.shape[:-1], self.out_features)
+
+    def _applies(self, input: torch.Tensor) -> bool:
+        weight = self.weight
+        tensors = [input, weight] if self.bias is None else [input, weight, self.bias]
+        return (
+            0 < input.numel() <= self.product_rows * self.in_features
+            and input.shape[-1] == self.in_features
+            and input.dtype == weight.dtype in _HEAD_DTYPES
+            and weight.is_contiguous()
+            and weight.shape == (self.out_features, self.in_features)
+            and all(type(each) in _PLAIN and each.device.type == "cpu" for each in tensors)
+            and not (torch.is_grad_enabled() and any(each.requires_grad for each in tensors))
+            and not torch.is_autocast_enabled("cpu")
+        )
 
 
 def fast_product(input: torch.Tensor, source: Weight, *, hold: bool = False) -> torch.Tensor | None:

@@ -24,7 +24,7 @@ from endor.hf.experts import (
     pack_experts,
 )
 from endor.hf.kv_cache import keep_kv
-from endor.hf.linear import EndorLinear
+from endor.hf.linear import EndorLinear, FastHead
 from endor.hf.loading import PlainFile, check_taken, open_layouts, plain_file
 from endor.hf.names import Assignment, assign
 from endor.hf.opening import Opener
@@ -33,6 +33,7 @@ from endor.kernels.dispatch import check_threads
 from endor.offload import Placement, parse_bytes
 from endor.offload.device_placement import DevicePlacement
 from endor.offload.kv_plan import KVSetting, check_kv
+from endor.offload.store import Store
 from endor.storage import FileLayout, open_reader
 from endor.storage.layout import FORMAT_VERSION, VERSIONS
 
@@ -309,6 +310,8 @@ class EndorQuantizer(HfQuantizer):  # type: ignore[misc]
             )
         adapters.watch.install()
         pipelines.watch.install()
+        if isinstance(store, Store) and not config.exact:
+            FastHead.adopt(model.get_output_embeddings(), store.products.head_rows)
         link_experts(model)
         stay_on_device(model)
         behaviour.multiply_as_unquantized(model)

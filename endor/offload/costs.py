@@ -31,7 +31,7 @@ from typing import Any, Literal
 from endor.codecs import TensorSpec
 from endor.errors import ConfigError
 from endor.offload.hardware import Disk, Machine
-from endor.offload.products import multiply_s, packed_rows, packed_s
+from endor.offload.products import head_s, multiply_s, packed_rows, packed_s
 from endor.offload.units import Unit
 
 DeviceTier = Literal["vram-dense", "vram", "dense", "resident", "disk"]
@@ -317,11 +317,15 @@ def predict(
 def _on_cpu(sums: _Sums, machine: Machine, disk: Disk, shape: ModelShape, step: Step) -> Prediction:
     attention_flops = 2.0 * step.batch * step.tokens * step.context * shape.hidden * shape.layers
     kv_bytes = shape.kv_bytes_per_token * step.context * step.batch
-    head = shape.head_bytes / machine.linear_gbps / 1e9
     parts = {
         "expand": sums.expand,
         "multiply": sums.multiply,
-        "head": max(head, step.batch * shape.head_bytes / machine.gemm_gflops / 1e9),
+        "head": head_s(
+            machine,
+            shape.head_bytes / (shape.itemsize or 2),
+            step.batch,
+            own=step.product == "direct",
+        ),
         "attention": kv_bytes / machine.read_gbps / 1e9
         + attention_flops / machine.gemm_gflops / 1e9,
         "small operations": shape.layers * _layer_ops_s(machine, shape, step)

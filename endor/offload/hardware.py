@@ -82,6 +82,9 @@ class Machine:
         product_row_cost: What each further row adds to a packed product, as a share of the first.
         float32_gflops: Torch's product of 64 rows in float32; 0 means unknown.
         widen_gbps: Bytes of a 16-bit type that are widened to float32 in the caches.
+        plain_gbps: Weight bytes read by Endor's own product with a dense matrix at batch 1; 0 means
+            unknown, and that torch's is taken.
+        plain_row_cost: What each further row adds to that, as a share of the first.
         measured: When, in UTC; empty means never.
         kernel: Which CPU kernels ran.
     """
@@ -102,6 +105,8 @@ class Machine:
     product_row_cost: Mapping[str, float] = field(default_factory=dict)
     float32_gflops: float = 0.0
     widen_gbps: float = 0.0
+    plain_gbps: float = 0.0
+    plain_row_cost: float = 0.0
     measured: str = ""
     kernel: str = ""
 

@@ -384,7 +384,8 @@ class _Search:
         if fixed - scratch + self.dense_bytes > budget:
             return None
         tier: DeviceTier = "vram-dense" if self.vram_bytes else "dense"
-        return self._predict({cost.name: tier for cost in self.costs}, self.decode_step)
+        step = replace(self.decode_step, product="exact")
+        return self._predict({cost.name: tier for cost in self.costs}, step)
 
 
 def _computes_in(vram_bytes: int) -> str:

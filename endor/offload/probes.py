@@ -21,6 +21,7 @@ import torch
 from endor import kernels
 from endor.codecs import DTYPES, Encoded
 from endor.errors import DTypeError
+from endor.packed import bits_of, plain_matrix
 from endor.storage.buffers import HostBuffer
 
 TORCH_TYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
@@ -153,6 +154,8 @@ def linear(
 
     `small_linear_gbps` is that of a small matrix; `float32_gflops` of `WIDE_ROWS` rows in float32,
     on a panel that `widen_gbps` (bytes of `dtype`) made.
+    `plain_gbps` is the rate of Endor's own product with the same matrix, and `plain_row_cost` what
+    each further row adds to it, as a share of the first.
     `op_us` is the time of one small elementwise operation: what the rest of a layer is made of.
     """
     kind = TORCH_TYPES[dtype]
@@ -173,12 +176,23 @@ def linear(
         op_s = median_seconds(lambda: row * row, budget_s=0.1)
         wide_s = median_seconds(lambda: linear(many, panel), budget_s=PROBE_S)
         widen_s = median_seconds(lambda: panel.copy_(narrow), budget_s=PROBE_S)
+    plain = plain_matrix(weight)
+
+    def plain_s(batch: int) -> float:
+        x = bits_of(vector.repeat(batch, 1))
+        y = np.empty((batch, rows), np.float32)
+        return median_seconds(lambda: kernels.matvec(plain, x, y), budget_s=PROBE_S)
+
+    one_s = plain_s(1)
+    further = (plain_s(FURTHER_ROWS) / one_s - 1) / (FURTHER_ROWS - 1)
     return {
         "linear_gbps": weight.nbytes / linear_s / 1e9,
         "small_linear_gbps": small.nbytes / small_s / 1e9,
         "gemm_gflops": 2 * batch * rows * cols / gemm_s / 1e9,
         "float32_gflops": 2 * WIDE_ROWS * panel.numel() / wide_s / 1e9,
         "widen_gbps": narrow.nbytes / widen_s / 1e9,
+        "plain_gbps": weight.nbytes / one_s / 1e9,
+        "plain_row_cost": max(further, 0.01),
         "op_us": op_s * 1e6,
     }
 

@@ -1,5 +1,6 @@
 """How a weight is multiplied where the bits need not be those of torch's own product."""
 
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
@@ -21,6 +22,10 @@ PANEL = 1 << 20
 """Elements that are expanded, widened and multiplied at a time: they stay in the caches."""
 
 
+ITEMSIZE = {"BF16": 2, "F16": 2, "F32": 4}
+"""Bytes of a weight, by the type that constants are of; other types are expanded to 16 bits."""
+
+
 @dataclass(frozen=True, slots=True)
 class Products:
     """Which way is taken for how many input rows.
@@ -30,15 +35,19 @@ class Products:
             `PRODUCT_ROWS`; what is missing has that many.
         wide_rows: Rows from which expanded weights are multiplied in float32, because this CPU only
             emulates their own type.
+        head_rows: Rows up to which an output head that is not packed is multiplied by Endor's own
+            product, at most `PRODUCT_ROWS`.
     """
 
     packed_rows: Mapping[str, int] = field(default_factory=dict)
     wide_rows: int = NEVER
+    head_rows: int = 0
 
 
 def choose(costs: "Iterable[UnitCost]", machine: "Machine") -> Products:
     """Return the faster way for every unit and number of rows, by the constants of `machine`."""
-    return Products({cost.name: packed_rows(cost, machine) for cost in costs}, wide_rows(machine))
+    packed = {cost.name: packed_rows(cost, machine) for cost in costs}
+    return Products(packed, wide_rows(machine), head_rows(machine))
 
 
 def packed_rows(cost: "UnitCost", machine: "Machine") -> int:
@@ -63,13 +72,41 @@ def multiply_s(cost: "UnitCost", machine: "Machine", rows: int, *, wide: bool) -
     return cost.weights * _wide_s(machine, rows)
 
 
+def head_rows(machine: "Machine") -> int:
+    """Return the rows up to which Endor's own product with a dense matrix beats torch's."""
+    rows = 0
+    while rows < PRODUCT_ROWS and plain_s(machine, rows + 1) < _narrow_s(machine, rows + 1):
+        rows += 1
+    return rows
+
+
+def head_s(machine: "Machine", weights: float, rows: int, *, own: bool) -> float:
+    """Return the seconds of a product with a dense matrix; `own` lets it be Endor's."""
+    if own and rows <= head_rows(machine):
+        return weights * plain_s(machine, rows)
+    return weights * _narrow_s(machine, rows)
+
+
+def plain_s(machine: "Machine", rows: int) -> float:
+    """Return the seconds per weight of Endor's own product with a dense matrix."""
+    if not machine.plain_gbps:
+        return math.inf
+    itemsize = ITEMSIZE.get(machine.dtype, 2)
+    return itemsize / machine.plain_gbps / 1e9 * (1 + machine.plain_row_cost * (rows - 1))
+
+
+def _narrow_s(machine: "Machine", rows: int) -> float:
+    """Seconds per weight of torch's product."""
+    moved = ITEMSIZE.get(machine.dtype, 2) / machine.linear_gbps
+    return max(moved, 2 * rows / machine.gemm_gflops) / 1e9
+
+
 def wide_rows(machine: "Machine") -> int:
     """Return the rows from which expanded weights are best multiplied in float32."""
     if machine.dtype == "F32" or not machine.float32_gflops:
         return NEVER
     for rows in range(1, MOST_ROWS + 1):
-        narrow = max(2 / machine.linear_gbps, 2 * rows / machine.gemm_gflops) / 1e9
-        if _wide_s(machine, rows) < narrow:
+        if _wide_s(machine, rows) < _narrow_s(machine, rows):
             return rows
     return NEVER
 

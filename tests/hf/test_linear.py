@@ -5,7 +5,8 @@ import torch
 from torch import nn
 
 from endor.errors import BackendError, ConfigError, EndorError
-from endor.hf import EndorLinear, load_model, opening
+from endor.hf import EndorLinear, linear, load_model, opening
+from endor.hf.linear import FastHead
 from endor.offload import Placement, planner, store
 from endor.offload.products import Products
 
@@ -194,3 +195,77 @@ def test_a_prompt_in_float32_gives_the_logits_within_rounding(make_pair, monkeyp
         found = model(ids).logits.float()
     expected = pair.logits(pair.dense, ids).float()
     assert (found - expected).abs().max() <= 0.05 * expected.abs().max()
+
+
+@pytest.fixture
+def fast_head(make_pair, monkeypatch):
+    """A model whose head, tied and not packed, takes Endor's product for up to four rows."""
+    pair = make_pair("llama", tie_word_embeddings=True)
+    chosen = lambda costs, machine: Products({}, head_rows=4)  # noqa: E731
+    monkeypatch.setattr(planner, "choose", chosen)
+    model = load_model(pair.packed, exact=False)
+    assert type(model.lm_head) is FastHead
+    return model, pair
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize(("rows", "cols"), [(7, 64), (300, 100), (65, 1), (1, 576)])
+def test_a_head_keeps_shape_dtype_and_bias(dtype, bias, rows, cols):
+    generator = torch.Generator().manual_seed(0)
+    head = nn.Linear(cols, rows, bias=bias, dtype=dtype).requires_grad_(False)
+    FastHead.adopt(head, 4)
+    assert type(head) is FastHead
+    for shape in [(cols,), (1, 1, cols), (2, 2, cols), (0, cols), (5, cols)]:
+        x = torch.randn(shape, generator=generator).to(dtype)
+        exact = nn.functional.linear(
+            x.double(), head.weight.double(), head.bias.double() if bias else None
+        )
+        found = head(x)
+        assert found.dtype == dtype
+        torch.testing.assert_close(found.double(), exact, rtol=2**-7, atol=2e-3)
+
+
+def test_a_head_takes_its_own_product_for_few_rows_only(fast_head, monkeypatch):
+    model, _ = fast_head
+    head, seen = model.lm_head, []
+    real = linear.kernels.matvec
+    monkeypatch.setattr(
+        linear.kernels, "matvec", lambda w, x, out: seen.append(len(x)) or real(w, x, out)
+    )
+    with torch.no_grad():
+        for rows in (0, 1, 4, 5):
+            head(torch.randn(rows, head.in_features).bfloat16())
+    assert seen == [1, 4]
+    head(torch.randn(1, head.in_features).bfloat16()).sum().backward()  # its weight is trained
+    assert head.weight.grad is not None
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        head(torch.randn(1, head.in_features).bfloat16())
+    with torch.no_grad(), pytest.raises(RuntimeError):
+        head(torch.randn(1, head.in_features + 1).bfloat16())
+    with torch.no_grad(), pytest.raises(RuntimeError):
+        head(torch.randn(1, head.in_features))
+    assert seen == [1, 4]
+
+
+def test_a_head_follows_its_weight(fast_head):
+    model, _ = fast_head
+    head = model.lm_head
+    x = torch.randn(1, head.in_features).bfloat16()
+    with torch.no_grad():
+        assert head.weight is model.model.embed_tokens.weight
+        head.weight.mul_(2)
+        torch.testing.assert_close(
+            head(x), nn.functional.linear(x, head.weight), rtol=2e-2, atol=1e-2
+        )
+        head.weight = nn.Parameter(torch.zeros_like(head.weight))
+        assert not head(x).any()
+
+
+def test_only_a_head_that_need_not_be_exact_is_changed(fast_head, make_pair):
+    _, pair = fast_head
+    assert type(load_model(pair.packed).lm_head) is nn.Linear
+    for other in (nn.Identity(), EndorLinear(1, 1, None, torch.bfloat16), None):
+        kind = type(other)
+        FastHead.adopt(other, 4)
+        assert type(other) is kind

@@ -35,7 +35,8 @@ def test_constants_are_positive_and_cover_every_kind(quick):
     found = hardware.machine("BF16")
     kinds = {"raw+bitmap", "exp+bitmap", "exp", "int"}
     assert set(found.expand_gbps) == kinds == set(found.product_gbps)
-    rates = [found.copy_gbps, found.read_gbps, found.linear_gbps, found.gemm_gflops, found.op_us]
+    rates = [found.plain_gbps, found.plain_row_cost]
+    rates += [found.copy_gbps, found.read_gbps, found.linear_gbps, found.gemm_gflops, found.op_us]
     assert min(*rates, *found.expand_gbps.values(), *found.product_gbps.values()) > 0
 
 
@@ -63,7 +64,7 @@ def test_another_machine_measures_again(quick, monkeypatch):
         "[]",
         "not json",
         '{"version": 99}',
-        '{"version": 3, "machines": 3}',
+        '{"version": 4, "machines": 3}',
         "[" * 100_000,
         '{"version": ' + "9" * 5000 + "}",
     ],

@@ -11,6 +11,8 @@ from endor.offload.products import (
     NEVER,
     PRODUCT_ROWS,
     choose,
+    head_rows,
+    head_s,
     multiply_s,
     packed_rows,
     packed_s,
@@ -65,3 +67,16 @@ def test_a_choice_names_every_unit():
     found = choose([unit(1e-3), replace(unit(4e-3), name="v")], EMULATES)
     assert found.packed_rows == {"u": PRODUCT_ROWS, "v": 0}
     assert found.wide_rows == wide_rows(EMULATES)
+
+
+def test_a_head_is_multiplied_by_whichever_product_is_faster():
+    assert head_rows(EMULATES) == 0  # never measured
+    assert head_rows(replace(EMULATES, plain_gbps=7.0, plain_row_cost=0.1)) == 0
+    assert head_rows(replace(NATIVE, plain_gbps=16.0, plain_row_cost=0.5)) == 2
+    fast = replace(EMULATES, plain_gbps=24.0, plain_row_cost=0.1)
+    assert head_rows(fast) == PRODUCT_ROWS == choose([], fast).head_rows
+    for machine in (EMULATES, fast):
+        for rows in (1, PRODUCT_ROWS, PRODUCT_ROWS + 1, 64):
+            exact, own = (head_s(machine, 1e6, rows, own=each) for each in (False, True))
+            faster = rows <= head_rows(machine)
+            assert own < exact if faster else own == exact
