@@ -220,7 +220,7 @@ def _parse(path: Path) -> PackedIndex:
         if not all(isinstance(name, str) for name in (*files, *names)):
             raise TypeError("names must be strings")
         if headers is not None and headers.keys() != set(files):
-            raise KeyError("headers")
+            raise TypeError("weight_map and headers name different shards")
         if companions is not None and not all(is_relative(name) for name in companions):
             raise KeyError("companions")
     except (KeyError, TypeError, IndexError, AttributeError) as error:

@@ -129,7 +129,7 @@ def test_the_weight_depends_on_the_seed_only():
         ("rows", 0, "rows must be at least 1"),
         ("batch", 0, "batch must be at least 1"),
         ("repeats", 0, "repeats must be at least 1"),
-        ("threads", 0, "threads must be at least 1"),
+        ("threads", 0, r"threads must be an integer in 1\.\.256"),
         ("density", 0.0, "density must lie in"),
         ("density", 1.5, "density must lie in"),
         ("codec", "dense", "nothing to measure"),

@@ -118,9 +118,12 @@ def test_counts(pair, model):
     assert model.num_parameters(only_trainable=True) == unpacked
     assert model.num_parameters() == unpacked + model.endor.numel
     footprint = model.get_memory_footprint()
-    assert footprint == parameter_bytes(model) + model.endor.packed_nbytes + (
-        model.endor.scratch.nbytes
+    store, tiers = model.endor, model.endor.placement.tiers
+    held = sum(
+        unit.dense_nbytes if tiers[unit.name] == "dense" else unit.nbytes for unit in store.units
     )
+    passing = store.engine.staging_bytes + store.scratch.nbytes
+    assert footprint == parameter_bytes(model) + held + passing
     assert str(model.device) == "cpu"
     assert model.dtype == torch.bfloat16
 

@@ -149,10 +149,10 @@ def test_device_maps_are_wishes(pair, device_map):
     assert not any(hasattr(module, "_hf_hook") for module in model.modules())
     tiers = model.endor.placement.tiers
     for name, weight in model.endor.weights.items():
-        wish = "resident"
+        wish = {"resident", "dense"}  # in memory, in the form that is faster here
         if isinstance(device_map, dict) and ".layers.0." not in name and len(device_map) > 1:
-            wish = "disk"
-        assert {tiers[state.unit.name] for state in weight.states} == {wish}, name
+            wish = {"disk"}
+        assert {tiers[state.unit.name] for state in weight.states} <= wish, name
 
 
 def test_max_memory_limits_the_weights(pair):
@@ -407,13 +407,13 @@ def test_a_missing_shard_is_refused(make_pair, tmp_path):
     folder = copy_of(pair, tmp_path / "lost")
     lost = sorted(folder.glob("endor-*.safetensors"))[1]
     lost.unlink()
-    with pytest.raises(OSError, match=lost.name):
+    with pytest.raises(CheckpointError, match=lost.name):
         AutoModelForCausalLM.from_pretrained(folder)
     index = folder / "endor.safetensors.index.json"
     content = json.loads(index.read_text())
     content["weight_map"] = {k: v for k, v in content["weight_map"].items() if v != lost.name}
     index.write_text(json.dumps(content))
-    with pytest.raises(CheckpointError, match="shards"):
+    with pytest.raises(FormatError, match="name different shards"):
         AutoModelForCausalLM.from_pretrained(folder)
 
 
@@ -452,7 +452,10 @@ def test_parameters_that_were_not_taken(pair, monkeypatch):
         load(pair)
 
     def emptied(plain, model):
-        model.to_empty(device="meta")
+        for module in model.modules():
+            for leaf, parameter in module._parameters.items():
+                if parameter is not None:
+                    module._parameters[leaf] = torch.nn.Parameter(parameter.to("meta"))
         real(plain, model)
 
     monkeypatch.setattr(quantizer, "check_taken", emptied)
