@@ -31,6 +31,7 @@ SPARSITY = 0.5
 CALIBRATED = "auto"
 """The best method, on few calibration windows: a few minutes."""
 SAMPLES = 8
+BITS = "3.5"
 WEIGHTS = 135e6
 TOKENS = 48
 START_S = 8.0
@@ -60,6 +61,12 @@ VARIANTS = (
         f"endor, {CALIBRATED} 50 %",
         WORK / f"{CALIBRATED}-50",
         ("--prune", CALIBRATED, "--sparsity", str(SPARSITY), "--samples", str(SAMPLES)),
+        fast=True,
+    ),
+    Variant(
+        f"endor, {BITS} bits",
+        WORK / f"bits-{BITS}",
+        ("--bits", BITS, "--samples", str(SAMPLES)),
         fast=True,
     ),
 )
@@ -102,6 +109,8 @@ def pack_all() -> None:
     for variant in VARIANTS[1:]:
         if CALIBRATED in variant.options:
             print("\nnext: the longest step; it says how long it will take", flush=True)
+        elif BITS in variant.options:
+            print("\nnext: one or two minutes; it says how long it will take", flush=True)
         endor("pack", MODEL, variant.path, *variant.options, "--overwrite")
         lossless = variant.options == ("--prune", "none")
         endor("verify", variant.path, *(("--against", MODEL) if lossless else ()))
@@ -157,7 +166,8 @@ def show(rows: list[dict[str, Any]]) -> None:
         "MB: all weight files. bits/weight: the packed matrices, metadata and padding included.\n"
         f"perplexity: {WINDOWS} windows of 512 tokens of 'Persuasion' (not seen in calibration).\n"
         "A model of 135 million weights suffers far more from pruning than a large one: read the\n"
-        "perplexities as a ranking of methods. Lossless packing changes no bit of the output.",
+        "perplexities as a ranking of methods. Lossless packing changes no bit of the output. This\n"
+        "model was made from a file of 4-bit weights, which fits quantised values oddly.",
         flush=True,
     )
 
