@@ -166,8 +166,8 @@ def show(rows: list[dict[str, Any]]) -> None:
         "MB: all weight files. bits/weight: the packed matrices, metadata and padding included.\n"
         f"perplexity: {WINDOWS} windows of 512 tokens of 'Persuasion' (not seen in calibration).\n"
         "A model of 135 million weights suffers far more from pruning than a large one: read the\n"
-        "perplexities as a ranking of methods. Lossless packing changes no bit of the output. This\n"
-        "model was made from a file of 4-bit weights, which fits quantised values oddly.",
+        "perplexities as a ranking of methods. Lossless packing changes no bit of the output.\n"
+        "This model was made from a file of 4-bit weights, which fits quantised values oddly.",
         flush=True,
     )
 
