@@ -28,7 +28,9 @@ TESTING = ("gguf", "hypothesis", "pytest")
 
 def pip(*arguments: str) -> None:
     """Run `pip install`; leave with its exit status when it fails."""
-    status = subprocess.run([*PIP, "install", "-q", *arguments], check=False).returncode
+    # Compiling all of torch's modules takes longer than the few that are imported do.
+    command = [*PIP, "install", "-q", "--no-compile", *arguments]
+    status = subprocess.run(command, check=False).returncode
     if status:
         sys.exit(f"pip install {' '.join(arguments)} failed; its message is above")
 
