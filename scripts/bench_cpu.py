@@ -1,10 +1,11 @@
 #!/usr/bin/env python3
 """Run the CPU benchmarks and put their tables into docs/benchmarks/cpu.md.
 
-    python scripts/bench_cpu.py [--dir DIRECTORY]
+    python scripts/bench_cpu.py [--dir DIRECTORY | --no-io]
 
-Takes about ten minutes; leave the machine alone meanwhile. The tables replace what stands between
-the two markers in the document; the records go to docs/benchmarks/results/bench-cpu.jsonl.
+Takes about ten minutes; leave the machine alone meanwhile. Each kernel has tables of its own: those
+of the one that runs replace what stands between its two markers in the document, and the records go
+to docs/benchmarks/results/bench-cpu-KERNEL.jsonl.
 """
 
 import argparse
@@ -15,14 +16,15 @@ import tempfile
 from datetime import date
 from pathlib import Path
 
+from endor.kernels import describe
+
 ROOT = Path(__file__).resolve().parent.parent
 DOCUMENT = ROOT / "docs" / "benchmarks" / "cpu.md"
-RECORDS = ROOT / "docs" / "benchmarks" / "results" / "bench-cpu.jsonl"
-BEGIN, END = "<!-- begin tables -->\n", "<!-- end tables -->\n"
+RESULTS = ROOT / "docs" / "benchmarks" / "results"
 
 
-def commands(directory: Path, cores: int) -> list[list[str]]:
-    """Return the arguments of each `endor bench` run."""
+def commands(directory: Path | None, cores: int) -> list[list[str]]:
+    """Return the arguments of each `endor bench` run; of the disk too, given a directory."""
     found = [
         [bench, "--threads", str(threads)]
         for bench in ("decode", "pack", "matvec")
@@ -30,7 +32,7 @@ def commands(directory: Path, cores: int) -> list[list[str]]:
     ]
     found += [["matvec", "--threads", "1", "--batch", "4"]]
     found += [[bench, "--threads", "1", "--density", "0.3"] for bench in ("decode", "matvec")]
-    return [*found, ["io", "--dir", str(directory)]]
+    return found if directory is None else [*found, ["io", "--dir", str(directory)]]
 
 
 def run(arguments: list[str], records: Path) -> str:
@@ -52,16 +54,21 @@ def main() -> None:
     parser.add_argument(
         "--dir", type=Path, default=Path(tempfile.gettempdir()), help="the disk that io measures"
     )
-    directory = parser.parse_args().dir
-    before, _, rest = DOCUMENT.read_text(encoding="utf-8").partition(BEGIN)
-    _, _, after = rest.partition(END)
+    parser.add_argument("--no-io", action="store_true", help="leave the disk out")
+    options = parser.parse_args()
+    directory = None if options.no_io else options.dir
+    kernel = describe()["kernel"]
+    begin, end = f"<!-- begin tables of {kernel} -->\n", f"<!-- end tables of {kernel} -->\n"
+    before, found, rest = DOCUMENT.read_text(encoding="utf-8").partition(begin)
+    if not found:
+        sys.exit(f"{DOCUMENT}: has no place for tables of {kernel}: add the markers {begin}{end}")
+    _, _, after = rest.partition(end)
     cores = len(os.sched_getaffinity(0))
     with tempfile.TemporaryDirectory() as scratch:
-        records = Path(scratch) / RECORDS.name
+        records = Path(scratch) / f"bench-cpu-{kernel}.jsonl"
         sections = "".join(run(arguments, records) for arguments in commands(directory, cores))
-        RECORDS.parent.mkdir(exist_ok=True)
-        RECORDS.write_bytes(records.read_bytes())
-    DOCUMENT.write_text(f"{before}{BEGIN}\n{sections}{END}{after}", encoding="utf-8")
+        (RESULTS / records.name).write_bytes(records.read_bytes())
+    DOCUMENT.write_text(f"{before}{begin}\n{sections}{end}{after}", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -65,6 +65,7 @@ def arm(library: remote.Remote, monkeypatch: pytest.MonkeyPatch) -> None:
     """Send every call of the compiled kernels to the other process."""
     mask = library.endor_kernels()
     names = tuple(name for i, name in enumerate(native.KERNELS) if mask >> i & 1)
+    monkeypatch.delenv("ENDOR_REQUIRE_NATIVE", raising=False)  # it is about this CPU's kernels
     monkeypatch.setattr(native, "library", lambda: library)
     monkeypatch.setattr(native, "available", lambda: names)
 
