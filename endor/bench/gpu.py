@@ -11,7 +11,6 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 
-import numpy as np
 import torch
 
 from endor.bench.gpu_case import (
@@ -28,16 +27,6 @@ from endor.bench.records import BenchRecord
 from endor.codecs import CodecChoice
 from endor.errors import EndorError
 from endor.kernels import gpu, gpu_plan
-
-COPY_BYTES = 1 << 30
-
-
-def copy_bandwidth(nbytes: int = COPY_BYTES, *, repeats: int = 7) -> float:
-    """Return the bandwidth of a copy inside device memory, bytes read and written, in 1e9 a s."""
-    source = torch.empty(nbytes, dtype=torch.uint8, device="cuda").random_()
-    out = torch.empty_like(source)
-    samples = time_graph([lambda: out.copy_(source)], launches=4, repeats=repeats)
-    return 2 * nbytes / float(np.median(samples)) / 1e9
 
 
 def expansion(case: GpuCase) -> Iterator[BenchRecord]:

@@ -6,8 +6,6 @@ from collections.abc import Callable, Generator, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Generic, TypeVar
 
-import numpy as np
-
 from endor.kernels.scratch import Scratch
 from endor.storage import HostBuffer
 
@@ -145,8 +143,3 @@ class OrderedWork(Generic[Task, Result]):
 def budget_for(largest_nbytes: int) -> int:
     """Return the dense bytes in flight for a checkpoint whose largest tensor is this long."""
     return max(largest_nbytes, MIN_BUDGET_BYTES)
-
-
-def view_as(buffer: HostBuffer, nbytes: int, uint: np.dtype[np.unsignedinteger]) -> np.ndarray:
-    """Return the first `nbytes` of `buffer` as flat unsigned integers."""
-    return buffer.array[:nbytes].view(uint)
