@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 import click
 
 from endor.cli.terminal import Interrupted, printable, say, show
+from endor.hf.config import DEFAULTS
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
@@ -83,16 +84,61 @@ def trust_option(command: Command) -> Command:
     )(command)
 
 
-def kv_option(command: Command) -> Command:
-    """Add `--kv`."""
-    return click.option(
+_LOADING: dict[str, Callable[[Command], Command]] = {
+    "vram": click.option("--vram", metavar="SIZE", help="Device memory, such as 6GiB."),
+    "ram": click.option(
+        "--ram",
+        metavar="SIZE",
+        help="Memory for weights, such as 2GiB; what does not fit is read from disk for every "
+        "token.  [default: what the machine has]",
+    ),
+    "exact": click.option(
+        "--exact/--fast",
+        default=DEFAULTS["exact"],
+        show_default=True,
+        help="The dense model's bits, or products straight from the packed form.",
+    ),
+    "kv": click.option(
         "--kv",
         type=click.Choice(["auto", "device", "ram", "disk"]),
-        default="auto",
+        default=DEFAULTS["kv"],
         show_default=True,
         help="Where keys and values stay: where the model computes, in RAM beside a device, or on "
         "disk; auto takes the first that fits.",
-    )(command)
+    ),
+    "context": click.option(
+        "--context",
+        type=click.IntRange(1),
+        default=DEFAULTS["context"],
+        show_default=True,
+        help="Tokens the cache must hold, prompt included.",
+    ),
+    "prompt": click.option(
+        "--prompt",
+        type=click.IntRange(1),
+        default=DEFAULTS["prompt"],
+        show_default=True,
+        help="Tokens of each prompt.",
+    ),
+    "batch": click.option(
+        "--batch",
+        type=click.IntRange(1),
+        default=DEFAULTS["batch"],
+        show_default=True,
+        help="Sequences at once.",
+    ),
+}
+
+
+def loading_options(*names: str) -> Callable[[Command], Command]:
+    """Add options of `endor.hf.Loading`, and `--trust-remote-code`."""
+
+    def add(command: Command) -> Command:
+        for option in (trust_option, *(_LOADING[name] for name in reversed(names))):
+            command = option(command)
+        return command
+
+    return add
 
 
 def output_options(command: Command) -> Command:

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from endor.cli.common import MODEL, json_option, progress_bar, trust_option
+from endor.cli.common import MODEL, json_option, loading_options, progress_bar
 from endor.cli.tables import table
 from endor.cli.terminal import echo, show
 
@@ -54,14 +54,13 @@ if TYPE_CHECKING:
     show_default=True,
     help="Element type to compute in; auto is the checkpoint's own.",
 )
-@click.option("--ram", metavar="SIZE", help="Memory for packed weights, such as 2GiB.")
+@loading_options("ram")
 @click.option(
     "--plot",
     type=click.Path(dir_okay=False, path_type=Path),
     metavar="FILE.png",
     help="Draw perplexity against bits per weight (needs matplotlib).",
 )
-@trust_option
 @json_option
 def eval_command(
     models: tuple[Path, ...],

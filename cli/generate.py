@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from endor.cli.common import MODEL, Text, kv_option, trust_option
+from endor.cli.common import MODEL, Text, loading_options
 from endor.cli.terminal import echo, show, stream
 
 if TYPE_CHECKING:
@@ -28,20 +28,7 @@ LEAST_STEPS = 5
 @click.option(
     "--device", default="cpu", show_default=True, help="Where the model runs, such as cpu or cuda."
 )
-@click.option("--vram", metavar="SIZE", help="Device memory for weights, such as 6GiB.")
-@click.option(
-    "--ram",
-    metavar="SIZE",
-    help="Memory for weights, such as 2GiB; what does not fit is read from disk for every token.",
-)
-@click.option(
-    "--exact/--fast",
-    default=True,
-    show_default=True,
-    help="The dense model's bits, or products straight from the packed form.",
-)
-@kv_option
-@trust_option
+@loading_options("vram", "ram", "exact", "kv")
 @click.option("--temperature", default=0.0, show_default=True, help="0 takes the likeliest token.")
 @click.option("--top-p", default=1.0, show_default=True, help="Probability that sampling keeps.")
 @click.option("--seed", type=int, help="Makes sampling repeatable.")

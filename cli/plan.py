@@ -3,17 +3,17 @@
 import json
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Unpack
 
 import click
 
-from endor.cli.common import kv_option, trust_option
+from endor.cli.common import loading_options
 from endor.cli.tables import table
 from endor.cli.terminal import echo, show
 
 if TYPE_CHECKING:
+    from endor.hf.config import Loading
     from endor.hf.outline import Outline, Planned
-    from endor.offload.kv_plan import KVSetting
     from endor.offload.planner import Plan
 
 TIERS = {
@@ -27,16 +27,7 @@ TIERS = {
 
 @click.command("plan")
 @click.argument("packed", type=click.Path(exists=True, file_okay=False, path_type=Path))
-@click.option("--vram", metavar="SIZE", help="Device memory, such as 6GiB; the CPU runs without.")
-@click.option("--ram", metavar="SIZE", help="Host memory; what this machine has when omitted.")
-@click.option("--context", default=1024, show_default=True, help="Tokens the cache must hold.")
-@click.option("--prompt", default=128, show_default=True, help="Tokens of each prompt.")
-@click.option("--batch", default=1, show_default=True, help="Sequences at once.")
-@click.option(
-    "--fast", is_flag=True, help="Multiply from the packed form: sums in another order, faster."
-)
-@kv_option
-@trust_option
+@loading_options("vram", "ram", "context", "prompt", "batch", "exact", "kv")
 @click.option("--remeasure", is_flag=True, help="Measure machine and disk again.")
 @click.option("--explain", is_flag=True, help="Print the arithmetic.")
 @click.option(
@@ -48,18 +39,12 @@ TIERS = {
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def plan_command(
     packed: Path,
-    vram: str | None,
-    ram: str | None,
-    context: int,
-    prompt: int,
-    batch: int,
-    fast: bool,
-    kv: "KVSetting",
     trust_remote_code: bool,
     remeasure: bool,
     explain: bool,
     plot: Path | None,
     as_json: bool,
+    **options: Unpack["Loading"],
 ) -> None:
     """Place PACKED in VRAM, RAM and on disk, and predict its speed.
 
@@ -67,16 +52,9 @@ def plan_command(
     constants are remembered; `endor bench hw` shows them.
     """
     from endor.hf.outline import plan_checkpoint
-    from endor.offload import available_bytes, parse_bytes
-    from endor.offload.planner import Workload
 
     planned = plan_checkpoint(
-        packed,
-        ram_bytes=parse_bytes(ram, "--ram") if ram else available_bytes(),
-        vram_bytes=parse_bytes(vram, "--vram") if vram else 0,
-        workload=Workload(batch, min(prompt, context), context, "direct" if fast else "exact", kv),
-        remeasure=remeasure,
-        trust_remote_code=trust_remote_code,
+        packed, remeasure=remeasure, trust_remote_code=trust_remote_code, **options
     )
     found, result = planned.outline, planned.plan
     if plot is not None:

@@ -4,18 +4,20 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from endor.hf.config import Loading
     from endor.hf.experts import EndorExperts
     from endor.hf.linear import EndorLinear
     from endor.hf.load import load_model
     from endor.hf.quantizer import EndorConfig, EndorQuantizer
 
-__all__ = ["EndorConfig", "EndorExperts", "EndorLinear", "EndorQuantizer", "load_model"]
+__all__ = ["EndorConfig", "EndorExperts", "EndorLinear", "EndorQuantizer", "Loading", "load_model"]
 
 _HOMES = {
     "EndorConfig": "endor.hf.quantizer",
     "EndorExperts": "endor.hf.experts",
     "EndorLinear": "endor.hf.linear",
     "EndorQuantizer": "endor.hf.quantizer",
+    "Loading": "endor.hf.config",
     "load_model": "endor.hf.load",
 }
 

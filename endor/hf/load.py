@@ -3,39 +3,27 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Unpack
 
 from endor.checkpoint.index import read_packed_index
 from endor.dependencies import changed
 from endor.errors import CheckpointError, ConfigError, EndorError
+from endor.hf.config import Loading, settled, spelled_out
 from endor.hf.model import is_packed
 
 if TYPE_CHECKING:
     import torch
 
-    from endor.offload import Placement
-    from endor.offload.kv_plan import KVSetting
 
-
+@spelled_out
 def load_model(
     packed_dir: str | Path,
     *,
     device: str = "cpu",
-    ram: int | str | None = None,
-    vram: int | str | None = None,
-    exact: bool = True,
     dtype: "torch.dtype | str" = "auto",
-    verify: bool = True,
-    reader: str = "auto",
-    threads: int = 2,
-    placement: "Placement | None" = None,
     attn_implementation: str | None = None,
-    context: int = 1024,
-    prompt: int = 128,
-    batch: int = 1,
-    measure: bool = False,
-    kv: "KVSetting" = "auto",
     trust_remote_code: bool = False,
+    **options: Unpack[Loading],
 ) -> Any:
     """Return the transformers model of a packed checkpoint, ready to generate.
 
@@ -45,28 +33,12 @@ def load_model(
     Args:
         packed_dir: Directory that `endor pack` wrote.
         device: Where it runs: `"cpu"`, `"cuda"` or `"cuda:N"`.
-        ram: Host memory for the model, such as `"8GiB"`: on the CPU for weights, the cache of
-            `context` tokens and scratch. What does not fit is read from disk for every token. None
-            takes what the machine has.
-        vram: Device memory for the same, with a CUDA device: what does not fit stays packed in
-            page-locked RAM as far as `ram` goes. None takes nine tenths of what is free.
-        exact: Give the bits of the unpacked model; see `EndorConfig`.
         dtype: Element type to run in; packed weights are converted as they are expanded. `"auto"`
             is the checkpoint's own.
-        verify: Check every record whenever it is read.
-        reader: `"auto"`, `"direct"` or `"buffered"`.
-        threads: Reads in flight, 1 to 256.
-        placement: A tier per unit, instead of the planner's choice.
         attn_implementation: As in transformers.
-        context: Tokens that the cache is planned for, prompt included.
-        prompt: Tokens of each prompt that is planned for.
-        batch: Sequences at once that are planned for.
-        measure: Measure machine and disk first, unless that was done before.
-        kv: Where `generate` keeps keys and values: `"device"` (where the model computes), `"ram"`
-            (host memory beside a device), `"disk"`, or `"auto"`: the first where the planned
-            context fits.
         trust_remote_code: Run Python code that comes with the checkpoint, where its architecture
             is not one of transformers' own. Without, such a checkpoint is refused.
+        options: Memory, arithmetic, what is planned for; see `endor.hf.Loading`.
 
     Returns:
         A `PreTrainedModel` in evaluation mode; `model.endor` is its store of packed weights,
@@ -82,32 +54,17 @@ def load_model(
     """
     from endor.hf.quantizer import EndorConfig
 
-    path = Path(packed_dir)
-    if device == "cpu" and vram is not None:
+    path, found = Path(packed_dir), settled(options)
+    if device == "cpu" and found["vram"] is not None:
         raise ConfigError("vram needs a device other than the CPU: pass device='cuda'")
     if not is_packed(path):
         raise ConfigError(
             f"{path}: config.json names no packed checkpoint; make one with `endor pack`"
         )
-    options = EndorConfig(
-        ram,
-        exact,
-        verify,
-        reader,
-        threads,
-        placement,
-        vram=vram,
-        context=context,
-        prompt=prompt,
-        batch=batch,
-        measure=measure,
-        kv=kv,
-    )
     read_packed_index(path)
     config = read_model_config(path, trust_remote_code=trust_remote_code)
     config.quantization_config = EndorConfig.from_dict(config.quantization_config)
-    for name, value in options.get_loading_attributes().items():
-        setattr(config.quantization_config, name, value)
+    config.quantization_config.__dict__.update(found)
     with one_line_errors(path, "the model does not load"):
         model = model_class(config).from_pretrained(
             path,
@@ -122,19 +79,14 @@ def load_model(
     return model
 
 
+@spelled_out
 def open_model(
     path: str | Path,
     *,
     device: str = "cpu",
-    ram: int | str | None = None,
-    vram: int | str | None = None,
-    exact: bool = True,
     dtype: "torch.dtype | str" = "auto",
-    context: int = 1024,
-    prompt: int = 128,
-    measure: bool = False,
-    kv: "KVSetting" = "auto",
     trust_remote_code: bool = False,
+    **options: Unpack[Loading],
 ) -> Any:
     """Return the model of a packed or of an ordinary checkpoint, its weights in place.
 
@@ -153,21 +105,12 @@ def open_model(
     transformers.logging.disable_progress_bar()
     if is_packed(Path(path)):
         model = load_model(
-            path,
-            device=device,
-            vram=vram,
-            ram=ram,
-            exact=exact,
-            dtype=dtype,
-            context=context,
-            prompt=prompt,
-            measure=measure,
-            kv=kv,
-            trust_remote_code=trust_remote_code,
+            path, device=device, dtype=dtype, trust_remote_code=trust_remote_code, **options
         )
         model.endor.preload()
         return model
-    if vram or ram or not exact or kv in ("ram", "disk"):
+    found = settled(options)
+    if found["vram"] or found["ram"] or not found["exact"] or found["kv"] in ("ram", "disk"):
         raise ConfigError(
             f"{path} is an ordinary checkpoint: vram, ram, kv and fast products need a packed one"
         )

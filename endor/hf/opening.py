@@ -9,6 +9,7 @@ import torch
 from endor.errors import ConfigError
 from endor.hf import device as places
 from endor.hf import ranges
+from endor.hf.config import workload
 from endor.hf.device import Wanted, device_budget, open_reader_for
 from endor.hf.kv_cache import refuse_kv
 from endor.hf.model import parameter_bytes
@@ -87,13 +88,10 @@ class Opener:
 
     @property
     def workload(self) -> Workload:
-        config = self.config
-        product = "exact" if config.exact else "direct"
-        prompt = min(config.prompt, config.context)
-        kv = config.kv
-        if kv == "auto" and (len(self.wanted.devices()) > 1 or refuse_kv(self.model)):
-            kv = "device"  # nowhere else: a plan must not count on it
-        return Workload(config.batch, prompt, config.context, product, kv)  # type: ignore[arg-type]
+        wanted = workload(self.config.options)
+        if wanted.kv == "auto" and (len(self.wanted.devices()) > 1 or refuse_kv(self.model)):
+            return replace(wanted, kv="device")  # nowhere else: a plan must not count on it
+        return wanted
 
     def _on_host(self) -> Opened:
         config = self.config
@@ -320,8 +318,9 @@ class Opener:
 
     def _ram(self, room: int) -> int:
         """Return the host memory to plan with: the caller's, or what there is."""
-        if self.config.ram is not None:
-            return self.config.ram
+        ram: int | None = self.config.ram
+        if ram is not None:
+            return ram
         limit = self.wanted.limits.get("cpu")
         return room if limit is None else min(room, limit)
 

@@ -3,19 +3,20 @@
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Unpack
 
 from endor.checkpoint.index import read_packed_index
 from endor.codecs import DTYPES
 from endor.errors import ConfigError
+from endor.hf.config import Loading, settled, spelled_out, workload
 from endor.hf.load import model_class, one_line_errors, read_model_config
 from endor.hf.loading import open_layouts
 from endor.hf.model import is_packed, parameter_bytes, read_config, refuse_quantized
 from endor.hf.names import Assignment, assign
-from endor.offload import hardware
+from endor.offload import available_bytes, hardware
 from endor.offload.costs import ModelShape
 from endor.offload.hardware import Disk, Machine
-from endor.offload.planner import Plan, Workload, plan
+from endor.offload.planner import Plan, plan
 from endor.offload.store import scratch_bytes
 from endor.offload.units import Unit, WeightSpec, collect_units
 from endor.packed import torch_dtype
@@ -54,14 +55,13 @@ class Planned:
     plan: Plan
 
 
+@spelled_out
 def plan_checkpoint(
     packed_dir: Path | str,
     *,
-    ram_bytes: int,
-    vram_bytes: int = 0,
-    workload: Workload | None = None,
     remeasure: bool = False,
     trust_remote_code: bool = False,
+    **options: Unpack[Loading],
 ) -> Planned:
     """Return the plan for a packed checkpoint on this machine, measuring what is not remembered.
 
@@ -69,17 +69,18 @@ def plan_checkpoint(
 
     Args:
         packed_dir: The checkpoint.
-        ram_bytes: Host memory for weights, cache, scratch and activations.
-        vram_bytes: Device memory; 0 plans for the processor.
-        workload: What the model is for.
         remeasure: Measure the machine and the disk again.
         trust_remote_code: As for `outline`.
+        options: As for `load_model`, of which planning needs memory, arithmetic and what is planned
+            for; without `vram` the plan is for the processor.
 
     Raises:
         BudgetError: A budget is too small; the message has the least that works.
         ConfigError: No packed checkpoint, or options that make no sense.
         FormatError: A header is damaged.
     """
+    given, purpose = settled(options), workload(options)
+    ram, vram = given["ram"], given["vram"]
     found = outline(packed_dir, trust_remote_code=trust_remote_code)
     machine = hardware.machine(found.dtype, refresh=remeasure)
     disk = hardware.disk(packed_dir, refresh=remeasure)
@@ -88,9 +89,9 @@ def plan_checkpoint(
         found.shape,
         machine,
         disk,
-        ram_bytes=ram_bytes,
-        vram_bytes=vram_bytes,
-        workload=workload,
+        ram_bytes=available_bytes() if ram is None else int(ram),
+        vram_bytes=int(vram or 0),
+        workload=purpose,
     )
     return Planned(found, machine, disk, chosen)
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Unpack, cast
 
 import torch
 from transformers.quantizers.base import HfQuantizer
@@ -14,6 +14,7 @@ from endor.dependencies import internals, require
 from endor.errors import ConfigError, FormatError
 from endor.hf import adapters, pipelines, register
 from endor.hf import model as behaviour
+from endor.hf.config import OPTIONS, Loading, settled, spelled_out
 from endor.hf.device import Wanted, host_reader, read_device_map
 from endor.hf.experts import (
     EndorExperts,
@@ -29,10 +30,6 @@ from endor.hf.loading import PlainFile, check_taken, open_layouts, plain_file
 from endor.hf.names import Assignment, assign
 from endor.hf.opening import Opener
 from endor.hf.ranges import stay_on_device
-from endor.kernels.dispatch import check_threads
-from endor.offload import Placement, parse_bytes
-from endor.offload.device_placement import DevicePlacement
-from endor.offload.kv_plan import KVSetting, check_kv
 from endor.offload.store import Store
 from endor.storage import FileLayout, open_reader
 from endor.storage.layout import FORMAT_VERSION, VERSIONS
@@ -41,93 +38,39 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 UNLIMITED = 1 << 60
-_LOADING = (
-    "ram",
-    "exact",
-    "verify",
-    "reader",
-    "threads",
-    "placement",
-    "vram",
-    "context",
-    "prompt",
-    "batch",
-    "measure",
-    "kv",
-)
 
 
 class EndorConfig(QuantizationConfigMixin):  # type: ignore[misc]
     """How a packed checkpoint is loaded: pass it as `quantization_config`.
 
     Args:
-        ram: Host memory for weights, such as `"8GiB"`; on the CPU also for scratch, activations and
-            the cache of the planned context. None takes what the machine has. What does not fit
-            is read from disk for every token. Wins over the `"cpu"` of `max_memory`.
-        exact: Give the bits that the unpacked model gives. False multiplies up to eight rows
-            straight from the packed form, faster and with float32 sums in another order.
-        verify: Check every record's checksum whenever it is read, and its structure the first time.
-        reader: `"auto"`, `"direct"` (past the page cache) or `"buffered"`.
-        threads: Reads in flight.
-        placement: A tier per unit, instead of the planner's choice.
         packed: What the checkpoint's own config says; kept when the model is saved.
-        vram: Memory of each CUDA device for the model, where `device_map` names one: unpacked
-            parameters, packed weights, slots, scratch, activations and the cache of the planned
-            context. None takes nine tenths of what is free. Wins over `max_memory`.
-        context: Tokens that the cache is planned for, prompt included.
-        prompt: Tokens of each prompt that is planned for.
-        batch: Sequences at once that are planned for.
-        measure: Measure this machine and its disk, once, to place weights by; without, what is
-            remembered of it, or typical constants.
-        kv: Where `generate` keeps keys and values: `"device"` (where the model computes), `"ram"`
-            (host memory beside a device), `"disk"`, or `"auto"`: the first where the planned
-            context fits.
+        options: As for `endor.load_model`; see `endor.hf.Loading`.
+
+    Raises:
+        ConfigError: An option makes no sense.
     """
 
+    @spelled_out
     def __init__(
-        self,
-        ram: int | str | None = None,
-        exact: bool = True,
-        verify: bool = True,
-        reader: str = "auto",
-        threads: int = 2,
-        placement: Placement | DevicePlacement | None = None,
-        packed: Mapping[str, Any] | None = None,
-        vram: int | str | None = None,
-        context: int = 1024,
-        prompt: int = 128,
-        batch: int = 1,
-        measure: bool = False,
-        kv: KVSetting = "auto",
+        self, *, packed: Mapping[str, Any] | None = None, **options: Unpack[Loading]
     ) -> None:
         self.quant_method = "endor"
         self.packed = dict(packed or {"quant_method": "endor", "format_version": FORMAT_VERSION})
-        self.ram = None if ram is None else parse_bytes(ram, "ram")
-        self.vram = None if vram is None else parse_bytes(vram, "vram")
-        self.exact = exact
-        self.verify = verify
-        self.reader = reader
-        self.threads = threads
-        self.placement = placement
-        self.context = context
-        self.prompt = prompt
-        self.batch = batch
-        self.measure = measure
-        self.kv = kv
-        self.check()
+        self.__dict__.update(settled(options))
+
+    @property
+    def options(self) -> Loading:
+        """The options, as they are now."""
+        return cast(Loading, {name: getattr(self, name) for name in OPTIONS})
 
     def check(self) -> None:
-        """Raise unless the options make sense.
+        """Settle the options again: attributes may have been set since.
 
         Raises:
-            ConfigError: One does not.
+            ConfigError: One makes no sense.
         """
-        check_threads(self.threads)
-        check_kv(self.kv)
-        for name in ("context", "prompt", "batch"):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ConfigError(f"{name} must be an integer of at least 1, got {value!r:.40}")
+        self.__dict__.update(settled(self.options))
 
     @classmethod
     def from_dict(
@@ -138,7 +81,7 @@ class EndorConfig(QuantizationConfigMixin):  # type: ignore[misc]
         Members that have the name of a loading option are ignored: how a checkpoint is loaded, and
         whether it is checked, is for whoever loads it to say, not for the checkpoint.
         """
-        packed = {key: value for key, value in config_dict.items() if key not in _LOADING}
+        packed = {key: value for key, value in config_dict.items() if key not in OPTIONS}
         version = packed.get("format_version")
         if version not in VERSIONS:
             raise FormatError(
@@ -158,7 +101,7 @@ class EndorConfig(QuantizationConfigMixin):  # type: ignore[misc]
 
     def get_loading_attributes(self) -> dict[str, Any]:
         """Return what a caller of `from_pretrained` may set."""
-        return {key: getattr(self, key) for key in _LOADING}
+        return dict(self.options)
 
 
 _CALLED = (

@@ -1,0 +1,138 @@
+"""How a packed checkpoint is loaded: every option once, with its meaning, its default, its check.
+
+`endor.load_model`, `EndorConfig` and the command line take their options from here. Importable
+without torch and transformers.
+"""
+
+import inspect
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any, Literal, TypedDict, TypeVar
+
+from endor.errors import ConfigError
+from endor.sizes import parse_bytes
+
+if TYPE_CHECKING:
+    from endor.offload import Placement
+    from endor.offload.device_placement import DevicePlacement
+    from endor.offload.kv_plan import KVSetting
+    from endor.offload.planner import Workload
+
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+
+class Loading(TypedDict, total=False):
+    """The options.
+
+    Attributes:
+        ram: Host memory for weights, such as `"8GiB"`; on the CPU also for scratch, activations and
+            the cache of the planned context. None takes what the machine has. What does not fit
+            is read from disk for every token. Wins over the `"cpu"` of `max_memory`.
+        vram: Memory of each CUDA device for the model, where it runs on one: unpacked parameters,
+            packed weights, slots, scratch, activations and the cache of the planned context; what
+            does not fit stays packed in page-locked RAM as far as `ram` goes. None takes nine
+            tenths of what is free. Wins over `max_memory`.
+        exact: Give the bits that the unpacked model gives. False multiplies up to eight rows
+            straight from the packed form, faster and with float32 sums in another order.
+        kv: Where `generate` keeps keys and values: `"device"` (where the model computes), `"ram"`
+            (host memory beside a device), `"disk"`, or `"auto"`: the first where the planned
+            context fits.
+        context: Tokens that the cache is planned for, prompt included.
+        prompt: Tokens of each prompt that is planned for.
+        batch: Sequences at once that are planned for.
+        placement: A tier per unit, instead of the planner's choice.
+        measure: Measure this machine and its disk, once, to place weights by; without, what is
+            remembered of it, or typical constants.
+        verify: Check every record's checksum whenever it is read, and its structure the first time.
+        reader: `"auto"`, `"direct"` (past the page cache) or `"buffered"`.
+        threads: Reads in flight, 1 to 256.
+    """
+
+    ram: int | str | None
+    vram: int | str | None
+    exact: bool
+    kv: "KVSetting"
+    context: int
+    prompt: int
+    batch: int
+    placement: "Placement | DevicePlacement | None"
+    measure: bool
+    verify: bool
+    reader: str
+    threads: int
+
+
+DEFAULTS: Loading = {
+    "ram": None,
+    "vram": None,
+    "exact": True,
+    "kv": "auto",
+    "context": 1024,
+    "prompt": 128,
+    "batch": 1,
+    "placement": None,
+    "measure": False,
+    "verify": True,
+    "reader": "auto",
+    "threads": 2,
+}
+
+OPTIONS = tuple(DEFAULTS)
+
+_COUNTS: tuple[Literal["context", "prompt", "batch"], ...] = ("context", "prompt", "batch")
+
+
+def settled(options: Mapping[str, Any]) -> Loading:
+    """Return all options: `options`, sizes as bytes, and the defaults of the others.
+
+    Raises:
+        ConfigError: There is no such option, or one makes no sense.
+    """
+    from endor.kernels.dispatch import check_threads
+    from endor.offload.kv_plan import check_kv
+
+    unknown = sorted(set(options) - set(OPTIONS))
+    if unknown:
+        raise ConfigError(
+            f"{unknown[0]}: is no option of loading; there are {', '.join(sorted(OPTIONS))}"
+        )
+    found: Loading = {**DEFAULTS, **options}  # type: ignore[typeddict-item]
+    ram, vram = found["ram"], found["vram"]
+    found["ram"] = None if ram is None else parse_bytes(ram, "ram")
+    found["vram"] = None if vram is None else parse_bytes(vram, "vram")
+    check_threads(found["threads"])
+    check_kv(found["kv"])
+    for name in _COUNTS:
+        value = found[name]
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise ConfigError(f"{name} must be an integer of at least 1, got {value!r:.40}")
+    return found
+
+
+def workload(options: Loading) -> "Workload":
+    """Return what the model is to be planned for."""
+    from endor.offload.planner import Workload
+
+    found = settled(options)
+    context = found["context"]
+    return Workload(
+        batch=found["batch"],
+        prompt=min(found["prompt"], context),
+        context=context,
+        product="exact" if found["exact"] else "direct",
+        kv=found["kv"],
+    )
+
+
+def spelled_out(function: Function) -> Function:
+    """Show the options one by one in the signature of a function that takes `**options`."""
+    given = inspect.signature(function)
+    kept = [item for item in given.parameters.values() if item.kind is not item.VAR_KEYWORD]
+    kinds = Loading.__annotations__
+    options = [
+        inspect.Parameter(
+            name, inspect.Parameter.KEYWORD_ONLY, default=value, annotation=kinds[name]
+        )
+        for name, value in DEFAULTS.items()
+    ]
+    function.__signature__ = given.replace(parameters=[*kept, *options])  # type: ignore[attr-defined]
+    return function
