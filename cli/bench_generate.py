@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from endor.cli.common import trust_option
 from endor.cli.tables import table
 from endor.cli.terminal import echo, show
 
@@ -46,6 +47,7 @@ if TYPE_CHECKING:
     help="Where peers may write; AirLLM needs the dense size there.",
 )
 @click.option("--airllm-python", metavar="PATH", help="An interpreter that has AirLLM.")
+@trust_option
 @click.option(
     "--report",
     type=click.Path(dir_okay=False, path_type=Path),
@@ -79,6 +81,7 @@ def generate_command(
     threads: int,
     work: Path | None,
     airllm_python: str | None,
+    trust_remote_code: bool,
     report: Path | None,
     plot: Path | None,
     json_path: Path | None,
@@ -105,6 +108,7 @@ def generate_command(
         threads=threads,
         work=work,
         airllm_python=airllm_python,
+        trust_remote_code=trust_remote_code,
         report=report,
     )
     records = generate(case, progress=lambda text: show(text, err=True))

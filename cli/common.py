@@ -293,11 +293,22 @@ def human(nbytes: float) -> str:
     return f"{nbytes:.2f} TB"
 
 
-def left_out_line(names: Sequence[str]) -> None:
-    """Say on stderr what was not carried over, if anything was not."""
-    if names:
-        shown = ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
-        show(f"left out (other weights, folders that no config names): {shown}", err=True)
+def companion_lines(left_out: Sequence[str], code: Sequence[str]) -> None:
+    """Say on stderr what was not carried over, and what was that can run."""
+    if left_out:
+        show(
+            f"left out (other weights, folders that no config names): {_shown(left_out)}", err=True
+        )
+    if code:
+        show(
+            f"carried over unread: Python code of the checkpoint ({_shown(code)}); it runs only "
+            "where --trust-remote-code allows it",
+            err=True,
+        )
+
+
+def _shown(names: Sequence[str]) -> str:
+    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
 
 
 MODEL = click.Path(path_type=Path)

@@ -61,12 +61,13 @@ def generate_command(
     The text comes on the standard output as it is made, its cost on the standard error. PACKED may
     also be an ordinary checkpoint, for comparison; memory options then do not apply.
     """
-    from endor.hf.generation import Sampling, encode_prompt, generate_text, load_tokenizer
+    from endor.hf.generation import Sampling, encode_prompt, generate_text
     from endor.hf.load import open_model
+    from endor.trust import read_tokenizer
 
     sampling = Sampling(max_new_tokens, temperature, top_p, seed)
     sampling.check()
-    tokenizer = load_tokenizer(packed, trust_remote_code=trust_remote_code)
+    tokenizer = read_tokenizer(packed, trust_remote_code=trust_remote_code)
     inputs = encode_prompt(tokenizer, prompt, chat=chat)
     prompt_tokens = inputs["input_ids"].shape[-1]
     start = time.perf_counter()

@@ -11,9 +11,9 @@ from endor.cli.common import (
     Size,
     calibration_progress,
     change,
+    companion_lines,
     human,
     json_option,
-    left_out_line,
     output_options,
     progress_bar,
     refuse_existing,
@@ -146,7 +146,7 @@ def pack_command(
             "unpack it to run it",
             err=True,
         )
-    left_out_line(report.left_out)
+    companion_lines(report.left_out, report.code)
     show(
         f"{sizes.packed_tensors} of {sizes.tensors} tensors packed: density {sizes.density:.4f}, "
         f"{sizes.bits_per_weight:.3f} bits a weight with all metadata and padding"

@@ -10,9 +10,9 @@ import click
 from endor.cli.common import (
     MODEL,
     calibration_progress,
+    companion_lines,
     human,
     json_option,
-    left_out_line,
     output_options,
     progress_bar,
     refuse_existing,
@@ -122,4 +122,4 @@ def prune_command(
             f"{human(report.dense_bytes)} before and after; to make it smaller: "
             f"endor pack {out} PACKED"
         )
-        left_out_line(report.left_out)
+        companion_lines(report.left_out, report.code)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 from click.core import ParameterSource
 
-from endor.cli.common import Command, Share, Size
+from endor.cli.common import Command, Share, Size, trust_option
 from endor.codecs.rounding import LEAST_BITS, MOST_BITS
 from endor.pruning.contract import METHODS, NOTHING, Pattern, PruneOptions
 from endor.quantization.contract import QuantizeOptions
@@ -67,6 +67,7 @@ def calibration_options(command: Command) -> Command:
     """Add what the calibrated methods take, passed on as a dict by `pruning_options`."""
     defaults = PruneOptions()
     for option in (
+        trust_option,
         click.option(
             "--device",
             default=defaults.device,
@@ -197,7 +198,7 @@ def refuse_idle(ctx: click.Context, needed: str) -> None:
     idle = {field.name for field in fields(PruneOptions)} | {"scratch"}
     for option in ctx.command.params:
         given = ctx.get_parameter_source(option.name or "") is ParameterSource.COMMANDLINE
-        if given and option.name in idle - {"method", "device"}:
+        if given and option.name in idle - {"method", "device", "trust_remote_code"}:
             raise click.UsageError(f"{option.opts[0]} does nothing without {needed}", ctx)
 
 

@@ -7,9 +7,9 @@ import click
 
 from endor.cli.common import (
     MODEL,
+    companion_lines,
     human,
     json_option,
-    left_out_line,
     output_options,
     progress_bar,
     refuse_existing,
@@ -52,4 +52,4 @@ def unpack_command(
         f"{out}: {report.tensors} tensors, {human(report.dense_bytes)} in {report.files} file(s), "
         f"{report.seconds:.1f} s, {report.gbps:.2f} GB/s"
     )
-    left_out_line(report.left_out)
+    companion_lines(report.left_out, report.code)

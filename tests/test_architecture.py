@@ -19,6 +19,7 @@ ROOMS = [
     "codecs",
     "kernels",
     "machine",
+    "trust",
     "packed",
     "storage",
     "checkpoint",

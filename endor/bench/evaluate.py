@@ -14,8 +14,8 @@ from endor.bench.perplexity import (
     perplexity,
     tokenize,
 )
-from endor.errors import CheckpointError
 from endor.jsontext import read_utf8
+from endor.trust import read_model_config, read_tokenizer
 
 Precision = Literal["auto", "float32", "bfloat16", "float16"]
 
@@ -127,18 +127,8 @@ def evaluate(
         CheckpointError: There is no checkpoint, or it has no tokenizer.
         ConfigError, ShapeError: See `endor.bench.perplexity`.
     """
-    from transformers import AutoTokenizer
-
     model = load(path, ram=ram, dtype=dtype, trust_remote_code=trust_remote_code)
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(
-            path, local_files_only=True, trust_remote_code=trust_remote_code
-        )
-    except (OSError, ValueError) as error:
-        first = str(error).splitlines()[0]
-        raise CheckpointError(
-            f"{path}: the tokenizer must lie beside the weights: {first}"
-        ) from None
+    tokenizer = read_tokenizer(path, trust_remote_code=trust_remote_code)
     tokens = tokenize(text, tokenizer, bos=bos)
     compared = None
     if reference is None:
@@ -172,14 +162,10 @@ def evaluate(
 
 def bits_per_weight(path: Path, *, trust_remote_code: bool = False) -> float | None:
     """Return the stored bits per weight of the checkpoint at `path`; see `Evaluation`."""
-    import transformers
-
     from endor.checkpoint import inspect_checkpoint
     from endor.hf.model import is_packed
 
     if is_packed(path):
         return inspect_checkpoint(path).sizes.bits_per_weight
-    element = transformers.AutoConfig.from_pretrained(
-        path, local_files_only=True, trust_remote_code=trust_remote_code
-    ).dtype
+    element = read_model_config(path, trust_remote_code=trust_remote_code).dtype
     return 8.0 * element.itemsize if element is not None else None

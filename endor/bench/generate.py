@@ -28,6 +28,7 @@ from endor.kernels.dispatch import check_threads
 from endor.offload import hardware
 from endor.offload.hardware import Disk, Machine
 from endor.offload.planner import Plan, Workload, plan
+from endor.trust import read_model_config
 
 PEERS = ("accelerate-disk", "accelerate-cpu", "airllm", "dense")
 CHILD_TIMEOUT_S = 3600
@@ -61,6 +62,7 @@ class GenerateCase:
         verify: Let Endor check each record whenever it is read.
         work: Directory for what peers write (AirLLM its split copy of the checkpoint).
         airllm_python: Interpreter that has AirLLM; this one when omitted.
+        trust_remote_code: Run Python code that comes with the checkpoints.
         report: Where Endor's last round writes its HTML report.
         remeasure: Measure machine and disk first, so that predictions are made of today's speeds.
     """
@@ -79,6 +81,7 @@ class GenerateCase:
     verify: bool = True
     work: Path | None = None
     airllm_python: str | None = None
+    trust_remote_code: bool = False
     report: Path | None = None
     remeasure: bool = True
 
@@ -180,7 +183,7 @@ def generate(case: GenerateCase, progress: Progress | None = None) -> list[Gener
     case.check()
     say = progress or (lambda text: None)
     say("outline and machine")
-    found = outline(case.packed)
+    found = outline(case.packed, trust_remote_code=case.trust_remote_code)
     import torch
 
     threads = check_threads(case.threads) if case.threads else torch.get_num_threads()
@@ -215,6 +218,7 @@ def _systems(
         "cold": case.cold,
         "ram_bytes": case.ram_bytes,
         "work": work,
+        "trust_remote_code": case.trust_remote_code,
     }
     out = []
     for name, product in (("endor", "exact"), ("endor-direct", "direct")):
@@ -279,13 +283,15 @@ def _peer(case: GenerateCase, name: str, base: Mapping[str, Any]) -> _System:
                 f"{case.ram_bytes / 1e9:.2f} GB"
             )
     elif name == "accelerate-disk":
-        job["device_map"] = device_map(case.dense, case.ram_bytes)
+        job["device_map"] = device_map(
+            case.dense, case.ram_bytes, trust_remote_code=case.trust_remote_code
+        )
     elif name == "airllm":
         system.python = case.airllm_python or sys.executable
     return system
 
 
-def device_map(dense: Path, ram_bytes: int) -> dict[str, str]:
+def device_map(dense: Path, ram_bytes: int, *, trust_remote_code: bool = False) -> dict[str, str]:
     """Return accelerate's own placement of a dense checkpoint: RAM up to the budget, then disk.
 
     Layers are given away in order, as `device_map="auto"` does with `max_memory`; half a gigabyte
@@ -295,9 +301,11 @@ def device_map(dense: Path, ram_bytes: int) -> dict[str, str]:
     import torch
     import transformers
 
-    config = transformers.AutoConfig.from_pretrained(dense)
+    config = read_model_config(dense, trust_remote_code=trust_remote_code)
     with torch.device("meta"):
-        model = transformers.AutoModelForCausalLM.from_config(config)
+        model = transformers.AutoModelForCausalLM.from_config(
+            config, trust_remote_code=trust_remote_code
+        )
     room = max(ram_bytes - (512 << 20), ram_bytes // 2)
     found = accelerate.infer_auto_device_map(
         model,

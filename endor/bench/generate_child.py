@@ -143,6 +143,11 @@ def run(job: Job) -> dict[str, Any]:
     return result | finish()
 
 
+def _trusts(job: Job) -> bool:
+    """Whether the checkpoint's own code may run; told to transformers either way: it would ask."""
+    return bool(job.get("trust_remote_code"))
+
+
 def _endor(job: Job) -> tuple[Any, Callable[[], dict[str, Any]]]:
     """Load a packed checkpoint with the placement `tiers` and `staging_bytes`."""
     import endor
@@ -154,6 +159,7 @@ def _endor(job: Job) -> tuple[Any, Callable[[], dict[str, Any]]]:
         exact=job["exact"],
         placement=Placement(job["tiers"], job["staging_bytes"]),
         verify=job["verify"],
+        trust_remote_code=_trusts(job),
     )
     model.endor.preload()
     model.endor.ledger.clear()
@@ -178,7 +184,9 @@ def _dense(job: Job) -> tuple[Any, Callable[[], dict[str, Any]]]:
     import torch
     import transformers
 
-    model = transformers.AutoModelForCausalLM.from_pretrained(job["path"], dtype="auto")
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        job["path"], dtype="auto", trust_remote_code=_trusts(job)
+    )
     # Weights may be views of mapped files: a resident model has its weights in its own memory.
     with torch.no_grad():
         for parameter in model.parameters():
@@ -206,6 +214,7 @@ def _accelerate_disk(job: Job) -> tuple[Any, Callable[[], dict[str, Any]]]:
         dtype="auto",
         device_map=job["device_map"],
         offload_folder=str(Path(job["work"], "accelerate-offload")),
+        trust_remote_code=_trusts(job),
     )
     # Without a disk entry transformers attaches no map.
     tiers = [str(device) for device in getattr(model, "hf_device_map", {}).values()]

@@ -55,6 +55,11 @@ class Companions:
     files: Mapping[str, Path]
     left_out: tuple[str, ...]
 
+    @property
+    def code(self) -> tuple[str, ...]:
+        """Names of the files of Python code among `files`."""
+        return tuple(sorted(name for name in self.files if name.endswith(".py")))
+
 
 def find_companions(source: CheckpointSource) -> Companions:
     """Return what to carry over besides config.json.

@@ -132,6 +132,7 @@ def convert(
         seconds=time.perf_counter() - began,
         converted_bytes=run.converted_bytes,
         left_out=companions.left_out,
+        code=companions.code,
     )
 
 

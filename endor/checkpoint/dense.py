@@ -97,6 +97,7 @@ def write_dense(
         resumed_files=resumed,
         seconds=time.perf_counter() - began,
         left_out=companions.left_out,
+        code=companions.code,
     )
 
 

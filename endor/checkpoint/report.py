@@ -93,6 +93,7 @@ class PackReport:
         seconds: Wall time of this run.
         converted_bytes: Dense bytes that this run read.
         left_out: Other weights and folders beside the source's, which were not carried over.
+        code: Files of Python code that were carried over.
     """
 
     path: Path
@@ -101,6 +102,7 @@ class PackReport:
     seconds: float
     converted_bytes: int
     left_out: tuple[str, ...] = ()
+    code: tuple[str, ...] = ()
 
     @property
     def gbps(self) -> float:
@@ -117,6 +119,7 @@ class PackReport:
             "converted_bytes": self.converted_bytes,
             "gbps": self.gbps,
             "left_out": list(self.left_out),
+            "code": list(self.code),
         }
 
 
@@ -135,6 +138,7 @@ class DenseReport:
         resumed_files: Files that an earlier run had finished.
         seconds: Wall time of this run.
         left_out: Other weights and folders beside the source's, which were not carried over.
+        code: Files of Python code that were carried over.
     """
 
     path: Path
@@ -147,6 +151,7 @@ class DenseReport:
     resumed_files: int
     seconds: float
     left_out: tuple[str, ...] = ()
+    code: tuple[str, ...] = ()
 
     @property
     def gbps(self) -> float:

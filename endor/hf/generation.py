@@ -3,10 +3,9 @@
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-from endor.errors import CheckpointError, ConfigError
+from endor.errors import ConfigError
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,33 +85,11 @@ class Generation:
         return (self.new_tokens - 1) / self.decode_s if self.decode_s else 0.0
 
 
-def load_tokenizer(path: Path, *, trust_remote_code: bool = False) -> Any:
-    """Return the tokenizer of a checkpoint.
-
-    Raises:
-        CheckpointError: It has none.
-    """
-    import transformers
-
-    if not path.is_dir():
-        raise CheckpointError(f"{path}: no such checkpoint; give a directory with config.json")
-    try:
-        return transformers.AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
-    except Exception as error:  # of any type: its files, and perhaps its code, are the checkpoint's
-        if "trust_remote_code" in str(error):
-            raise ConfigError(
-                f"{path}: its tokenizer needs Python code that comes with the checkpoint; read it, "
-                "then allow it with trust_remote_code=True (--trust-remote-code)"
-            ) from error
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise CheckpointError(f"{path}: its tokenizer does not load: {reason}") from error
-
-
 def encode_prompt(tokenizer: Any, prompt: str, *, chat: bool = False) -> Any:
     """Return the tokens of a prompt as the inputs of a model, on the CPU.
 
     Args:
-        tokenizer: From `load_tokenizer`.
+        tokenizer: From `endor.trust.read_tokenizer`.
         prompt: Plain text.
         chat: Take it as the first message of a conversation, by the tokenizer's template.
 

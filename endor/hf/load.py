@@ -1,15 +1,14 @@
 """One call that loads a packed checkpoint as a transformers model."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Unpack
 
 from endor.checkpoint.index import read_packed_index
 from endor.dependencies import changed
-from endor.errors import CheckpointError, ConfigError, EndorError
+from endor.errors import CheckpointError, ConfigError
 from endor.hf.config import Loading, settled, spelled_out
 from endor.hf.model import is_packed
+from endor.trust import one_line_errors, read_model_config
 
 if TYPE_CHECKING:
     import torch
@@ -66,7 +65,7 @@ def load_model(
     config.quantization_config = EndorConfig.from_dict(config.quantization_config)
     config.quantization_config.__dict__.update(found)
     with one_line_errors(path, "the model does not load"):
-        model = model_class(config).from_pretrained(
+        model = model_class(config, trust_remote_code=trust_remote_code).from_pretrained(
             path,
             config=config,
             dtype=dtype,
@@ -121,61 +120,28 @@ def open_model(
         ).to(device)
 
 
-def read_model_config(path: Path, *, trust_remote_code: bool = False) -> Any:
-    """Return the config that transformers makes of a checkpoint's config.json.
-
-    Never asks on the terminal whether a checkpoint's code may run.
-
-    Raises:
-        ConfigError: transformers does not know the architecture, or finds the file malformed.
-    """
-    import transformers
-
-    with one_line_errors(path, "transformers does not take its config.json"):
-        return transformers.AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
-
-
-@contextmanager
-def one_line_errors(path: Path, what: str) -> Iterator[None]:
-    """Turn what transformers raises for a checkpoint's content into a `ConfigError`.
-
-    Endor's own errors, and the system's, pass as they are.
-    """
-    try:
-        yield
-    except (EndorError, OSError, MemoryError):
-        raise
-    except Exception as error:
-        if isinstance(error.__cause__, EndorError):
-            raise error.__cause__ from None
-        text = str(error)
-        if "trust_remote_code" in text:
-            raise ConfigError(
-                f"{path}: needs Python code that comes with the checkpoint; read it, then allow it "
-                "with trust_remote_code=True (--trust-remote-code)"
-            ) from error
-        line = next((line.strip() for line in text.splitlines() if line.strip()), "")
-        raise ConfigError(
-            f"{path}: {what}: {type(error).__name__}: {line[:300]}; is it of a newer transformers?"
-        ) from error
-
-
-def model_class(config: Any) -> Any:
+def model_class(config: Any, *, trust_remote_code: bool = False) -> Any:
     """Return the class that a config names, or the automatic one for causal language models.
 
-    A name that is no model class of transformers, or that a checkpoint's own code is for, is left
-    to the automatic classes.
+    A name that is no model class of transformers is left to the automatic classes. Where a
+    checkpoint's code is trusted, so is one that the code is for: the class that the checkpoint
+    was saved from, if the code has it.
     """
     import transformers
 
     own = getattr(config, "auto_map", None)
-    own = own if isinstance(own, dict) else {}
+    own = own if isinstance(own, dict) and trust_remote_code else {}
     names = getattr(config, "architectures", None)
-    for name in names if isinstance(names, list | tuple) and not own else ():
+    names = names if isinstance(names, list | tuple) else ()
+    for name in names if not own else ():
         found = getattr(transformers, name, None) if isinstance(name, str) else None
         if isinstance(found, type) and issubclass(found, transformers.PreTrainedModel):
             return found
-    for name in own:
-        if name.startswith("AutoModel") and hasattr(transformers, name):
-            return getattr(transformers, name)
-    return transformers.AutoModelForCausalLM
+    doors = [
+        (name, str(target).rpartition(".")[2])
+        for name, target in own.items()
+        if name.startswith("AutoModel") and hasattr(transformers, name)
+    ]
+    named = [name for name, target in doors if target in names] or [name for name, _ in doors]
+    usual = transformers.AutoModelForCausalLM.__name__
+    return getattr(transformers, usual if usual in named or not named else named[0])

@@ -9,7 +9,7 @@ from endor.checkpoint.index import read_packed_index
 from endor.codecs import DTYPES
 from endor.errors import ConfigError
 from endor.hf.config import Loading, settled, spelled_out, workload
-from endor.hf.load import model_class, one_line_errors, read_model_config
+from endor.hf.load import model_class
 from endor.hf.loading import open_layouts
 from endor.hf.model import is_packed, parameter_bytes, read_config, refuse_quantized
 from endor.hf.names import Assignment, assign
@@ -21,6 +21,7 @@ from endor.offload.store import scratch_bytes
 from endor.offload.units import Unit, WeightSpec, collect_units
 from endor.packed import torch_dtype
 from endor.storage import FileLayout
+from endor.trust import one_line_errors, read_model_config
 
 if TYPE_CHECKING:
     import torch
@@ -121,7 +122,7 @@ def outline(packed_dir: Path | str, *, trust_remote_code: bool = False) -> Outli
     config = read_model_config(path, trust_remote_code=trust_remote_code)
     if hasattr(config, "quantization_config"):
         del config.quantization_config
-    found = model_class(config)
+    found = model_class(config, trust_remote_code=trust_remote_code)
     options: dict[str, Any] = {}
     if not hasattr(found, "_from_config"):
         options["trust_remote_code"] = trust_remote_code

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from endor.errors import CheckpointError, ConfigError
 from endor.jsontext import parse, read_utf8
 from endor.pruning.contract import PruneOptions
+from endor.trust import read_tokenizer
 
 if TYPE_CHECKING:
     import torch
@@ -109,7 +110,7 @@ def calibration_windows(directory: Path | None, options: PruneOptions) -> "torch
     """
     import torch
 
-    tokenizer = _tokenizer(directory)
+    tokenizer = _tokenizer(directory, options)
     start = _start(tokenizer)
     texts = [
         _text_windows(path, tokenizer, options, options.seq_len - len(start))
@@ -171,18 +172,13 @@ def _text_windows(path: Path, tokenizer: Any, options: PruneOptions, length: int
     return torch.tensor(ids[: count * length], dtype=torch.int64).view(count, length)
 
 
-def _tokenizer(directory: Path | None) -> Any:
-    from transformers import AutoTokenizer
-
+def _tokenizer(directory: Path | None, options: PruneOptions) -> Any:
     if directory is None:
         raise CheckpointError(
             "calibrated pruning needs a tokenizer beside the weights; give the model's directory, "
             "or prune with magnitude"
         )
-    try:
-        return AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{directory}: has no usable tokenizer: {error}") from None
+    return read_tokenizer(directory, trust_remote_code=options.trust_remote_code)
 
 
 def _start(tokenizer: Any) -> list[int]:

@@ -88,6 +88,8 @@ class PruneOptions:
         only: Regular expression: tensors whose name it does not find stay dense.
         scratch: Folder for activations that do not fit, and for finished layers: a run with the
             same input and options goes on from them.
+        trust_remote_code: Run Python code that comes with the checkpoint, where its model or its
+            tokenizer needs that; without, it is refused.
         sequential: Prune the matrices of a layer in order, each on what the pruned ones before it
             yield; otherwise all on what the dense layer yields, which is faster.
     """
@@ -110,6 +112,7 @@ class PruneOptions:
     only: str | None = None
     scratch: Path | None = None
     sequential: bool = True
+    trust_remote_code: bool = False
 
     def __post_init__(self) -> None:
         if self.method not in METHODS and self.method != NOTHING.name:

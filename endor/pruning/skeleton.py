@@ -15,6 +15,7 @@ from endor.packed import tensor_of
 from endor.pruning.activations import batches
 from endor.pruning.heap import map_large_blocks, return_memory
 from endor.pruning.names import Part, map_parts
+from endor.trust import read_model_config
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,6 +41,7 @@ class Skeleton:
     Args:
         source: The checkpoint, with config.json beside it.
         device: Where layers are computed.
+        trust_remote_code: Run Python code that comes with the checkpoint.
 
     Raises:
         CheckpointError: There is no config.json, or it does not fit the weights.
@@ -48,11 +50,13 @@ class Skeleton:
         BackendError: transformers or accelerate is not installed.
     """
 
-    def __init__(self, source: CheckpointSource, device: torch.device) -> None:
+    def __init__(
+        self, source: CheckpointSource, device: torch.device, *, trust_remote_code: bool = False
+    ) -> None:
         map_large_blocks()
         self._source = source
         self._device = device
-        self._model = _empty_model(source)
+        self._model = _empty_model(source, trust_remote_code=trust_remote_code)
         self._prefix, self.layers = _decoder_layers(self._model)
         self._tuples = False  # whether layers return tuples, as `trace` finds out
         shapes = {name: tensor.shape for name, tensor in source.tensors.items()}
@@ -245,11 +249,11 @@ def _drop(module: nn.Module, skip: str) -> None:
             setattr(owner, name.rpartition(".")[2], nn.Parameter(empty, requires_grad=False))
 
 
-def _empty_model(source: CheckpointSource) -> Any:
+def _empty_model(source: CheckpointSource, *, trust_remote_code: bool) -> Any:
     """Return the causal language model with parameters on the meta device, in eval mode."""
     try:
         from accelerate import init_empty_weights
-        from transformers import AutoConfig, AutoModelForCausalLM
+        from transformers import AutoModelForCausalLM
     except ImportError as error:
         raise BackendError(
             f"calibrated pruning needs transformers and accelerate: {error}; "
@@ -260,7 +264,7 @@ def _empty_model(source: CheckpointSource) -> Any:
             f"{source.path}: calibrated pruning needs config.json and a tokenizer beside the "
             "weights; give the directory, or prune with magnitude"
         )
-    config = AutoConfig.from_pretrained(source.directory, trust_remote_code=False)
+    config = read_model_config(source.directory, trust_remote_code=trust_remote_code)
     if (source.config() or {}).get("quantization_config"):
         raise PruningError(
             f"{source.path}: config.json says that its weights are quantized, so they mean nothing "
@@ -270,7 +274,9 @@ def _empty_model(source: CheckpointSource) -> Any:
         del config.quantization_config  # a sparse format that the source has undone
     try:
         with init_empty_weights(include_buffers=False):
-            model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+            model = AutoModelForCausalLM.from_config(
+                config, dtype=torch.float32, trust_remote_code=trust_remote_code
+            )
     except ValueError as error:
         raise PruningError(
             f"{source.path}: transformers makes no causal language model of it: {error}; prune "

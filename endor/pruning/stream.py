@@ -85,7 +85,7 @@ class LayerStream:
         self._scratch = scratch
         self._progress = progress or (lambda done, total, what: None)
         self._device = _device(options.device)
-        self._skeleton = Skeleton(source, self._device)
+        self._skeleton = Skeleton(source, self._device, trust_remote_code=options.trust_remote_code)
         self._source = source
         self._method = METHODS.get(options.method, NOTHING)
         assert self._method.calibrated or quantizer, "only calibrated methods are streamed"
@@ -348,7 +348,15 @@ class LayerStream:
         """Return a hash of everything that decides the result."""
         fields = asdict(self._options)
         # Which windows there are is hashed below.
-        for key in ("device", "memory_bytes", "scratch", "calibration", "chat_template", "samples"):
+        for key in (
+            "device",
+            "memory_bytes",
+            "scratch",
+            "calibration",
+            "chat_template",
+            "samples",
+            "trust_remote_code",
+        ):
             del fields[key]
         digest = hashlib.sha256(repr(sorted(fields.items())).encode())
         digest.update(self._source.fingerprint().encode())

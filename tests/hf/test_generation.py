@@ -5,7 +5,8 @@ import torch
 
 import endor
 from endor.errors import CheckpointError, ConfigError
-from endor.hf.generation import Sampling, encode_prompt, generate_text, load_tokenizer
+from endor.hf.generation import Sampling, encode_prompt, generate_text
+from endor.trust import read_tokenizer
 
 from .conftest import least
 
@@ -63,4 +64,4 @@ def test_prompts(tokenizer, pair):
     with pytest.raises(ConfigError, match="at least one token"):
         encode_prompt(tokenizer, "")
     with pytest.raises(CheckpointError, match="tokenizer"):
-        load_tokenizer(pair.packed)
+        read_tokenizer(pair.packed)
