@@ -171,6 +171,14 @@ def _lone(directory: Path) -> Choice:
     )
 
 
+def is_adapter(path: Path) -> bool:
+    """Whether a file holds an adapter that transformers applies to the model beside it.
+
+    It does where the adapter's config is there too; one without the other is an error to it.
+    """
+    return path.stem == "adapter_model" and path.with_name("adapter_config.json").is_file()
+
+
 def _warn_about_the_rest(directory: Path, choice: Choice) -> None:
     stale = choice.index is None and choice.files == (SAFETENSORS_NAME,)
     if stale and (directory / SAFETENSORS_INDEX_NAME).exists():
@@ -185,6 +193,7 @@ def _warn_about_the_rest(directory: Path, choice: Choice) -> None:
         and path.name not in choice.files
         and path.stem.partition("-")[0] not in _TRAINER_STEMS
         and not path.name.startswith(("rng_state", "."))
+        and not is_adapter(path)
         and path.is_file()
     )
     rest += ["original/"] if (directory / "original").is_dir() else []

@@ -1,7 +1,8 @@
 """What belongs to a checkpoint besides weights: config, tokenizer, templates, licence, code.
 
-All files beside the weights, and the folders that its config files name. Weights of other kinds
-(another precision, another framework) are left out and reported.
+All files beside the weights, and the folders that its config files name, whole. Weights of other
+kinds (another precision, another framework) are left out and reported; those of an adapter that
+lies beside the model are carried over as they are.
 
 A link is followed only inside the checkpoint, and into the blobs of the hub cache that holds it.
 Anything else would let a downloaded checkpoint pick files of this machine for the output, which
@@ -18,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from endor.checkpoint.choose import is_adapter
 from endor.checkpoint.index import SHARD_NAME
 from endor.checkpoint.source import CONFIG_NAME
 from endor.checkpoint.tensors import CheckpointSource
@@ -82,6 +84,8 @@ def find_companions(source: CheckpointSource) -> Companions:
             folders.append(path)
         elif _WEIGHT_INDEX.search(path.name) or not path.is_file():
             continue
+        elif is_adapter(path):
+            files[path.name] = _follow(path, root)
         elif _WEIGHTS.search(path.name) or path.stat().st_size > MAX_COMPANION_BYTES:
             left_out += [path.name] if path.name not in own else []
         else:

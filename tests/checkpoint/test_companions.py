@@ -188,3 +188,17 @@ def test_names_that_are_no_unicode_are_left_out_and_named(tmp_path, model):
     (model / os.fsdecode(b"caf\xe9.txt")).write_text("mine")
     report = pack_checkpoint(model, tmp_path / "out")
     assert report.left_out == ("caf\\udce9.txt",)
+
+
+@pytest.mark.parametrize("suffix", ["safetensors", "bin"])
+def test_an_adapter_beside_the_model_goes_with_its_config(tmp_path, model, suffix):
+    """transformers applies the two together, and fails where one is missing."""
+    name = f"adapter_model.{suffix}"
+    (model / name).write_bytes(b"adapter")
+    (model / "adapter_config.json").write_text('{"peft_type": "LORA"}')
+    assert pack_checkpoint(model, tmp_path / "packed").left_out == ()
+    assert unpack_checkpoint(tmp_path / "packed", tmp_path / "dense").left_out == ()
+    for out in ("packed", "dense"):
+        assert (tmp_path / out / name).read_bytes() == b"adapter"
+        assert (tmp_path / out / "adapter_config.json").exists()
+    assert names(tmp_path / "dense") == names(model)

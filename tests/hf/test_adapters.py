@@ -1,14 +1,16 @@
 """Adapters of PEFT on packed weights: the dense model's loss and gradients, base never written."""
 
 import copy
+import shutil
 import warnings
 from importlib.util import find_spec
 from types import SimpleNamespace
 
 import pytest
 import torch
-from transformers import Trainer, TrainingArguments
+from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
+import endor
 from endor.errors import ConfigError, DependencyError
 from endor.hf import EndorLinear, adapters, load_model
 
@@ -189,3 +191,25 @@ def test_the_trainer_takes_adapters_and_nothing_else(pair, tmp_path):
         Trainer(load_model(pair.packed), arguments)
     model = adapted(load_model(pair.packed), "lora")
     assert Trainer(model, arguments, train_dataset=[row] * 4).train().global_step == 2
+
+
+@pytest.mark.parametrize("tier", ["resident", "streamed"])
+def test_an_adapter_that_lies_beside_the_model(pair, tmp_path, tier):
+    """transformers loads both; so it does from a packed checkpoint, whichever call is used."""
+    saved = adapted(AutoModelForCausalLM.from_pretrained(pair.dense_dir), "lora")
+    saved.save_pretrained(tmp_path / "adapter")
+    shutil.copytree(pair.dense_dir, tmp_path / "dense")
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        shutil.copy(tmp_path / "adapter" / name, tmp_path / "dense" / name)
+    endor.pack_checkpoint(tmp_path / "dense", tmp_path / "packed", threads=1)
+    dense = AutoModelForCausalLM.from_pretrained(tmp_path / "dense", experts_implementation="eager")
+    for parameter in dense.parameters():
+        parameter.data = parameter.data.clone()
+    wanted = pair.logits(dense)
+    assert not torch.equal(wanted, pair.logits(pair.dense))
+    ram = least(load_model(pair.packed)) if tier == "streamed" else None
+    for model in (
+        load_model(tmp_path / "packed", ram=ram),
+        AutoModelForCausalLM.from_pretrained(tmp_path / "packed"),
+    ):
+        assert torch.equal(pair.logits(model), wanted)
