@@ -136,7 +136,8 @@ static int place(const endor_ops *ops, const endor_tensor *t, uint64_t tile, con
                  int streaming) {
     if (t->bitmap) {
         const uint8_t *bitmap = t->bitmap + tile * (ENDOR_TILE / 8);
-        uint32_t used = ops->expand[log2_itemsize(t->itemsize)](bitmap, run->values, out, streaming);
+        int size = log2_itemsize(t->itemsize), far = t->codec != ENDOR_EXP && ops->expand_far[size];
+        uint32_t used = (far ? ops->expand_far : ops->expand)[size](bitmap, run->values, out, streaming);
         return used == run->count ? ENDOR_OK : ENDOR_CORRUPT;
     }
     if (streaming) ops->copy_streaming(out, run->values, run->count * (uint64_t)t->itemsize);

@@ -131,6 +131,8 @@ typedef struct {
     /* Expand one tile. `values` is readable ENDOR_SLACK bytes past the run; `out` holds 1024 elements and, when
      * streaming, is aligned to `streaming_bytes`. Returns the elements used. */
     uint32_t (*expand[3])(const uint8_t *bitmap, const void *values, void *out, int streaming);
+    /* the same for values that come from memory, not from L1, where another way is faster; else NULL */
+    uint32_t (*expand_far[3])(const uint8_t *bitmap, const void *values, void *out, int streaming);
     /* Decode stored elements [64 * word, 64 * (word + words)) into buf (64-byte aligned, 64 * words elements). */
     void (*stream)(const endor_stream *s, uint64_t word, uint64_t words, void *buf);
     /* Instead of `stream`: stored elements [first, first + n), from a multiple of 8 on, n being one of 32. */
