@@ -3,8 +3,9 @@
     python scripts/quality_bench.py MODEL OUT.jsonl --rows ecq:3.5 gptq:4:64 --texts FILE:WINDOWS
 
 Rows: `ecq:BITS`; `rtn:BITS` (entropy-coded, no calibration); `gptq:BITS:GROUP`, a plain GPTQ with
-symmetric integers and a float16 scale for each group of inputs, its scale searched; `gguf:TYPE`, a
-type of the gguf package; `dense`; `dir:PATH:BITS`, a checkpoint made elsewhere. Statistics are
+symmetric integers and a float16 scale for each group of inputs, its scale searched;
+`hqq:BITS:GROUP`, half-quadratic quantisation (Badri and Shaji, 2023), not calibrated; `gguf:TYPE`,
+a type of the gguf package; `dense`; `dir:PATH:BITS`, a checkpoint made elsewhere. Statistics are
 those of the dense model on the calibration windows (kept in --statistics, made when missing), so
 that rows differ in nothing but the method. The model is in memory: for small ones. A record a row
 is appended to OUT.jsonl; rows that are there are skipped.
@@ -134,6 +135,33 @@ def gptq(bits: int, group: int) -> Quantizer:
     return quantize
 
 
+def hqq(bits: int, group: int) -> Quantizer:
+    """Return half-quadratic quantisation: a float16 scale and zero a group, the zero refined."""
+    top, power = 2**bits - 1, 0.7
+
+    def quantize(name: str, weight: torch.Tensor, gram: torch.Tensor) -> tuple[torch.Tensor, float]:
+        part = weight.reshape(-1, group)
+        low, high = part.amin(1, keepdim=True), part.amax(1, keepdim=True)
+        scale = (top / (high - low).clamp_min(1e-8)).clamp_max(2e4)
+        zero = -low * scale
+        beta, least, best = 10.0, torch.inf, zero
+        for _ in range(20):
+            codes = (part * scale + zero).round().clamp(0, top)
+            error = part - (codes - zero) / scale
+            mean = float(error.abs().mean())
+            if mean >= least:
+                break
+            least, best = mean, zero
+            kept = (error.abs() - error.abs().clamp_min(1e-8).pow(power - 1) / beta).clamp_min(0)
+            zero = (codes - (part - error.sign() * kept) * scale).mean(1, keepdim=True)
+            beta *= 1.01
+        step, zero = (1 / scale).half().float(), best.half().float()
+        codes = (part / step + zero).round().clamp(0, top)
+        return ((codes - zero) * step).reshape_as(weight).bfloat16().float(), bits + 32 / group
+
+    return quantize
+
+
 def gguf(kind: str) -> Quantizer:
     """Return a type of llama.cpp's files, by the gguf package's own quantiser."""
     from gguf import GGMLQuantizationType, quants
@@ -158,6 +186,8 @@ def quantizer_of(row: str) -> Quantizer:
         return rounded(float(words[0]))
     if kind == "gptq":
         return gptq(int(words[0]), int(words[1]))
+    if kind == "hqq":
+        return hqq(int(words[0]), int(words[1]))
     if kind == "gguf":
         return gguf(words[0])
     raise SystemExit(f"unknown row {row!r}")
