@@ -6,7 +6,7 @@ STAMP := $(VENV)/.installed
 LOWEST := .venv-lowest
 SOURCES := pyproject.toml setup.py scripts/install.py $(wildcard endor/kernels/csrc/*)
 
-.PHONY: demo test test-lowest versions lint docs docs-check torture clean
+.PHONY: demo models test test-lowest versions lint docs docs-check torture clean
 SECONDS ?= 300
 
 $(STAMP): $(SOURCES)
@@ -43,6 +43,10 @@ docs: $(STAMP)
 
 docs-check: $(STAMP)
 	$(BIN)/python scripts/build_docs.py --check
+
+# All models of transformers, about ten minutes on two cores; RECORD=1 renews docs/models.md.
+models: $(STAMP)
+	$(BIN)/python scripts/models_matrix --workers 2 $(if $(RECORD),--record)
 
 torture: $(STAMP)
 	$(BIN)/python scripts/torture --seconds $(SECONDS)

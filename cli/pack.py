@@ -29,10 +29,11 @@ from endor.cli.pruning import (
 )
 from endor.cli.terminal import echo, show
 from endor.codecs import CodecChoice
+from endor.errors import ConfigError
 from endor.pruning.contract import METHODS
 
 if TYPE_CHECKING:
-    from endor.checkpoint import CheckpointSource
+    from endor.checkpoint import CheckpointSource, PackReport
     from endor.checkpoint.manifest import Writes
 
 
@@ -102,9 +103,36 @@ def pack_command(
         if not (source.is_file() and out.suffix == ".safetensors"):
             check_output(out, source, writes=writes, resume=resume, overwrite=overwrite)
 
-    check(model)
     from endor.checkpoint import pack_checkpoint
-    from endor.checkpoint.companions import QUANTIZATION_KEY, quantization_name
+    from endor.checkpoint.composite import is_composite
+
+    if is_composite(model):
+        needs = METHODS.get(prune)
+        if quantizes or (needs is not None and needs.calibrated):
+            raise ConfigError(
+                f"{model}: holds several models, which are packed lossless or with --prune "
+                "magnitude; for more, pack the folder of one"
+            )
+        with resumable(out), progress_bar("pack") as progress:
+            report = pack_checkpoint(
+                model,
+                out,
+                prune=prune,
+                sparsity=options["sparsity"],
+                pattern=options["pattern"],
+                codec=codec,
+                include=include,
+                exclude=exclude,
+                max_shard_bytes=max_shard_size,
+                resume=resume,
+                overwrite=overwrite,
+                threads=threads,
+                progress=progress,
+            )
+        _say(out, report, None, as_json=as_json)
+        return
+    check(model)
+    from endor.checkpoint.companions import QUANTIZATION_KEY
     from endor.checkpoint.convert import pack_writes
 
     def ready(source: "CheckpointSource") -> None:
@@ -132,6 +160,13 @@ def pack_command(
             threads=threads,
             progress=progress,
         )
+    _say(out, report, quantized, as_json=as_json)
+
+
+def _say(out: Path, report: "PackReport", quantized: Any, *, as_json: bool) -> None:
+    """Print what came out."""
+    from endor.checkpoint.companions import quantization_name
+
     if as_json:
         echo(json.dumps(report.to_dict()))
         return

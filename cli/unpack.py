@@ -31,10 +31,12 @@ def unpack_command(
     Every checksum is checked on the way.
     """
     refuse_existing(out, resume=resume, overwrite=overwrite)
+    from endor.checkpoint import unpack_checkpoint
+    from endor.checkpoint.composite import is_composite
     from endor.checkpoint.output import check_output
 
-    check_output(out, packed, resume=resume, overwrite=overwrite)
-    from endor.checkpoint import unpack_checkpoint
+    if not is_composite(packed):  # which looks for itself
+        check_output(out, packed, resume=resume, overwrite=overwrite)
 
     with resumable(out), progress_bar("unpack") as progress:
         report = unpack_checkpoint(

@@ -65,7 +65,10 @@ def describe_directory(path: Path) -> str | None:
             "PeftModel.from_pretrained(BASE, ADAPTER).merge_and_unload().save_pretrained(OUT)"
         )
     if "model_index.json" in names:
-        return "is a diffusers pipeline; give the folder of one of its models"
+        return (
+            "is a diffusers pipeline; `endor pack` takes it whole or with --prune magnitude, what "
+            "else is to be done takes the folder of one of its models"
+        )
     consolidated = [name for name in names if name.startswith("consolidated.")]
     if consolidated and not any(name.endswith(".safetensors") for name in names):
         return (

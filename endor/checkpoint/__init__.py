@@ -6,15 +6,22 @@ Modules (who needs what):
 - select, plan which tensors are packed; records in execution order
 - convert      dense to packed; dense: packed (or pruned) to dense; both write through output
 - output       directories that appear whole, and resume
+- composite     folders of several models, each converted by itself
 - verify, inspect
 """
 
-from endor.checkpoint.api import pack_checkpoint, prune_checkpoint, unpack_checkpoint
-from endor.checkpoint.inspect import Inspection, TensorRow, inspect_checkpoint
+from endor.checkpoint.api import (
+    inspect_checkpoint,
+    pack_checkpoint,
+    prune_checkpoint,
+    unpack_checkpoint,
+    verify_checkpoint,
+)
+from endor.checkpoint.inspect import Inspection, TensorRow
 from endor.checkpoint.report import DenseReport, PackReport, Progress, Sizes
 from endor.checkpoint.source import open_source
 from endor.checkpoint.tensors import CheckpointSource, SourceTensor
-from endor.checkpoint.verify import VerifyReport, verify_checkpoint
+from endor.checkpoint.verify import VerifyReport
 
 __all__ = [
     "CheckpointSource",

@@ -6,14 +6,24 @@ from contextlib import closing, nullcontext
 from pathlib import Path
 from typing import Any, cast
 
+from endor.checkpoint import inspect, verify
 from endor.checkpoint.companions import QUANTIZATION_KEY, quantization_name
+from endor.checkpoint.composite import (
+    inspect_composite,
+    is_composite,
+    pack_composite,
+    unpack_composite,
+    verify_composite,
+)
 from endor.checkpoint.convert import DEFAULT_SHARD_BYTES, PackOptions, convert
 from endor.checkpoint.dense import write_dense
+from endor.checkpoint.inspect import Inspection
 from endor.checkpoint.report import DenseReport, PackReport, Progress
 from endor.checkpoint.select import select
 from endor.checkpoint.single import pack_file
 from endor.checkpoint.source import open_source
 from endor.checkpoint.tensors import CheckpointSource
+from endor.checkpoint.verify import VerifyReport
 from endor.codecs import CodecChoice
 from endor.errors import CheckpointError, ConfigError, PruningError
 from endor.pruning.contract import METHODS, PruneOptions, WeightPruner
@@ -46,7 +56,8 @@ def pack_checkpoint(
     `out_dir.partial`, from where `resume` goes on.
 
     Args:
-        model: A Hugging Face directory, a .safetensors file, a packed directory, or a source that
+        model: A Hugging Face directory, a folder of several models (a diffusers pipeline, of which
+            each is packed by itself), a .safetensors file, a packed directory, or a source that
             yields (already pruned) tensors.
         out_dir: The directory to make; or the file, where `model` is a lone file and this ends in
             `.safetensors`.
@@ -77,6 +88,23 @@ def pack_checkpoint(
             f"max_shard_bytes: must be at least {MIN_SHARD_BYTES}, got {max_shard_bytes}"
         )
     out = _target(out_dir)
+    if isinstance(model, (str, Path)) and is_composite(model):
+        return pack_composite(
+            Path(model),
+            out,
+            pack_checkpoint,
+            prune=prune,
+            sparsity=sparsity,
+            pattern=pattern,
+            codec=codec,
+            include=include,
+            exclude=exclude,
+            max_shard_bytes=max_shard_bytes,
+            resume=resume,
+            overwrite=overwrite,
+            threads=threads,
+            progress=progress,
+        )
     pruner, found = _pruner(prune, sparsity, pattern)
     with _opened(model) as source:
         selected = select(source.tensors.values(), include=include, exclude=exclude)
@@ -162,6 +190,16 @@ def unpack_checkpoint(
     """
     from endor.checkpoint.packed import PackedSource
 
+    if is_composite(packed_dir):
+        return unpack_composite(
+            Path(packed_dir),
+            _target(out_dir),
+            unpack_checkpoint,
+            resume=resume,
+            overwrite=overwrite,
+            threads=threads,
+            progress=progress,
+        )
     with closing(PackedSource(Path(packed_dir))) as source:
         return write_dense(
             source,
@@ -174,6 +212,35 @@ def unpack_checkpoint(
             threads=threads,
             progress=progress,
         )
+
+
+def verify_checkpoint(
+    packed_dir: Path | str,
+    *,
+    against: Path | str | None = None,
+    threads: int | None = None,
+    progress: Progress | None = None,
+) -> VerifyReport:
+    """Return what is wrong with a packed checkpoint, or a folder of several.
+
+    Arguments and errors as for `endor.checkpoint.verify.verify_checkpoint`.
+    """
+    if is_composite(packed_dir):
+        reference = None if against is None else Path(against)
+        return verify_composite(
+            Path(packed_dir), against=reference, threads=threads, progress=progress
+        )
+    return verify.verify_checkpoint(packed_dir, against=against, threads=threads, progress=progress)
+
+
+def inspect_checkpoint(packed_dir: Path | str) -> Inspection:
+    """Return what a packed checkpoint, a packed file, or a folder of packed checkpoints holds.
+
+    Errors as for `endor.checkpoint.inspect.inspect_checkpoint`.
+    """
+    if is_composite(packed_dir):
+        return inspect_composite(Path(packed_dir))
+    return inspect.inspect_checkpoint(packed_dir)
 
 
 def _said(key: str, about: Mapping[str, Any] | None) -> dict[str, Any]:

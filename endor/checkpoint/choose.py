@@ -7,11 +7,13 @@
 5. `pytorch_model.bin.index.json` and its shards
 6. a lone `*.safetensors` of another name, which transformers would not find
 
+Where config.json is of diffusers (`_class_name`), its names and its order take the place of 2 to 5.
 A packed directory (its config.json says so) goes before all of these. Whatever else looks like
 weights is named in a warning and left alone.
 """
 
 import warnings
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal
@@ -26,6 +28,12 @@ SAFETENSORS_NAME = "model.safetensors"
 SAFETENSORS_INDEX_NAME = "model.safetensors.index.json"
 TORCH_NAME = "pytorch_model.bin"
 TORCH_INDEX_NAME = "pytorch_model.bin.index.json"
+
+DIFFUSION_NAME = "diffusion_pytorch_model.safetensors"
+DIFFUSION_INDEX_NAME = "diffusion_pytorch_model.safetensors.index.json"
+DIFFUSION_TORCH_NAME = "diffusion_pytorch_model.bin"
+DIFFUSION_NAMES = (DIFFUSION_INDEX_NAME, DIFFUSION_NAME, DIFFUSION_TORCH_NAME)
+"""What diffusers calls the weights of a model, in the order in which it looks."""
 
 STANDARD_NAMES = (SAFETENSORS_NAME, SAFETENSORS_INDEX_NAME, TORCH_NAME, TORCH_INDEX_NAME)
 EXPLICIT_KEY = "transformers_weights"
@@ -70,12 +78,18 @@ def choose(directory: Path) -> Choice:
     explicit = (config or {}).get(EXPLICIT_KEY)
     if explicit is not None:
         return _explicit(directory, explicit)
-    name = next((name for name in STANDARD_NAMES if (directory / name).exists()), None)
+    names = DIFFUSION_NAMES if is_diffusion(config) else STANDARD_NAMES
+    name = next((name for name in names if (directory / name).exists()), None)
     if name is None and packed:
         return Choice("packed", (), None, {})
     choice = _lone(directory) if name is None else _named(directory, name)
     _warn_about_the_rest(directory, choice)
     return choice
+
+
+def is_diffusion(config: Mapping[str, Any] | None) -> bool:
+    """Whether a config.json is that of a model of diffusers."""
+    return isinstance((config or {}).get("_class_name"), str)
 
 
 def read_config(directory: Path | None) -> dict[str, Any] | None:
@@ -119,7 +133,8 @@ def warn(message: str) -> None:
 
 
 def _named(directory: Path, name: str) -> Choice:
-    kind: Kind = "torch" if name in (TORCH_NAME, TORCH_INDEX_NAME) else "safetensors"
+    torch_names = (TORCH_NAME, TORCH_INDEX_NAME, DIFFUSION_TORCH_NAME)
+    kind: Kind = "torch" if name in torch_names else "safetensors"
     if not name.endswith(_INDEX_SUFFIX):
         return Choice(kind, (name,), None, {})
     index = directory / name

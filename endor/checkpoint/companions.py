@@ -72,7 +72,7 @@ def find_companions(source: CheckpointSource) -> Companions:
     root = source.directory
     if root is None:
         return Companions({}, ())
-    _follow(root / CONFIG_NAME, root)
+    follow(root / CONFIG_NAME, root)
     files: dict[str, Path] = {}
     left_out: list[str] = []
     folders: list[Path] = []
@@ -85,15 +85,15 @@ def find_companions(source: CheckpointSource) -> Companions:
         elif _WEIGHT_INDEX.search(path.name) or not path.is_file():
             continue
         elif is_adapter(path):
-            files[path.name] = _follow(path, root)
+            files[path.name] = follow(path, root)
         elif _WEIGHTS.search(path.name) or path.stat().st_size > MAX_COMPANION_BYTES:
             left_out += [path.name] if path.name not in own else []
         else:
-            files[path.name] = _follow(path, root)
+            files[path.name] = follow(path, root)
     named = _named_folders(root, files)
     for folder in folders:
         if folder.name in named and not _WEIGHTS.search(folder.name):
-            files |= _files_below(folder, root)
+            files |= files_below(folder, root)
         else:
             left_out.append(f"{folder.name}/")
     for name in [name for name in files if not _is_unicode(name)]:
@@ -130,7 +130,7 @@ def copy_companions(companions: Companions, target: Path, config: Mapping[str, A
             shutil.copyfileobj(read, write)
 
 
-def _follow(path: Path, root: Path) -> Path:
+def follow(path: Path, root: Path) -> Path:
     """Return `path` without links.
 
     Raises:
@@ -160,7 +160,7 @@ def _is_unicode(name: str) -> bool:
     return True
 
 
-def _files_below(folder: Path, root: Path) -> dict[str, Path]:
+def files_below(folder: Path, root: Path) -> dict[str, Path]:
     """Return every file below `folder`, hidden ones excepted, by its name relative to `root`."""
     if folder.is_symlink():  # it may also lead back to where we are
         raise CheckpointError(
@@ -172,9 +172,9 @@ def _files_below(folder: Path, root: Path) -> dict[str, Path]:
         if path.name.startswith("."):
             continue
         if path.is_dir():
-            found |= _files_below(path, root)
+            found |= files_below(path, root)
         elif path.is_file():
-            found[path.relative_to(root).as_posix()] = _follow(path, root)
+            found[path.relative_to(root).as_posix()] = follow(path, root)
     return found
 
 

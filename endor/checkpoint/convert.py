@@ -37,7 +37,7 @@ from endor.checkpoint.pipeline import OrderedWork, ScratchPool
 from endor.checkpoint.plan import Unit, plan_units
 from endor.checkpoint.reading import TensorLoader
 from endor.checkpoint.report import PackReport, Progress, Sizes, no_progress
-from endor.checkpoint.source import PACKED_INDEX_NAME
+from endor.checkpoint.source import DIFFUSION_INDEX_NAME, PACKED_INDEX_NAME, is_diffusion
 from endor.checkpoint.tensors import CheckpointSource, CodedSource, SourceTensor
 from endor.checkpoint.verify import check_file
 from endor.codecs import CodecChoice, Encoded, TensorSpec, dense
@@ -123,7 +123,8 @@ def convert(
         config = packed_config(source.config(), described, format_version(layouts))
         copy_companions(companions, output.folder, config)
         document = build_index(layouts, dense_files, writes.keys() - {PACKED_INDEX_NAME})
-        (output.folder / PACKED_INDEX_NAME).write_bytes(index_text(document))
+        for name in _index_names(source.config()):
+            (output.folder / name).write_bytes(index_text(document))
         output.publish([*writes, *(layout.path.name for layout in layouts)])
     return PackReport(
         path=output.out,
@@ -142,7 +143,15 @@ def pack_writes(source: CheckpointSource) -> Writes:
 
 
 def _writes(companions: Companions, config: Mapping[str, Any] | None) -> Writes:
-    return planned_files(companions, config, PACKED_INDEX_NAME)
+    return planned_files(companions, config, *_index_names(config))
+
+
+def _index_names(config: Mapping[str, Any] | None) -> tuple[str, ...]:
+    """Return the names of the index: diffusers finds the shards by one of its own.
+
+    It reads the config first, and refuses it unless Endor is there.
+    """
+    return (DIFFUSION_INDEX_NAME, PACKED_INDEX_NAME)[not is_diffusion(config) :]
 
 
 def _describe(options: PackOptions) -> dict[str, Any]:

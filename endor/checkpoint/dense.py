@@ -26,7 +26,12 @@ from endor.checkpoint.pipeline import OrderedWork
 from endor.checkpoint.plan import plan_units
 from endor.checkpoint.reading import Loaded, TensorLoader
 from endor.checkpoint.report import DenseReport, Progress, no_progress
-from endor.checkpoint.source import SAFETENSORS_INDEX_NAME, SAFETENSORS_NAME
+from endor.checkpoint.source import (
+    DIFFUSION_INDEX_NAME,
+    SAFETENSORS_INDEX_NAME,
+    SAFETENSORS_NAME,
+    is_diffusion,
+)
 from endor.checkpoint.tensors import CheckpointSource, SourceTensor
 from endor.errors import CheckpointError
 from endor.pruning.contract import WeightPruner
@@ -83,8 +88,8 @@ def write_dense(
         run = _Run(source, output, names, selected, pruner, progress or no_progress)
         run.write(kernels.thread_count(threads))
         copy_companions(companions, output.folder, config)
-        if SAFETENSORS_INDEX_NAME in writes:
-            _write_index(output.folder, list(source.tensors.values()), names)
+        if _index_name(config) in writes:
+            _write_index(output.folder / _index_name(config), list(source.tensors.values()), names)
         output.publish(writes.keys())
     return DenseReport(
         path=output.out,
@@ -111,8 +116,13 @@ def _writes(
     companions: Companions, config: Mapping[str, Any] | None, names: Mapping[str, str]
 ) -> Writes:
     files = sorted(set(names.values()))
-    index = () if _is_whole(files) else (SAFETENSORS_INDEX_NAME,)
+    index = () if _is_whole(files) else (_index_name(config),)
     return planned_files(companions, config, *files, *index)
+
+
+def _index_name(config: Mapping[str, Any] | None) -> str:
+    """Return what the library that loads a checkpoint calls its index."""
+    return DIFFUSION_INDEX_NAME if is_diffusion(config) else SAFETENSORS_INDEX_NAME
 
 
 def _is_whole(files: Sequence[str]) -> bool:
@@ -293,13 +303,11 @@ def _file_checksum(path: Path) -> str:
     return str(digest.hexdigest())
 
 
-def _write_index(
-    directory: Path, tensors: Sequence[SourceTensor], names: Mapping[str, str]
-) -> None:
+def _write_index(path: Path, tensors: Sequence[SourceTensor], names: Mapping[str, str]) -> None:
     tensors = sorted(tensors, key=lambda tensor: tensor.name)
     document = {
         "metadata": {"total_size": sum(tensor.nbytes for tensor in tensors)},
         "weight_map": {tensor.name: names[tensor.name] for tensor in tensors},
     }
     text = json.dumps(document, indent=2, ensure_ascii=False) + "\n"
-    (directory / SAFETENSORS_INDEX_NAME).write_text(text, encoding="utf-8")
+    path.write_text(text, encoding="utf-8")

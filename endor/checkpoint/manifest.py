@@ -13,7 +13,11 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from endor.checkpoint.index import SHARD_NAME, published_files
-from endor.checkpoint.source import PACKED_INDEX_NAME, SAFETENSORS_INDEX_NAME
+from endor.checkpoint.source import (
+    DIFFUSION_INDEX_NAME,
+    PACKED_INDEX_NAME,
+    SAFETENSORS_INDEX_NAME,
+)
 from endor.errors import EndorError, OutputExistsError
 from endor.storage.tree import list_tree, open_directory
 
@@ -24,7 +28,7 @@ _COMPANIONS = re.compile(
     r"|additional_chat_templates/[^/]+\.jinja|spiece\.model|sentencepiece\.bpe\.model"
     r"|tekken\.json|.+\.tiktoken|modules\.json|LICENSE(|\.txt|\.md)|NOTICE(|\.txt)|README\.md"
 )
-_INDEXES = {PACKED_INDEX_NAME, SAFETENSORS_INDEX_NAME}
+_INDEXES = {PACKED_INDEX_NAME, SAFETENSORS_INDEX_NAME, DIFFUSION_INDEX_NAME}
 _SHOWN = 5
 
 

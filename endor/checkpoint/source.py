@@ -13,11 +13,14 @@ import numpy as np
 
 from endor.checkpoint.choose import (
     CONFIG_NAME,
+    DIFFUSION_INDEX_NAME,
+    DIFFUSION_NAME,
     PACKED_INDEX_NAME,
     SAFETENSORS_INDEX_NAME,
     SAFETENSORS_NAME,
     Choice,
     choose,
+    is_diffusion,
     read_config,
     warn,
 )
@@ -28,12 +31,15 @@ from endor.foreign import describe_absent, describe_directory, describe_file
 
 __all__ = [
     "CONFIG_NAME",
+    "DIFFUSION_INDEX_NAME",
+    "DIFFUSION_NAME",
     "PACKED_INDEX_NAME",
     "SAFETENSORS_INDEX_NAME",
     "SAFETENSORS_NAME",
     "SafetensorsSource",
     "check_index",
     "fingerprint_files",
+    "is_diffusion",
     "open_source",
     "read_config",
 ]

@@ -333,7 +333,7 @@ def refuse_kv(model: "PreTrainedModel") -> str | None:
     """
     if isinstance(getattr(model, "endor", None), DeviceGroup):
         return "the model is on several devices, each of which keeps what its layers need"
-    if not model.can_generate():
+    if not hasattr(model, "can_generate") or not model.can_generate():
         return f"{type(model).__name__} does not generate"
     if model.config.is_encoder_decoder:
         return f"{type(model).__name__} has an encoder, whose keys and values are kept with it"

@@ -31,18 +31,33 @@ _MARK = "_is_quantized"
 INDEX_NAME = "endor.safetensors.index.json"
 
 
-def adopt(model: "PreTrainedModel", store: Store, plan: "Plan | None" = None) -> None:
-    """Give `model` its store, as `model.endor`, its plan, and the methods that need to know."""
+def adopt(
+    model: "PreTrainedModel",
+    store: Store,
+    plan: "Plan | None" = None,
+    *,
+    save: Callable[..., None] | None = None,
+    library: str = "transformers",
+) -> None:
+    """Give `model` its store, as `model.endor`, its plan, and the methods that need to know.
+
+    Args:
+        model: Of transformers, or of diffusers.
+        store: Its weights.
+        plan: What the planner decided.
+        save: Its `save_pretrained`; that of transformers when omitted.
+        library: Whose model it is.
+    """
     model.endor = store
     model.endor_plan = plan
     model._endor_loaded = _versions(model)
     own: dict[str, Callable[..., Any]] = {
-        "save_pretrained": save_pretrained,
+        "save_pretrained": save or save_pretrained,
         "num_parameters": num_parameters,
         "get_memory_footprint": get_memory_footprint,
         "_apply": _apply,
     }
-    require("transformers", type(model), own)
+    require(library, type(model), own)
     for name, function in own.items():
         setattr(model, name, OwnedMethod(function, model))
 
@@ -147,12 +162,7 @@ def save_pretrained(
             "save_pretrained copies a packed checkpoint: state_dict, push_to_hub, variant and "
             "safe_serialization=False do not apply; unpack it for an ordinary one"
         )
-    changed = sorted(_versions(self).items() ^ self._endor_loaded.items())
-    if changed:
-        raise ConfigError(
-            f"{changed[0][0]}: changed since the model was loaded, and save_pretrained only copies "
-            "the packed checkpoint; unpack it to save changed weights"
-        )
+    refuse_changed(self)
     if not is_main_process:
         return
     target = Path(save_directory)
@@ -161,15 +171,25 @@ def save_pretrained(
     target.mkdir(parents=True, exist_ok=True)
     sources = [layout.path for layout in self.endor.layouts]
     for source in sources:
-        _copy(source, target / source.name)
+        copy_whole(source, target / source.name)
     self.config.architectures = [type(self).__name__]
     self.config.save_pretrained(target)
     if self.can_generate():
         self.generation_config.save_pretrained(target)
-    _copy(sources[0].parent / INDEX_NAME, target / INDEX_NAME)
+    copy_whole(sources[0].parent / INDEX_NAME, target / INDEX_NAME)
 
 
-def _copy(source: Path, target: Path) -> None:
+def refuse_changed(model: "PreTrainedModel") -> None:
+    """Raise `ConfigError` if a parameter was changed since the model was loaded."""
+    changed = sorted(_versions(model).items() ^ model._endor_loaded.items())
+    if changed:
+        raise ConfigError(
+            f"{changed[0][0]}: changed since the model was loaded, and save_pretrained only copies "
+            "the packed checkpoint; unpack it to save changed weights"
+        )
+
+
+def copy_whole(source: Path, target: Path) -> None:
     """Copy a file so that `target` is whole or absent."""
     handle, name = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
     os.close(handle)

@@ -87,7 +87,7 @@ def assign(model: nn.Module, layouts: Sequence[FileLayout], quantizer: Any = Non
             stacks = out.experts.setdefault(module_name, {})
             stacks[leaf] = _expert_weights(target, parameter.shape, source, specs)
             out.claimed.add(target)
-        elif leaf == "weight" and _is_linear(module):
+        elif leaf == "weight" and is_linear(module):
             out.linears[module_name] = _matrix(target, parameter.shape, source, specs)
             out.claimed.add(target)
         elif not source.operations:
@@ -114,7 +114,7 @@ def _missing(
     return [name for name in body if name not in known]
 
 
-def _is_linear(module: nn.Module) -> bool:
+def is_linear(module: nn.Module) -> bool:
     return isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward
 
 

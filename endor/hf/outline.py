@@ -178,7 +178,7 @@ def model_shape(
     scratch = scratch_bytes(layouts, specs)
     try:
         return ModelShape.from_config(
-            model.config.to_dict(),
+            model.config.to_dict() if hasattr(model.config, "to_dict") else {},
             other_bytes=other,
             head_packed=head is None or id(head) in packed,
             itemsize=dtype.itemsize,

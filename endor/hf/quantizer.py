@@ -40,6 +40,16 @@ if TYPE_CHECKING:
 UNLIMITED = 1 << 60
 
 
+class _Method(str):
+    """The name of the method; diffusers expects a member of its own enumeration."""
+
+    __slots__ = ()
+
+    @property
+    def value(self) -> str:
+        return str(self)
+
+
 class EndorConfig(QuantizationConfigMixin):  # type: ignore[misc]
     """How a packed checkpoint is loaded: pass it as `quantization_config`.
 
@@ -55,7 +65,7 @@ class EndorConfig(QuantizationConfigMixin):  # type: ignore[misc]
     def __init__(
         self, *, packed: Mapping[str, Any] | None = None, **options: Unpack[Loading]
     ) -> None:
-        self.quant_method = "endor"
+        self.quant_method = _Method(register.METHOD)
         self.packed = dict(packed or {"quant_method": "endor", "format_version": FORMAT_VERSION})
         self.__dict__.update(settled(options))
 

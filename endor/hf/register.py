@@ -1,4 +1,4 @@
-"""Makes transformers know packed checkpoints, whichever of the two is imported first.
+"""Makes transformers and diffusers know packed checkpoints, whichever is imported first.
 
 transformers is large, so `import endor` must not import it. A finder on `sys.meta_path` waits for
 the module that holds the table of quantizers and adds ours when that module has run.
@@ -79,8 +79,9 @@ class AfterImport:
 
 
 def install() -> None:
-    """Register the quantizer now, if transformers has its table already, else when it gets it."""
+    """Register the quantizers now, if the libraries have their tables, else when they get them."""
     _FINDER.install()
+    _DIFFUSERS.install()
 
 
 def register(table: Any) -> None:
@@ -105,4 +106,12 @@ def register(table: Any) -> None:
         raise changed("transformers", f"it did not take the quantizer {METHOD!r}")
 
 
+def register_diffusers(table: Any) -> None:
+    """Add the quantizer to diffusers' tables; see `endor.hf.diffusion.register`."""
+    from endor.hf import diffusion
+
+    diffusion.register(table)
+
+
 _FINDER = AfterImport(TABLE, register)
+_DIFFUSERS = AfterImport("diffusers.quantizers.auto", register_diffusers)
