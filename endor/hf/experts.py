@@ -166,7 +166,11 @@ def pack_experts(module: nn.Module, names: Sequence[str]) -> None:
     """Turn a fused experts module into an `EndorExperts`, its parameters `names` taken away."""
     module.__class__ = _experts_class(type(module))
     for name in names:
+        # `_init_weights` of an architecture may look at it before it is bound.
+        empty = torch.empty_like(module.get_parameter(name), device="meta")
+        empty._is_hf_initialized = True  # type: ignore[attr-defined]
         del module._parameters[name]
+        module.__dict__[name] = empty
     module._is_hf_initialized = True  # type: ignore[assignment]
 
 

@@ -14,7 +14,7 @@ from torch import nn
 
 from endor.codecs import TensorSpec
 from endor.dependencies import internals
-from endor.errors import CheckpointError, ConfigError, ShapeError
+from endor.errors import CheckpointError, ShapeError
 from endor.offload.units import Part, WeightSpec
 from endor.storage import FileLayout
 
@@ -44,7 +44,7 @@ class Assignment:
             for stack in stacks.values()
             for weight in stack
         ]
-        return [*self.linears.values(), *experts]
+        return [*{spec.name: spec for spec in self.linears.values()}.values(), *experts]
 
 
 @dataclass(slots=True)
@@ -63,15 +63,17 @@ class _Source:
 def assign(model: nn.Module, layouts: Sequence[FileLayout], quantizer: Any = None) -> Assignment:
     """Return where each packed tensor of `layouts` goes in `model`, which is on the meta device.
 
+    A tensor that reaches its parameter by an operation other than renaming, merging experts and
+    concatenation is expanded.
+
     Raises:
-        ConfigError: A packed tensor reaches its parameter by an operation other than renaming,
-            merging experts and concatenation.
         ShapeError: Stored and expected shapes differ.
         CheckpointError: Some of an experts module's tensors are missing.
     """
     specs = {name: entry.spec for layout in layouts for name, entry in layout.tensors.items()}
     parameters = dict(model.named_parameters(remove_duplicate=False))
     out, extra = Assignment(), []
+    experts: dict[str, dict[str, _Source]] = {}
     sources = _sources(model, specs, quantizer)
     for target, source in sources.items():
         packed = [name for name in source.names if specs[name].codec != "dense"]
@@ -84,16 +86,28 @@ def assign(model: nn.Module, layouts: Sequence[FileLayout], quantizer: Any = Non
             continue
         module = model.get_submodule(module_name)
         if parameter.dim() == 3 and _is_experts(module):
-            stacks = out.experts.setdefault(module_name, {})
-            stacks[leaf] = _expert_weights(target, parameter.shape, source, specs)
-            out.claimed.add(target)
-        elif leaf == "weight" and is_linear(module):
+            experts.setdefault(module_name, {})[leaf] = source
+        elif leaf == "weight" and is_linear(module) and _kinds(source) in _MATRICES:
             out.linears[module_name] = _matrix(target, parameter.shape, source, specs)
             out.claimed.add(target)
-        elif not source.operations:
+        else:  # expanded in memory, where transformers does with it what it does with any
             out.dense += packed
-        else:
-            raise _unsupported(target, source)
+    for module_name, leaves in experts.items():
+        if any(_kinds(source) not in _STACKS for source in leaves.values()):
+            out.dense += [
+                name
+                for source in leaves.values()
+                for name in source.names
+                if specs[name].codec != "dense"
+            ]
+            continue
+        for leaf, source in leaves.items():
+            target = f"{module_name}.{leaf}"
+            shape = parameters[target].shape
+            stacks = out.experts.setdefault(module_name, {})
+            stacks[leaf] = _expert_weights(target, shape, source, specs)
+            out.claimed.add(target)
+    _share_tied(model, out)
     missing = _missing(model, parameters, sources)
     if extra and missing:
         raise CheckpointError(
@@ -158,13 +172,37 @@ def _sources(
     return out
 
 
+_MATRICES: tuple[list[tuple[str, Any]], ...] = ([], [("Concatenate", 0)])
+"""What may be done to stored tensors on their way to a linear layer's weight: parts are rows."""
+
+_STACKS: tuple[list[tuple[str, Any]], ...] = (
+    [],
+    [("MergeModulelist", 0)],
+    [("MergeModulelist", 0), ("Concatenate", 1)],
+)
+"""The same on their way to a stack of experts."""
+
+
+def _kinds(source: _Source) -> list[tuple[str, Any]]:
+    return [(type(item).__name__, getattr(item, "dim", None)) for item in source.operations]
+
+
+def _share_tied(model: nn.Module, found: Assignment) -> None:
+    """Give linear layers that are tied to a packed one, in layers that are shared, its weight."""
+    for target, source in (getattr(model, "all_tied_weights_keys", None) or {}).items():
+        module_name, _, leaf = target.rpartition(".")
+        spec = found.linears.get(source.removesuffix(".weight"))
+        if spec is None or leaf != "weight" or module_name in found.linears:
+            continue
+        if is_linear(model.get_submodule(module_name)):
+            found.linears[module_name] = spec
+            found.claimed.add(target)
+
+
 def _matrix(
     target: str, shape: torch.Size, source: _Source, specs: Mapping[str, TensorSpec]
 ) -> WeightSpec:
     """Return a linear's weight: one stored tensor, or several on top of each other."""
-    kinds = [(type(item).__name__, getattr(item, "dim", None)) for item in source.operations]
-    if kinds not in ([], [("Concatenate", 0)]):
-        raise _unsupported(target, source)
     parts = _stack_rows(target, shape, source.names, specs)
     return WeightSpec(target, tuple(shape), parts, target)
 
@@ -174,8 +212,7 @@ def _expert_weights(
 ) -> list[WeightSpec]:
     """Return the weights of the experts of a fused parameter `(experts, rows, cols)`."""
     experts, rows, cols = shape
-    kinds = [(type(item).__name__, getattr(item, "dim", None)) for item in source.operations]
-    if not kinds:
+    if not source.operations:
         name = source.names[0]
         if specs[name].shape != tuple(shape):
             raise _wrong_shape(name, specs[name].shape, target, shape)
@@ -190,8 +227,6 @@ def _expert_weights(
             )
             for expert in range(experts)
         ]
-    if kinds not in ([("MergeModulelist", 0)], [("MergeModulelist", 0), ("Concatenate", 1)]):
-        raise _unsupported(target, source)
     columns = [source.tensors.get(pattern, []) for pattern in source.patterns]
     for pattern, names in zip(source.patterns, columns, strict=True):
         if len(names) != experts:
@@ -236,12 +271,4 @@ def _wrong_shape(
     return ShapeError(
         f"{name}: stored shape {list(found)} does not fit {target} {list(expected)}; the config "
         "and the weights do not belong together"
-    )
-
-
-def _unsupported(target: str, source: _Source) -> ConfigError:
-    steps = ", ".join(type(item).__name__ for item in source.operations) or "its layout"
-    return ConfigError(
-        f"{target}: made from {source.names[0]} by {steps}, which cannot be done on packed "
-        "weights; unpack the checkpoint, or pack it again without these tensors (--exclude)"
     )

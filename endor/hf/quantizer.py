@@ -219,7 +219,11 @@ class EndorQuantizer(HfQuantizer):  # type: ignore[misc]
             )
             parent, _, leaf = name.rpartition(".")
             setattr(model.get_submodule(parent), leaf, new)
-            model.all_tied_weights_keys.pop(f"{name}.weight", None)
+        model.all_tied_weights_keys = {
+            target: source
+            for target, source in model.all_tied_weights_keys.items()
+            if target not in plan.claimed and source not in plan.claimed
+        }
         for name, stacks in plan.experts.items():
             module = model.get_submodule(name)
             eager_forward(type(module))

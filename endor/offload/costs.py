@@ -118,6 +118,7 @@ class ModelShape:
         head_dim = inner.get("head_dim") or hidden // heads
         vocab = _size(inner, "vocab_size")
         wide = inner.get("intermediate_size") or inner.get("ffn_dim") or 4 * hidden
+        wide = max(wide) if isinstance(wide, list | tuple) else wide  # a width for each layer
         experts = inner.get("num_local_experts") or inner.get("num_experts") or 0
         chosen = inner.get("num_experts_per_tok") or experts
         return cls(

@@ -1,6 +1,7 @@
 """A checkpoint whose selected tensors come out pruned by a calibrated method."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +9,7 @@ import numpy as np
 import torch
 
 from endor.checkpoint.tensors import CheckpointSource, SourceTensor
+from endor.errors import EndorError, PruningError
 from endor.packed import bits_of
 from endor.pruning.calibration import shipped_texts
 from endor.pruning.contract import METHODS, NOTHING, LayerQuantizer, PruneOptions
@@ -55,7 +57,8 @@ class PrunedSource:
             folder = options.scratch
             folder.mkdir(parents=True, exist_ok=True)
         try:
-            self._stream = LayerStream(source, options, selected, folder, progress, quantizer)
+            with _explained(source.path):
+                self._stream = LayerStream(source, options, selected, folder, progress, quantizer)
         except BaseException:
             self._drop_scratch()
             raise
@@ -92,7 +95,8 @@ class PrunedSource:
     def _tensor(self, index: int, name: str) -> torch.Tensor:
         """Return what the stream made for a layer."""
         while self._stream.done <= index:
-            self._layer = self._stream.next_layer()
+            with _explained(self._source.path):
+                self._layer = self._stream.next_layer()
         tensor = self._layer.get(name)
         if tensor is None:
             from safetensors import safe_open
@@ -129,3 +133,18 @@ class PrunedSource:
     def _drop_scratch(self) -> None:
         if self._scratch is not None:
             self._scratch.remove()
+
+
+@contextmanager
+def _explained(path: Path) -> Iterator[None]:
+    """Turn what a model's own code raises when it is run layer by layer into a `PruningError`."""
+    try:
+        yield
+    except (EndorError, OSError, MemoryError):
+        raise
+    except Exception as error:
+        text = " ".join(str(error).split())[:200]
+        raise PruningError(
+            f"{path}: the model must run layer by layer for a calibration, and does not: "
+            f"{type(error).__name__}: {text}; prune with magnitude, or without calibration"
+        ) from error

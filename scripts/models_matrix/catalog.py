@@ -59,6 +59,12 @@ QUICK = (
         )
     ),
     "causal/Gemma3ForConditionalGeneration",
+    # Kinds of weights that reach their parameters by more than a new name.
+    "causal/Zamba2ForCausalLM",
+    "causal/LongcatFlashForCausalLM",
+    "causal/Gemma3nForCausalLM",
+    "masked/NomicBertForMaskedLM",
+    "image-text/Qwen3VLMoeForConditionalGeneration",
     "seq2seq/T5ForConditionalGeneration",
     "seq2seq/BartForConditionalGeneration",
     "speech/WhisperForConditionalGeneration",

@@ -9,7 +9,7 @@ from transformers import conversion_mapping
 from transformers.core_model_loading import Chunk, Concatenate, Transpose, WeightConverter
 
 from endor.codecs import TensorSpec, dtype
-from endor.errors import ConfigError, ShapeError
+from endor.errors import ShapeError
 from endor.hf.names import assign
 
 
@@ -74,10 +74,24 @@ def test_rows_are_put_below_each_other(convert):
 
 
 @pytest.mark.parametrize("operations", [[Concatenate(dim=1)], [Transpose(0, 1)], [Chunk(dim=0)]])
-def test_other_operations_are_refused(convert, operations):
+def test_what_other_operations_take_is_expanded(convert, operations):
+    """transformers does them then, on what it is handed."""
     convert(stacked(*operations))
-    with pytest.raises(ConfigError, match=type(operations[0]).__name__):
-        assign(Model(), [layout(model__q__weight=(8, 8), model__k__weight=(4, 8))])
+    found = assign(Model(), [layout(model__q__weight=(8, 8), model__k__weight=(4, 8))])
+    assert sorted(found.dense) == ["model.k.weight", "model.q.weight"]
+    assert not found.weights
+    assert not found.claimed
+
+
+def test_a_tied_layer_shares_the_weight(convert):
+    model = Model()
+    with torch.device("meta"):
+        model.model["again"] = nn.Linear(8, 12)
+    model.all_tied_weights_keys = {"model.again.weight": "model.qkv.weight"}
+    found = assign(model, [layout(model__qkv__weight=(12, 8))])
+    assert found.linears["model.again"] is found.linears["model.qkv"]
+    assert len(found.weights) == 1
+    assert found.claimed == {"model.again.weight", "model.qkv.weight"}
 
 
 @pytest.mark.parametrize("shape", [(8, 12), (11, 8), (96,), (12, 8, 1)])
