@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from endor.errors import ConfigError
+from endor.hf.compiling import outside_graphs
 from endor.hf.linear import fast_product, refuse_conversion, refuse_packed_keys
 from endor.hf.routing import Router, routers
 from endor.offload.products import NEVER
@@ -108,6 +109,7 @@ class EndorExperts(nn.Module):
     is computed is what that router chooses in its turn.
     """
 
+    @outside_graphs
     def forward(self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, *rest: Any) -> Any:
         stacks = self._stacks
         run = eager_forward(type(self).__mro__[2])

@@ -9,6 +9,7 @@ from torch import nn
 
 from endor import kernels
 from endor.errors import BackendError, ConfigError
+from endor.hf.compiling import outside_graphs
 from endor.offload.store import Weight
 from endor.packed import bits_of, plain_matrix
 
@@ -154,6 +155,7 @@ class EndorLinear(nn.Linear):
         """
         refuse_write()
 
+    @outside_graphs
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         source = self._source or self.source
         bias = self.bias
@@ -208,6 +210,7 @@ class FastHead(nn.Linear):
             module.__class__ = FastHead
             module.product_rows = rows  # type: ignore[assignment]
 
+    @outside_graphs
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         if not self._applies(input):
             return super().forward(input)
