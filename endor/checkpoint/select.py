@@ -17,8 +17,8 @@ _EXCLUDED_WORDS = ("embed", "norm", "position", "router", "relative_attention_bi
 def is_linear(tensor: SourceTensor) -> bool:
     """Whether the default policy packs `tensor`.
 
-    It takes the matrices of repeated layers: two-dimensional `*.weight` under a numbered module,
-    and three-dimensional stacks of experts, at least 64 by 64. Embeddings, heads, norms and
+    It takes the matrices of repeated layers, at least 64 by 64: `*.weight` under a numbered module,
+    two-dimensional or a stack of them, and all stacks of experts. Embeddings, heads, norms and
     routers stay as they are.
     """
     if not tensor.dtype.packable or len(tensor.shape) < 2 or min(tensor.shape[-2:]) < MIN_SIZE:
@@ -26,11 +26,13 @@ def is_linear(tensor: SourceTensor) -> bool:
     parts = tensor.name.split(".")
     if not any(part.isdecimal() for part in parts[:-1]):
         return False
-    if len(tensor.shape) == 3:
-        return "experts" in parts
-    if len(tensor.shape) != 2 or parts[-1] != "weight":
+    if len(tensor.shape) == 3 and "experts" in parts:
+        return True
+    if len(tensor.shape) not in (2, 3) or parts[-1] != "weight":
         return False
     module = parts[-2]
+    if len(tensor.shape) == 3 and "conv" in module:
+        return False
     return module not in _EXCLUDED_MODULES and not any(word in module for word in _EXCLUDED_WORDS)
 
 

@@ -11,7 +11,7 @@ from torch import nn
 
 from endor.errors import ConfigError
 from endor.hf.compiling import outside_graphs
-from endor.hf.linear import fast_product, refuse_conversion, refuse_packed_keys
+from endor.hf.linear import fast_product, initialised, refuse_conversion, refuse_packed_keys
 from endor.hf.routing import Router, routers
 from endor.offload.products import NEVER
 from endor.offload.state import State
@@ -22,14 +22,31 @@ class ExpertStack:
     """What stands in for a 3-D parameter `(experts, rows, cols)`: indexing it expands one expert.
 
     The result lies in scratch memory, valid until the thread expands another weight; with
-    gradients enabled, in memory of its own.
+    gradients enabled, and where `own_memory` says so, in memory of its own.
+
+    Args:
+        weights: Each expert's matrix, as stored.
+        exact: Never hand out a matrix that `F.linear` multiplies packed.
+        transposed: What is stored is the transpose of what the module multiplies by.
+        own_memory: The module is not known to use one expert at a time: an expert's matrix stays
+            valid, and whatever else asks for the whole parameter gets it.
     """
 
-    def __init__(self, weights: Sequence[Weight], *, exact: bool) -> None:
+    def __init__(
+        self,
+        weights: Sequence[Weight],
+        *,
+        exact: bool,
+        transposed: bool = False,
+        own_memory: bool = False,
+    ) -> None:
         self.weights = tuple(weights)
         self.exact = exact
+        self.transposed = transposed
+        self.own_memory = own_memory
         first = self.weights[0]
-        self.shape = torch.Size((len(self.weights), *first.shape))
+        rows, cols = reversed(first.shape) if transposed else first.shape
+        self.shape = torch.Size((len(self.weights), rows, cols))
         self.dtype = first.dtype
         self.device = first.device
 
@@ -37,17 +54,47 @@ class ExpertStack:
         return len(self.weights)
 
     def __getitem__(self, index: int | torch.Tensor) -> "torch.Tensor | PackedMatrix":
-        if isinstance(index, torch.Tensor) and index.numel() != 1:
+        if not isinstance(index, int) and (
+            not isinstance(index, torch.Tensor) or index.numel() != 1
+        ):
+            if self.own_memory:
+                return self.whole()[index]
             raise ConfigError(
                 "packed experts are used one at a time: load the model with "
                 "experts_implementation='eager'"
             )
         weight = self.weights[int(index)]
-        if torch.is_grad_enabled():
+        if self.transposed:
+            return self._matrix(int(index))
+        if torch.is_grad_enabled() or self.own_memory:
             return weight.fresh(hold=True)
         if not self.exact and (weight.product_rows or weight.wide_rows < NEVER):
             return PackedMatrix(weight)
         return weight.dense(hold=True)
+
+    def _matrix(self, expert: int) -> torch.Tensor:
+        found = self.weights[expert].dense(hold=True)
+        return found.t().contiguous() if self.transposed else found
+
+    def whole(self) -> torch.Tensor:
+        """Return all experts, expanded, in memory of their own."""
+        out = torch.empty(self.shape, dtype=self.dtype, device=self.device)
+        for expert in range(len(self)):
+            out[expert] = self._matrix(expert)
+        return out
+
+    def _batched(self, input: torch.Tensor) -> torch.Tensor:
+        """Return `torch.bmm(input, self)`, one expert expanded at a time."""
+        products = [
+            torch.bmm(input[expert : expert + 1], self._matrix(expert).unsqueeze(0))
+            for expert in range(len(self))
+        ]
+        return torch.cat(products)
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__") or not self.__dict__.get("own_memory"):
+            raise AttributeError(f"{type(self).__name__} has no attribute {name!r}")
+        return getattr(self.whole(), name)
 
     @classmethod
     def __torch_function__(
@@ -57,6 +104,12 @@ class ExpertStack:
         args: Sequence[Any] = (),
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
+        stacks = [item for item in args if isinstance(item, cls)]
+        if stacks and all(stack.own_memory for stack in stacks):
+            if func is torch.bmm and len(args) == 2 and not kwargs and isinstance(args[1], cls):
+                return args[1]._batched(args[0])
+            whole = [item.whole() if isinstance(item, cls) else item for item in args]
+            return func(*whole, **(kwargs or {}))
         raise ConfigError(
             f"packed experts are used one at a time, torch.{getattr(func, '__name__', func)} wants "
             "all of them: this architecture is not supported; unpack the checkpoint to run it"
@@ -110,7 +163,16 @@ class EndorExperts(nn.Module):
     """
 
     @outside_graphs
-    def forward(self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, *rest: Any) -> Any:
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        base = type(self).__mro__[2]
+        if routes_tokens(base):
+            return self._routed(*args, **kwargs)
+        try:
+            return super().forward(*args, **kwargs)
+        finally:
+            self._stacks[0].weights[0].engine.drop()
+
+    def _routed(self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, *rest: Any) -> Any:
         stacks = self._stacks
         run = eager_forward(type(self).__mro__[2])
         engine = stacks[0].weights[0].engine
@@ -168,11 +230,10 @@ def pack_experts(module: nn.Module, names: Sequence[str]) -> None:
     """Turn a fused experts module into an `EndorExperts`, its parameters `names` taken away."""
     module.__class__ = _experts_class(type(module))
     for name in names:
-        # `_init_weights` of an architecture may look at it before it is bound.
-        empty = torch.empty_like(module.get_parameter(name), device="meta")
-        empty._is_hf_initialized = True  # type: ignore[attr-defined]
-        del module._parameters[name]
-        module.__dict__[name] = empty
+        parameter = module._parameters.pop(name)
+        assert parameter is not None
+        # While the model is built, its `_init_weights` may look at it.
+        module.__dict__[name] = initialised(parameter.shape, parameter.dtype)
     module._is_hf_initialized = True  # type: ignore[assignment]
 
 
@@ -200,6 +261,11 @@ def _experts_class(base: type[nn.Module]) -> type[nn.Module]:
 
 
 _CLASSES: dict[type[nn.Module], type[nn.Module]] = {}
+
+
+def routes_tokens(base: type[nn.Module]) -> bool:
+    """Whether a class of experts was made with transformers' `use_experts_implementation`."""
+    return inspect.unwrap(base.forward) is not base.forward
 
 
 def eager_forward(base: type[nn.Module]) -> Callable[..., Any]:

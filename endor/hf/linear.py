@@ -122,10 +122,7 @@ class EndorLinear(nn.Linear):
             ConfigError: The layer was not bound to a packed checkpoint.
         """
         if self._source is None:
-            raise ConfigError(
-                "this layer has no weights: build the model with from_pretrained or "
-                "endor.load_model, not from its config"
-            )
+            raise unbound()
         return self._source
 
     @property
@@ -136,11 +133,7 @@ class EndorLinear(nn.Linear):
         initialised: many an architecture's `_init_weights` looks at the weights of its children.
         """
         if self._source is None:
-            empty = torch.empty(
-                (self.out_features, self.in_features), dtype=self.weight_dtype, device="meta"
-            )
-            empty._is_hf_initialized = True  # type: ignore[attr-defined]
-            return empty
+            return initialised((self.out_features, self.in_features), self.weight_dtype)
         return self.source.fresh().as_subclass(PackedWeight)
 
     @weight.setter
@@ -267,6 +260,21 @@ class _Linear(torch.autograd.Function):
         to_input = grad @ ctx.source.dense() if ctx.needs_input_grad[0] else None
         to_bias = grad.flatten(0, -2).sum(0) if ctx.needs_input_grad[1] else None
         return to_input, to_bias, None
+
+
+def unbound() -> ConfigError:
+    """Return the error of a layer that was built without a packed checkpoint."""
+    return ConfigError(
+        "this layer has no weights: build the model with from_pretrained or endor.load_model, not "
+        "from its config"
+    )
+
+
+def initialised(shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
+    """Return what stands for a packed weight until it is bound: empty, marked as initialised."""
+    empty = torch.empty(tuple(shape), dtype=dtype, device="meta")
+    empty._is_hf_initialized = True  # type: ignore[attr-defined]
+    return empty
 
 
 def refuse_conversion(

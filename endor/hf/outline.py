@@ -173,7 +173,9 @@ def model_shape(
         dtype: What the model computes in.
     """
     head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
-    packed = {id(model.get_submodule(name)) for name in assignment.linears}
+    packed = {
+        id(model.get_submodule(name)) for name in {**assignment.linears, **assignment.modules}
+    }
     other = parameter_bytes(model) if unpacked_bytes is None else unpacked_bytes
     scratch = scratch_bytes(layouts, specs)
     try:

@@ -20,15 +20,16 @@ from endor.hf.experts import (
     EndorExperts,
     ExpertStack,
     bind_experts,
-    eager_forward,
     link_experts,
     pack_experts,
+    routes_tokens,
 )
 from endor.hf.kv_cache import keep_kv
 from endor.hf.linear import EndorLinear, FastHead
 from endor.hf.loading import PlainFile, check_taken, open_layouts, plain_file
 from endor.hf.names import Assignment, assign
 from endor.hf.opening import Opener
+from endor.hf.packed_module import EndorModule, bind_module, pack_module
 from endor.hf.ranges import stay_on_device
 from endor.offload.store import Store
 from endor.storage import FileLayout, open_reader
@@ -214,7 +215,7 @@ class EndorQuantizer(HfQuantizer):  # type: ignore[misc]
                 old.in_features,
                 old.out_features,
                 old.bias,
-                self._dtypes[spec.name],
+                self._dtypes[spec.target],
                 exact=self.quantization_config.exact,
             )
             parent, _, leaf = name.rpartition(".")
@@ -225,9 +226,9 @@ class EndorQuantizer(HfQuantizer):  # type: ignore[misc]
             if target not in plan.claimed and source not in plan.claimed
         }
         for name, stacks in plan.experts.items():
-            module = model.get_submodule(name)
-            eager_forward(type(module))
-            pack_experts(module, list(stacks))
+            pack_experts(model.get_submodule(name), list(stacks))
+        for name, spec in plan.modules.items():
+            pack_module(model.get_submodule(name), self._dtypes[spec.target])
         model._keys_to_ignore_on_load_unexpected = {
             *(model._keys_to_ignore_on_load_unexpected or ()),
             r"^__pad__\.",
@@ -258,13 +259,23 @@ class EndorQuantizer(HfQuantizer):  # type: ignore[misc]
         for name, stacks in plan.experts.items():
             experts = model.get_submodule(name)
             assert isinstance(experts, EndorExperts)
+            own = not routes_tokens(type(experts).__mro__[2])
             bind_experts(
                 experts,
                 {
-                    leaf: ExpertStack([store.weights[s.name] for s in stack], exact=config.exact)
+                    leaf: ExpertStack(
+                        [store.weights[item.name] for item in stack],
+                        exact=config.exact,
+                        transposed=f"{name}.{leaf}" in plan.transposed,
+                        own_memory=own,
+                    )
                     for leaf, stack in stacks.items()
                 },
             )
+        for name, spec in plan.modules.items():
+            module = model.get_submodule(name)
+            assert isinstance(module, EndorModule)
+            bind_module(module, store.weights[spec.name])
         adapters.watch.install()
         pipelines.watch.install()
         if isinstance(store, Store) and not config.exact:

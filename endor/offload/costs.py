@@ -114,23 +114,22 @@ class ModelShape:
         layers = _size(inner, "num_hidden_layers", "n_layer", "n_layers", "num_layers")
         hidden = _size(inner, "hidden_size", "n_embd", "d_model")
         heads = _size(inner, "num_attention_heads", "n_head", "num_heads")
-        kv_heads = inner.get("num_key_value_heads") or heads
+        kv_heads = _most(inner.get("num_key_value_heads") or heads)
         head_dim = inner.get("head_dim") or hidden // heads
         vocab = _size(inner, "vocab_size")
-        wide = inner.get("intermediate_size") or inner.get("ffn_dim") or 4 * hidden
-        wide = max(wide) if isinstance(wide, list | tuple) else wide  # a width for each layer
-        experts = inner.get("num_local_experts") or inner.get("num_experts") or 0
-        chosen = inner.get("num_experts_per_tok") or experts
+        wide = _most(inner.get("intermediate_size") or inner.get("ffn_dim") or 4 * hidden)
+        experts = _most(inner.get("num_local_experts") or inner.get("num_experts") or 0)
+        chosen = _most(inner.get("num_experts_per_tok") or experts)
         return cls(
             layers=layers,
             hidden=hidden,
             heads=heads,
-            kv_bytes_per_token=2 * layers * int(kv_heads) * int(head_dim) * itemsize,
+            kv_bytes_per_token=2 * layers * kv_heads * int(head_dim) * itemsize,
             head_bytes=0 if head_packed else vocab * hidden * itemsize,
             other_bytes=other_bytes,
-            activation_bytes_per_token=(8 * hidden + 3 * int(wide)) * itemsize,
+            activation_bytes_per_token=(8 * hidden + 3 * wide) * itemsize,
             vocab=vocab,
-            expert_use=min(1.0, int(chosen) / int(experts)) if experts else 1.0,
+            expert_use=min(1.0, chosen / experts) if experts else 1.0,
             scratch_bytes=scratch_bytes,
             itemsize=itemsize,
         )
@@ -385,6 +384,11 @@ def _layer_ops_s(machine: Machine, shape: ModelShape, step: Step) -> float:
     """Seconds of a layer's small operations: a fixed cost each, then memory traffic per row."""
     traffic = step.rows * shape.activation_bytes_per_token * 3
     return OPS_PER_LAYER * machine.op_us / 1e6 + traffic / machine.copy_gbps / 1e9
+
+
+def _most(value: Any) -> int:
+    """Return a size that may be given for each layer: the largest."""
+    return max(map(_most, value), default=0) if isinstance(value, list | tuple) else int(value)
 
 
 def _size(config: Mapping[str, Any], *names: str) -> int:

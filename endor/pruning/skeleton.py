@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, cast
 
 import numpy as np
@@ -24,11 +24,24 @@ class Call:
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
+    singly: bool = False
+    """Whether what is passed is for one window and does not broadcast over several."""
 
     def run(self, layer: nn.Module, hidden: torch.Tensor) -> torch.Tensor:
         """Return the layer's hidden states `(windows, tokens, features)`."""
+        if self.singly and len(hidden) > 1:
+            return torch.cat([self.run(layer, window) for window in torch.split(hidden, 1)])
         out = layer(hidden, *self.args, **self.kwargs)
         return cast(torch.Tensor, out[0] if isinstance(out, tuple) else out)
+
+    def broadcasts(self, layer: nn.Module, hidden: torch.Tensor) -> bool:
+        """Whether two windows at once give what one window gives, `hidden` being that one."""
+        one = self.run(layer, hidden)
+        try:
+            two = self.run(layer, hidden.expand(2, *hidden.shape[1:]))
+        except Exception:  # whatever the layer's code says to another number of windows
+            return False
+        return two.shape[1:] == one.shape[1:] and torch.allclose(two, one, rtol=1e-3, atol=1e-5)
 
 
 class _StopForward(Exception):
@@ -58,7 +71,7 @@ class Skeleton:
         self._device = device
         self._model = _empty_model(source, trust_remote_code=trust_remote_code)
         self._prefix, self.layers = _decoder_layers(self._model)
-        self._tuples = False  # whether layers return tuples, as `trace` finds out
+        self._rest: tuple[Any, ...] | None = None  # returned besides, where layers return tuples
         shapes = {name: tensor.shape for name, tensor in source.tensors.items()}
         self._parts = map_parts(self._model, shapes)
 
@@ -104,18 +117,31 @@ class Skeleton:
         try:
             with torch.no_grad():
                 # The first layer alone, for real: what it returns is what the stand-ins return.
-                first = self._record(body, ids[:1], [0])[0]
+                hidden, call = self._record(body, ids[:1], [0])[0]
                 layer = self.load_layer(0)
-                returned = layer(first[0], *first[1].args, **first[1].kwargs)
+                returned = layer(hidden, *call.args, **call.kwargs)
+                self._rest = returned[1:] if isinstance(returned, tuple) else None
+                self._check_shape(hidden, returned)
+                singly = not call.broadcasts(layer, hidden)
                 self.drop_layer(0)
-                self._tuples = isinstance(returned, tuple)
                 found = self._record(body, ids[:1], range(len(self.layers)))
                 for start, stop in batches(len(ids), batch):
                     sink(start, self._record(body, ids[start:stop], [0])[0][0])
         finally:
             _drop(body, layers_at)
             return_memory()
-        return [call for _, call in found]
+        return [replace(call, singly=singly) for _, call in found]
+
+    def _check_shape(self, hidden: torch.Tensor, returned: Any) -> None:
+        out = returned[0] if isinstance(returned, tuple) else returned
+        if hidden.dim() != 3 or not isinstance(out, torch.Tensor) or out.shape != hidden.shape:
+            raise self._refusal("its layers do not pass on one state for each token")
+
+    def _refusal(self, why: str) -> PruningError:
+        return PruningError(
+            f"{type(self._model).__name__}: cannot be run layer by layer ({why}); prune with "
+            "magnitude"
+        )
 
     @contextmanager
     def head(self) -> Iterator[Callable[[torch.Tensor, torch.Tensor], torch.Tensor]]:
@@ -143,7 +169,7 @@ class Skeleton:
 
         def logits(ids: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
             def stand_in(*_args: Any, **_kwargs: Any) -> Any:
-                return (hidden,) if self._tuples else hidden
+                return hidden if self._rest is None else (hidden, *self._rest)
 
             with _replaced_forwards(self.layers, stand_in), torch.no_grad():
                 out = model(input_ids=ids.to(self._device), use_cache=False)
@@ -166,17 +192,14 @@ class Skeleton:
             found.append((hidden, Call(tuple(args[1:]), kwargs)))
             if len(found) == len(wanted):
                 raise _StopForward
-            return (hidden,) if self._tuples else hidden
+            return hidden if self._rest is None else (hidden, *self._rest)
 
         with _replaced_forwards(self.layers, stand_in):
             try:
                 body(input_ids=ids.to(self._device), use_cache=False)
             except _StopForward:
                 return found
-        raise PruningError(
-            f"{type(self._model).__name__}: calls {len(found)} of {len(self.layers)} layers; it "
-            "cannot be run layer by layer: prune with magnitude"
-        )
+        raise self._refusal(f"it calls {len(found)} of {len(self.layers)} layers")
 
     def _fill(self, module: nn.Module, prefix: str, skip: str, *, optional: bool = False) -> None:
         """Give every parameter and stored buffer of `module` its value, but those under `skip`.
@@ -253,7 +276,7 @@ def _empty_model(source: CheckpointSource, *, trust_remote_code: bool) -> Any:
     """Return the causal language model with parameters on the meta device, in eval mode."""
     try:
         from accelerate import init_empty_weights
-        from transformers import AutoModelForCausalLM
+        from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
     except ImportError as error:
         raise BackendError(
             f"calibrated pruning needs transformers and accelerate: {error}; "
@@ -272,16 +295,21 @@ def _empty_model(source: CheckpointSource, *, trust_remote_code: bool) -> Any:
         )
     if hasattr(config, "quantization_config"):
         del config.quantization_config  # a sparse format that the source has undone
-    try:
-        with init_empty_weights(include_buffers=False):
-            model = AutoModelForCausalLM.from_config(
-                config, dtype=torch.float32, trust_remote_code=trust_remote_code
-            )
-    except ValueError as error:
+    errors = []
+    for maker in (AutoModelForCausalLM, AutoModelForImageTextToText):
+        try:
+            with init_empty_weights(include_buffers=False):
+                model = maker.from_config(
+                    config, dtype=torch.float32, trust_remote_code=trust_remote_code
+                )
+            break
+        except ValueError as error:
+            errors.append(str(error).partition("\n")[0].partition(" Model type")[0])
+    else:
         raise PruningError(
-            f"{source.path}: transformers makes no causal language model of it: {error}; prune "
+            f"{source.path}: transformers makes no causal language model of it: {errors[0]}; prune "
             "with magnitude"
-        ) from None
+        )
     if hasattr(model, "set_experts_implementation"):
         model.set_experts_implementation("eager")
     for module in model.modules():
@@ -291,11 +319,21 @@ def _empty_model(source: CheckpointSource, *, trust_remote_code: bool) -> Any:
 
 
 def _decoder_layers(model: Any) -> tuple[str, nn.ModuleList]:
-    """Return the name of the list of decoder layers, and the list."""
+    """Return the name of the list of decoder layers, and the list.
+
+    Of several lists as long, that of the text decoder: a tower for images can have as many layers.
+    """
     count = model.config.get_text_config(decoder=True).num_hidden_layers
-    for name, module in model.named_modules():
-        if isinstance(module, nn.ModuleList) and len(module) == count:
-            return name, module
+    found = [
+        (name, module)
+        for name, module in model.named_modules()
+        if isinstance(module, nn.ModuleList) and len(module) == count
+    ]
+    decoder = model.get_decoder() if hasattr(model, "get_decoder") else None
+    within = {id(module) for module in decoder.modules()} if decoder is not None else set()
+    found.sort(key=lambda item: id(item[1]) not in within)
+    if found:
+        return found[0]
     raise PruningError(
         f"{type(model).__name__}: has no list of {count} decoder layers; prune with magnitude"
     )

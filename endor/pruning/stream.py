@@ -21,6 +21,7 @@ import torch
 from torch import nn
 
 from endor import machine
+from endor.checkpoint.select import is_linear
 from endor.checkpoint.tensors import CheckpointSource
 from endor.codecs.integer import size_bits
 from endor.errors import BackendError, PruningError
@@ -96,6 +97,7 @@ class LayerStream:
         self._compute = (
             machine.compute_dtype(self._device) if self._method.finetune else torch.float32
         )
+        self.left: tuple[str, ...] = ()
         self._names = self._pruned_names(selected)
         ids, self._held_ids = calibration_and_held_out(source.directory, options, held_out)
         self.windows, self._tokens = ids.shape
@@ -294,11 +296,15 @@ class LayerStream:
                     if part.name in selected and self._options.selects(part.name):
                         names[part.name] = index
         stray = sorted(name for name in selected - names.keys() if self._options.selects(name))
-        if stray:
+        asked = [name for name in stray if not is_linear(self._source.tensors[name])]
+        if asked or not names:
+            name = (asked or stray or ["nothing chosen"])[0]
             raise PruningError(
-                f"{stray[0]}: lies outside the decoder layers, where calibration does not reach; "
-                f"leave it out: --exclude '{stray[0]}'"
+                f"{name}: lies outside the decoder layers, where calibration does not reach; "
+                f"leave it out (--exclude '{name}'), or prune with magnitude"
             )
+        # A tower for images, say: calibrated by text, the language model is renewed.
+        self.left = tuple(stray)
         return names
 
     def _embed(self, ids: torch.Tensor) -> tuple[Activations, list[Call]]:

@@ -50,7 +50,8 @@ def test_shapes_and_types():
     experts = "model.layers.0.mlp.experts.gate_up_proj"
     assert not is_linear(tensor(name, (63, 128)))
     assert not is_linear(tensor(name, (128,)))
-    assert not is_linear(tensor(name, (4, 128, 128)))
+    assert is_linear(tensor(name, (4, 128, 128)))
+    assert not is_linear(tensor(name, (128, 128, 4)))
     assert not is_linear(tensor(name, kind="I64"))
     assert is_linear(tensor(name, kind="F8_E4M3"))
     assert is_linear(tensor(experts, (4, 128, 128)))

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 from transformers import conversion_mapping
 from transformers.core_model_loading import Chunk, Concatenate, Transpose, WeightConverter
+from transformers.core_model_loading import Split as SplitOp
 
 from endor.codecs import TensorSpec, dtype
 from endor.errors import ShapeError
@@ -73,14 +74,12 @@ def test_rows_are_put_below_each_other(convert):
     assert parts == [("model.q.weight", 64, 0), ("model.k.weight", 32, 64)]
 
 
-@pytest.mark.parametrize("operations", [[Concatenate(dim=1)], [Transpose(0, 1)], [Chunk(dim=0)]])
-def test_what_other_operations_take_is_expanded(convert, operations):
-    """transformers does them then, on what it is handed."""
+@pytest.mark.parametrize("operations", [[Concatenate(dim=1)], [Transpose(0, 1)], [Chunk(dim=1)]])
+def test_what_comes_about_otherwise_is_expanded(convert, operations):
     convert(stacked(*operations))
     found = assign(Model(), [layout(model__q__weight=(8, 8), model__k__weight=(4, 8))])
     assert sorted(found.dense) == ["model.k.weight", "model.q.weight"]
-    assert not found.weights
-    assert not found.claimed
+    assert (found.weights, found.claimed) == ([], set())
 
 
 def test_a_tied_layer_shares_the_weight(convert):
@@ -92,6 +91,38 @@ def test_a_tied_layer_shares_the_weight(convert):
     assert found.linears["model.again"] is found.linears["model.qkv"]
     assert len(found.weights) == 1
     assert found.claimed == {"model.again.weight", "model.qkv.weight"}
+
+
+class Split(nn.Module):
+    """Two linear layers that are stored as one matrix."""
+
+    base_model_prefix = "model"
+
+    def __init__(self, q=8, k=4):
+        super().__init__()
+        with torch.device("meta"):
+            self.model = nn.ModuleDict({"q": nn.Linear(8, q), "k": nn.Linear(8, k)})
+
+
+@pytest.mark.parametrize(("operation", "rows"), [(Chunk(dim=0), (6, 6)), (SplitOp(dim=0), (8, 4))])
+def test_rows_of_one_stored_matrix(convert, operation, rows):
+    targets = ["model.q.weight", "model.k.weight"]
+    convert(WeightConverter("model.qk.weight", targets, operations=[operation]))
+    found = assign(Split(*rows), [layout(model__qk__weight=(12, 8))])
+    ranges = [found.linears[name].parts[0] for name in ("model.q", "model.k")]
+    edge = rows[0] * 8
+    assert [(part.start, part.stop, part.offset) for part in ranges] == [
+        (0, edge, 0),
+        (edge, 96, 0),
+    ]
+    assert found.claimed == set(targets)
+
+
+def test_rows_must_add_up(convert):
+    targets = ["model.q.weight", "model.k.weight"]
+    convert(WeightConverter("model.qk.weight", targets, operations=[Chunk(dim=0)]))
+    with pytest.raises(ShapeError, match="does not fit"):
+        assign(Split(), [layout(model__qk__weight=(11, 8))])
 
 
 @pytest.mark.parametrize("shape", [(8, 12), (11, 8), (96,), (12, 8, 1)])
