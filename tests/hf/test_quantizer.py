@@ -92,10 +92,11 @@ def test_packed_embeddings_are_expanded_at_load(make_pair, tied):
     pair.check(model)
 
 
-def test_modules_that_are_no_linear_are_expanded_at_load(make_pair):
+def test_modules_of_another_make_stay_packed(make_pair):
     pair = make_pair("gpt2")
     model = load(pair)
-    assert "transformer.h.0.attn.c_attn.weight" in model.endor.unpacked
+    assert "transformer.h.0.attn.c_attn.weight" in model.endor.weights
+    assert not model.endor.unpacked
     pair.check(model)
 
 
