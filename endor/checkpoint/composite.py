@@ -47,7 +47,7 @@ def models_in(path: Path) -> list[str]:
     """Return the names of the sub-folders that hold a config and weights.
 
     Raises:
-        CheckpointError: There is none, or a packed one is among them by half.
+        CheckpointError: There is none, or one is a link, which may lead anywhere.
     """
     known = (PACKED_INDEX_NAME, *STANDARD_NAMES, *DIFFUSION_NAMES)
     found = [
@@ -57,6 +57,12 @@ def models_in(path: Path) -> list[str]:
         and (folder / CONFIG_NAME).is_file()
         and any((folder / name).exists() for name in known)
     ]
+    for name in found:
+        if (path / name).is_symlink():
+            raise CheckpointError(
+                f"{path / name}: is a link to a directory, and would be copied into the output; "
+                "replace it by a copy if it belongs there, or remove it"
+            )
     if not found:
         raise CheckpointError(
             f"{path}: none of its folders holds a model (config.json and weights); finish the "

@@ -421,6 +421,23 @@ def test_damage_leaves_nothing(folders, tmp_path):
         endor.pack_checkpoint(tmp_path / "dense", tmp_path / "out", threads=1)
 
 
+def test_links_that_lead_out_are_refused(folders, tmp_path):
+    """Outputs are uploaded: a pipeline must not pick folders or files of this machine for them."""
+    (tmp_path / "secret").write_text("secret")
+    for name in ("vae", "tokenizer", "README.md"):
+        source = tmp_path / f"with-{name}"
+        shutil.copytree(folders("unet") / "dense", source)
+        if name == "README.md":
+            (source / name).unlink()
+            (source / name).symlink_to(tmp_path / "secret")
+        else:
+            shutil.move(source / name, tmp_path / f"moved-{name}")
+            (source / name).symlink_to(tmp_path / f"moved-{name}")
+        with pytest.raises(CheckpointError, match="is a link to"):
+            endor.pack_checkpoint(source, tmp_path / "out", threads=1)
+        assert not list(tmp_path.glob("out*"))
+
+
 def test_a_packed_pipeline_that_lost_a_part(folders, tmp_path):
     shutil.copytree(folders("unet") / "packed", tmp_path / "packed")
     shutil.rmtree(tmp_path / "packed" / "scheduler")
