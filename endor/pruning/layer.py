@@ -2,15 +2,16 @@
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import nn
 
 from endor.errors import PruningError, QuantizationError
+from endor.pruning import stacks
 from endor.pruning.contract import Statistics
-from endor.pruning.moe import RoutedTokens, check_experts, is_experts, renew_experts
+from endor.pruning.moe import RoutedTokens, is_plain, renew_experts
 from endor.pruning.names import Part
 from endor.pruning.statistics import collect, input_groups
 
@@ -61,6 +62,7 @@ class LayerMatrices:
         self._layer = layer
         self.linears: dict[str, list[Matrix]] = {}
         self.experts: dict[str, dict[str, list[Matrix]]] = {}
+        self.stacks: dict[str, list[Matrix]] = {}
         for name, stored in parts.items():
             wanted = [part for part in stored if part.name in selected]
             if not wanted:
@@ -72,9 +74,10 @@ class LayerMatrices:
             matrices = [Matrix(part.name, parameter, part, conv) for part in wanted]
             if leaf == "weight" and (conv or isinstance(module, nn.Linear)):
                 self.linears[module_name] = matrices
-            elif is_experts(module) and leaf in ("gate_up_proj", "down_proj"):
-                check_experts(module_name, module)
+            elif leaf in ("gate_up_proj", "down_proj") and is_plain(module):
                 self.experts.setdefault(module_name, {})[leaf] = matrices
+            elif parameter.dim() == 3 and not type(module).__module__.startswith("torch."):
+                self.stacks[name] = matrices
             else:
                 raise PruningError(
                     f"{wanted[0].name}: is the {leaf} of {type(module).__name__}, whose inputs "
@@ -88,7 +91,7 @@ class LayerMatrices:
         found = [matrix for matrices in self.linears.values() for matrix in matrices]
         for parameters in self.experts.values():
             found += [matrix for matrices in parameters.values() for matrix in matrices]
-        return found
+        return found + [matrix for matrices in self.stacks.values() for matrix in matrices]
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """Return the stored tensors with their present values, float32, by name."""
@@ -147,7 +150,7 @@ class LayerMatrices:
 
         modules = {name: self._layer.get_submodule(name) for name in self.linears}
         modules |= {name: self._layer.get_submodule(name) for name in self.experts}
-        groups = input_groups(modules, next(batches()))
+        groups = input_groups(modules, next(batches())) if modules else ()
         passes = [(group,) for group in groups] if sequential else [groups]
         for together in passes:
             leaders = [group[0] for group in together if group[0] in self.linears]
@@ -162,8 +165,8 @@ class LayerMatrices:
             for group in together:
                 for name in group:
                     if name in routed:
-                        stacks = self._by_expert(name)
-                        renew_experts(modules[name], routed[name], kind, stacks, renew)
+                        experts = self._by_expert(name)
+                        renew_experts(modules[name], routed[name], kind, experts, renew)
                         routed[name].close()
                         continue
                     for matrix in self.linears[name]:
@@ -171,7 +174,32 @@ class LayerMatrices:
                         if statistic is None:  # no token came here: all inputs count the same
                             statistic = _neutral(matrix.weight, kind)
                         renew(matrix, statistic)
+        self._renew_stacks(batches, kind, renew)
         return errors
+
+    def _renew_stacks(
+        self, batches: Batches, kind: Statistics, renew: Callable[[Matrix, torch.Tensor], None]
+    ) -> None:
+        """Renew stacks of experts of any form, in the order of use."""
+        if not self.stacks:
+            return
+        for use in stacks.uses(self._layer, list(self.stacks), next(batches())):
+            by_expert: dict[int, list[Matrix]] = {}
+            for matrix in self.stacks[use.name]:
+                assert matrix.part.expert is not None
+                by_expert.setdefault(matrix.part.expert, []).append(
+                    replace(matrix, transposed=use.turned)
+                )
+
+            def take(
+                expert: int,
+                statistic: torch.Tensor,
+                by_expert: dict[int, list[Matrix]] = by_expert,
+            ) -> None:
+                for matrix in by_expert.get(expert, []):
+                    renew(matrix, statistic)
+
+            stacks.statistics(self._layer, use, batches, kind, take)
 
     def _routed_tokens(self, name: str, room: Callable[[int], Any]) -> RoutedTokens:
         module: Any = self._layer.get_submodule(name)

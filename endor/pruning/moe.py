@@ -5,6 +5,7 @@ besides its own, the first tokens that went elsewhere, until it has as many as i
 shades over into that of the whole layer the rarer it is.
 """
 
+import inspect
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
@@ -12,37 +13,29 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from endor.errors import PruningError
 from endor.pruning.activations import Activations
 from endor.pruning.contract import Statistics
+from endor.pruning.stacks import GRAM_BYTES
 from endor.pruning.statistics import moment
 
 Item = TypeVar("Item")
 
-GRAM_BYTES = 1 << 30
-"""Statistics of as many experts are collected in one pass over the tokens as fit in this."""
 
+def is_plain(module: Any) -> bool:
+    """Whether `module` holds routed experts as gate, up and down of `down(act(gate) * up)`.
 
-def is_experts(module: nn.Module) -> bool:
-    """Whether `module` holds experts stacked in 3-D parameters."""
-    return isinstance(getattr(module, "down_proj", None), nn.Parameter) and hasattr(
-        module, "gate_up_proj"
-    )
-
-
-def check_experts(name: str, module: Any) -> None:
-    """Raise `PruningError` unless the experts are gate, up and down of `act(gate) * up`."""
-    plain = (
-        not getattr(module, "is_transposed", False)
+    Their statistics take one forward for each of the two stacked parameters, and rare experts can
+    be shown the tokens of others. `endor.pruning.stacks` knows experts of any other form.
+    """
+    return (
+        isinstance(getattr(module, "down_proj", None), nn.Parameter)
+        and hasattr(module, "gate_up_proj")
+        and not getattr(module, "is_transposed", False)
         and not getattr(module, "has_bias", False)
         and getattr(module, "has_gate", True)
         and callable(getattr(module, "act_fn", None))
+        and "top_k_index" in inspect.signature(type(module).forward).parameters
     )
-    if not plain:
-        raise PruningError(
-            f"{name}: {type(module).__name__} is not of the form down(act(gate) * up) with rows as "
-            "outputs; leave its tensors out (--exclude), or prune with magnitude"
-        )
 
 
 class RoutedTokens:

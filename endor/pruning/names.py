@@ -132,11 +132,13 @@ def _place(
         start = 0
         for name in names:
             rows = shapes[name][0]
-            parts.append(Part(name, index if len(shape) == 3 else None, start, rows))
+            expert = index if len(shape) == 3 and steps != [("Concatenate", 0)] else None
+            parts.append(Part(name, expert, start, rows))
             start += rows
-        if start != shape[-2]:
+        whole = shape[0] if steps == [("Concatenate", 0)] else shape[-2]
+        if start != whole:
             raise CheckpointError(
-                f"{target}: needs {shape[-2]} rows, {', '.join(names)} have {start}; config and "
+                f"{target}: needs {whole} rows, {', '.join(names)} have {start}; config and "
                 "weights do not belong together"
             )
     return tuple(parts)

@@ -99,6 +99,8 @@ class LayerStream:
         )
         self.left: tuple[str, ...] = ()
         self._names = self._pruned_names(selected)
+        for index in range(self.layers):
+            self._matrices(index)  # what cannot be renewed is refused before any work
         ids, self._held_ids = calibration_and_held_out(source.directory, options, held_out)
         self.windows, self._tokens = ids.shape
         self._batch = max(1, BATCH_TOKENS // self._tokens)

@@ -43,6 +43,21 @@ ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "mixtral": ("MixtralConfig", COMMON | HEAD | {"num_local_experts": 4}),
     "qwen3_moe": ("Qwen3MoeConfig", COMMON | HEAD | EXPERTS),
+    # Experts of other forms.
+    "gpt_oss": (
+        "GptOssConfig",
+        COMMON | HEAD | {"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 8},
+    ),
+    "llama4": (
+        "Llama4TextConfig",
+        COMMON
+        | HEAD
+        | {"num_local_experts": 4, "num_experts_per_tok": 1, "intermediate_size_mlp": 96},
+    ),
+    "jetmoe": (
+        "JetMoeConfig",
+        OLD | {"num_key_value_heads": 2, "kv_channels": 32, "num_local_experts": 4},
+    ),
 }
 
 

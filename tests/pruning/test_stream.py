@@ -19,7 +19,7 @@ from endor.pruning.source import PrunedSource
 
 DENSE = ["llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3", "opt", "phi3", "gpt_neox"]
 DENSE += ["gpt2"]
-MIXTURES = ["mixtral", "qwen3_moe"]
+MIXTURES = ["mixtral", "qwen3_moe", "gpt_oss", "llama4", "jetmoe"]
 CPU = torch.device("cpu")
 
 
@@ -252,3 +252,40 @@ def test_config_names_the_method(tmp_path, save, text):
     assert description["method"] == "wanda"
     assert description["windows"] == 20
     assert description["calibration"] == [text.name]
+
+
+def test_the_language_model_inside_another_is_renewed(tmp_path, text):
+    """By text; the tower for images keeps its values."""
+    import transformers
+
+    from tests.pruning.conftest import COMMON, save_tokenizer
+
+    tower = {"hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 2}
+    config = transformers.LlavaConfig(
+        text_config=transformers.LlamaConfig(**COMMON),
+        vision_config=transformers.CLIPVisionConfig(
+            **tower, num_hidden_layers=3, image_size=28, patch_size=14
+        ),
+        image_token_index=258,
+    )
+    torch.manual_seed(0)
+    transformers.LlavaForConditionalGeneration(config).save_pretrained(tmp_path)
+    save_tokenizer(tmp_path)
+    tensors, selected = run(tmp_path, small(text, method="wanda", sparsity=0.5))
+    inside = {name for name in selected if "language_model" in name}
+    assert len(inside) == 3 * 5
+    assert len(selected - inside) == 3 * 6
+    with closing(open_source(tmp_path)) as source:
+        for name, tensor in tensors.items():
+            share = float((tensor == 0).float().mean())
+            assert share == 0.5 if name in inside else torch.equal(tensor, read(source, name)), name
+
+
+def test_what_cannot_be_renewed_is_refused_before_any_work(tmp_path, save, text, monkeypatch):
+    save(tmp_path, "llama")
+    monkeypatch.setattr(
+        "endor.pruning.skeleton.Skeleton.trace", lambda *_: pytest.fail("work began")
+    )
+    odd = frozenset({"model.layers.2.input_layernorm.weight"})
+    with pytest.raises(PruningError, match=r"layers\.2\.input_layernorm.*--exclude"):
+        run(tmp_path, small(text, method="wanda", sparsity=0.5), odd)

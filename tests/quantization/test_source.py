@@ -20,7 +20,7 @@ from endor.pruning import PruneOptions
 from endor.quantization.contract import QuantizeOptions
 from endor.quantization.source import QuantizedSource, RoundedSource
 
-ARCHITECTURES = ["llama", "gpt2", "phi3", "mixtral", "qwen3_moe"]
+ARCHITECTURES = ["llama", "gpt2", "phi3", "mixtral", "qwen3_moe", "gpt_oss", "llama4"]
 
 
 def small(text, method="none", **fields):
