@@ -16,6 +16,7 @@ ROOMS = [
     "sizes",
     "foreign",
     "jsontext",
+    "threads",
     "codecs",
     "kernels",
     "machine",

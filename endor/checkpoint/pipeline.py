@@ -3,11 +3,12 @@
 import threading
 from collections import deque
 from collections.abc import Callable, Generator, Iterable
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from typing import Generic, TypeVar
 
 from endor.kernels.scratch import Scratch
 from endor.storage import HostBuffer
+from endor.threads import thread_pool
 
 Task = TypeVar("Task")
 Result = TypeVar("Result")
@@ -121,7 +122,7 @@ class OrderedWork(Generic[Task, Result]):
         upcoming = next(waiting, None)
         running: deque[tuple[Task, Future[Result]]] = deque()
         used = 0
-        pool = ThreadPoolExecutor(self._threads, thread_name_prefix="endor-checkpoint")
+        pool = thread_pool(self._threads, "endor-checkpoint")
         try:
             while upcoming is not None or running:
                 while upcoming is not None and len(running) < 4 * self._threads:

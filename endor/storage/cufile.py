@@ -16,7 +16,6 @@ import sys
 import threading
 import time
 from collections.abc import Mapping
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol, Self
 
@@ -28,6 +27,7 @@ from endor.storage.buffers import HostBuffer
 from endor.storage.layout import Record
 from endor.storage.readers import RecordReader, open_reader
 from endor.storage.ticket import ReadStat, Ticket
+from endor.threads import thread_pool
 
 if TYPE_CHECKING:
     import torch
@@ -205,7 +205,7 @@ class DeviceReader:
         self._host = host
         self._probed = probed
         self._threads = check_threads(threads, "reader threads")
-        self._pool = ThreadPoolExecutor(threads, thread_name_prefix="endor-cufile")
+        self._pool = thread_pool(threads, "endor-cufile")
         self._lock = threading.Lock()
         self._before = dict(backend.counts())
         self._bytes = self._records = self._reads = 0

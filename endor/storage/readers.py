@@ -6,7 +6,7 @@ import time
 import weakref
 from collections import Counter, OrderedDict
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, get_args
@@ -19,6 +19,7 @@ from endor.storage.buffers import HostBuffer
 from endor.storage.layout import ALIGN, Record, align_up
 from endor.storage.source import BlockStat, Preadv, ReaderKind, Source
 from endor.storage.ticket import ReadStat, Ticket
+from endor.threads import thread_pool
 
 _MAX_BLOCK_BYTES = 1 << 30
 
@@ -43,7 +44,7 @@ class RecordReader:
         self._sources: OrderedDict[Path, Source] = OrderedDict()
         self._users: Counter[Path] = Counter()
         self._reasons: set[str] = set()
-        self._pool = ThreadPoolExecutor(threads, thread_name_prefix="endor-read")
+        self._pool = thread_pool(threads, "endor-read")
         self._total = BlockStat()
         self._records = 0
         self._cpu_s = 0.0
