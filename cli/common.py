@@ -307,6 +307,32 @@ def companion_lines(left_out: Sequence[str], code: Sequence[str]) -> None:
         )
 
 
+def expanded_at_load(packed: Path) -> tuple[list[str], int] | None:
+    """Return what of a packed checkpoint its model needs dense, and how many bytes that takes.
+
+    None where that cannot be said: without transformers, and of what it makes no model of.
+    """
+    from importlib.util import find_spec
+
+    from endor.errors import EndorError
+
+    if not packed.is_dir() or find_spec("transformers") is None:
+        return None
+    try:
+        from endor.hf.outline import outline
+
+        found = outline(packed)
+    except (EndorError, ImportError, OSError, MemoryError):
+        return None
+    return list(found.expanded), found.expanded_nbytes
+
+
+def expanded_line(names: Sequence[str], nbytes: int) -> None:
+    """Say on stderr what is packed in vain, if anything is."""
+    if names:
+        show(f"packed but expanded at load: {_shown(names)}, {human(nbytes)}", err=True)
+
+
 def _shown(names: Sequence[str]) -> str:
     return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from endor.cli.common import MODEL, Text, loading_options
+from endor.cli.common import MODEL, Text, expanded_line, loading_options
 from endor.cli.terminal import echo, show, stream
 
 if TYPE_CHECKING:
@@ -88,6 +88,10 @@ def generate_command(
     if report is not None and store is None:
         raise click.UsageError("--report needs a packed checkpoint")
     load_s = time.perf_counter() - start
+    if store is not None and not as_json:
+        stored = [entry for layout in store.layouts for entry in layout.tensors.values()]
+        sizes = [entry.spec.dense_nbytes for entry in stored if entry.name in store.unpacked]
+        expanded_line(store.unpacked, sum(sizes))
     write = None if as_json else stream
     result = generate_text(model, tokenizer, inputs, sampling, show=write)
     facts = figures(result, load_s) | {"exact": exact or store is None}

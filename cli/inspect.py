@@ -5,15 +5,21 @@ from pathlib import Path
 
 import click
 
-from endor.cli.common import MODEL, change, human, json_option
+from endor.cli.common import MODEL, change, expanded_at_load, expanded_line, human, json_option
 from endor.cli.tables import table
 from endor.cli.terminal import echo, show
 
 
 @click.command("inspect")
 @click.argument("packed", type=MODEL)
+@click.option(
+    "--model",
+    "asks_model",
+    is_flag=True,
+    help="Also name what its model needs expanded (takes seconds: imports transformers).",
+)
 @json_option
-def inspect_command(packed: Path, as_json: bool) -> None:
+def inspect_command(packed: Path, asks_model: bool, as_json: bool) -> None:
     """Show what PACKED holds, tensor by tensor: shape, codec, density, bits per weight.
 
     Reads headers only; `endor verify` checks the content.
@@ -21,8 +27,10 @@ def inspect_command(packed: Path, as_json: bool) -> None:
     from endor.checkpoint import inspect_checkpoint
 
     found = inspect_checkpoint(packed)
+    expanded = expanded_at_load(packed) if asks_model else None
     if as_json:
-        echo(json.dumps(found.to_dict()))
+        names = None if expanded is None else expanded[0]
+        echo(json.dumps(found.to_dict() | {"expanded_at_load": names}))
         return
     rows = []
     for row in found.rows:
@@ -56,3 +64,5 @@ def inspect_command(packed: Path, as_json: bool) -> None:
             f"packed weights: {sizes.weights:,}, density {sizes.density:.4f}, "
             f"{sizes.bits_per_weight:.3f} bits a weight with all metadata and padding"
         )
+    if expanded is not None:
+        expanded_line(*expanded)

@@ -12,6 +12,8 @@ from endor.cli.common import (
     calibration_progress,
     change,
     companion_lines,
+    expanded_at_load,
+    expanded_line,
     human,
     json_option,
     output_options,
@@ -35,6 +37,11 @@ from endor.pruning.contract import METHODS
 if TYPE_CHECKING:
     from endor.checkpoint import CheckpointSource, PackReport
     from endor.checkpoint.manifest import Writes
+
+
+ASKED_BYTES = 1 << 30
+"""From here on the seconds that it takes to import transformers and ask it about the result do not
+count; of smaller ones `endor inspect --model` tells."""
 
 
 @click.command("pack")
@@ -167,8 +174,11 @@ def _say(out: Path, report: "PackReport", quantized: Any, *, as_json: bool) -> N
     """Print what came out."""
     from endor.checkpoint.companions import quantization_name
 
+    looked = quantized is None and report.sizes.dense_bytes >= ASKED_BYTES
+    expanded = expanded_at_load(out) if looked else None
     if as_json:
-        echo(json.dumps(report.to_dict()))
+        names = None if expanded is None else expanded[0]
+        echo(json.dumps(report.to_dict() | {"expanded_at_load": names}))
         return
     sizes = report.sizes
     show(
@@ -186,3 +196,5 @@ def _say(out: Path, report: "PackReport", quantized: Any, *, as_json: bool) -> N
         f"{sizes.packed_tensors} of {sizes.tensors} tensors packed: density {sizes.density:.4f}, "
         f"{sizes.bits_per_weight:.3f} bits a weight with all metadata and padding"
     )
+    if expanded is not None:
+        expanded_line(*expanded)

@@ -79,6 +79,11 @@ def summary(found: "Outline", result: "Plan") -> str:
         f"{result.dense_bytes / 1e9:.2f} GB expanded ({ratio:.2f}x)",
         "",
     ]
+    if found.expanded:
+        lines[1:1] = [
+            f"packed but expanded at load: {len(found.expanded)} tensors, "
+            f"{found.expanded_nbytes / 1e9:.2f} GB"
+        ]
     budgets = [("ram", result.ram_bytes), ("vram", result.vram_bytes)]
     reserved = [
         [item.what, item.where, size(item.nbytes)] for item in result.reservations if item.nbytes
@@ -201,6 +206,7 @@ def to_dict(planned: "Planned") -> dict[str, Any]:
     return {
         "model": found.name,
         "units": len(found.units),
+        "expanded_at_load": list(found.expanded),
         "packed_bytes": result.packed_bytes,
         "dense_bytes": result.dense_bytes,
         "budgets": {"ram_bytes": result.ram_bytes, "vram_bytes": result.vram_bytes},

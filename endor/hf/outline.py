@@ -37,6 +37,8 @@ class Outline:
         units: What moves, in execution order.
         shape: Everything else.
         dtype: Safetensors code of the element type that most packed weights have.
+        expanded: Packed tensors that the model uses in a way that needs them dense.
+        expanded_nbytes: What they take when expanded.
     """
 
     path: Path
@@ -44,6 +46,8 @@ class Outline:
     units: tuple[Unit, ...]
     shape: ModelShape
     dtype: str
+    expanded: tuple[str, ...] = ()
+    expanded_nbytes: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,7 +145,17 @@ def outline(packed_dir: Path | str, *, trust_remote_code: bool = False) -> Outli
     )
     specs = [(spec, dtype) for spec in assignment.weights]
     shape = model_shape(model, assignment, layouts, specs, unpacked, dtype)
-    return Outline(path, type(model).__name__, units, shape, item)
+    stored = {name: entry.spec for layout in layouts for name, entry in layout.tensors.items()}
+    expanded = tuple(assignment.dense)
+    return Outline(
+        path,
+        type(model).__name__,
+        units,
+        shape,
+        item,
+        expanded,
+        sum(stored[name].dense_nbytes for name in expanded),
+    )
 
 
 def most_common(units: Iterable[Unit]) -> str:

@@ -114,3 +114,33 @@ def test_usage_errors(checkpoints):
 
 def test_peak_memory_is_this_process():
     assert 1 << 24 < peak_memory_bytes() < 1 << 40
+
+
+def test_what_is_packed_in_vain_is_named(checkpoints, tmp_path, monkeypatch):
+    """By pack when that costs nothing beside the packing, by inspect when asked, and at load."""
+    from endor.cli import pack
+    from endor.cli.main import cli
+
+    monkeypatch.setattr(pack, "ASKED_BYTES", 0)
+    runner, out = CliRunner(), tmp_path / "out"
+    words = [
+        "pack",
+        str(checkpoints / "source"),
+        str(out),
+        "--include",
+        "model.embed_tokens.weight",
+    ]
+    packed = runner.invoke(cli, words)
+    assert packed.exit_code == 0, packed.output
+    line = "packed but expanded at load: model.embed_tokens.weight, 12.80 kB"
+    assert line in packed.stderr
+    assert line in runner.invoke(cli, ["inspect", str(out), "--model"]).stderr
+    found = json.loads(runner.invoke(cli, ["inspect", str(out), "--model", "--json"]).stdout)
+    assert found["expanded_at_load"] == ["model.embed_tokens.weight"]
+    assert line in run(out).stderr
+    plain = runner.invoke(cli, ["inspect", str(checkpoints / "packed"), "--model"])
+    assert "expanded" not in plain.stderr
+    found = json.loads(
+        runner.invoke(cli, ["inspect", str(checkpoints / "packed"), "--model", "--json"]).stdout
+    )
+    assert found["expanded_at_load"] == []
