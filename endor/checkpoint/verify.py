@@ -32,6 +32,7 @@ from endor.storage import (
     RecordReader,
     bind_checked,
     check_bytes,
+    check_stream,
     open_reader,
 )
 
@@ -250,7 +251,9 @@ class _ContentCheck:
         for name in record.tensors:
             try:
                 encoded = bind_checked(layout, name, buffer.array)
-                if self.reference is not None:
+                if self.reference is None:
+                    check_stream(layout, name, encoded)
+                else:
                     out = np.empty(encoded.spec.units, dtype=encoded.spec.dtype.uint)
                     kernels.decode(encoded, out, threads=1)
                     checked.problems += self._compare(layout, name, out, checked.changes)

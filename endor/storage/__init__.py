@@ -8,6 +8,7 @@ from endor.storage.check import (
     check_again,
     check_bytes,
     check_record,
+    check_stream,
     read_records,
     verify_file,
 )
@@ -40,6 +41,7 @@ __all__ = [
     "check_again",
     "check_bytes",
     "check_record",
+    "check_stream",
     "header_capacity",
     "largest_spec",
     "load_file",

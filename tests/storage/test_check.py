@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from endor import codecs
-from endor.codecs import DTYPES, Encoded
+from endor.codecs import DTYPES, Encoded, coding, integer
 from endor.errors import ChecksumError, FormatError
 from endor.storage import (
     FileLayout,
@@ -132,3 +132,30 @@ def test_arrays_may_come_in_any_order(tmp_path: Path) -> None:
     assert starts["values"] < starts["bitmap"] < starts["tile_offsets"]
     data = np.fromfile(path, np.uint8, offset=layout.data_start)
     np.testing.assert_array_equal(codecs.decode(bind_checked(layout, "x", data)), bits)
+
+
+@pytest.mark.parametrize("kernel", ["numpy", None])
+@pytest.mark.parametrize("place", [0, -1])
+def test_verify_decodes_what_is_coded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kernel: str | None, place: int
+) -> None:
+    """Words that were damaged before their checksum was taken; the structure allows any words."""
+    if kernel is not None:
+        monkeypatch.setenv("ENDOR_KERNEL", kernel)
+    monkeypatch.setattr("endor.storage.check.STREAM_ELEMENTS", coding.CHUNK)
+    codes = np.random.default_rng(0).normal(0, 3, (300, 256)).round().astype(np.int32)
+    whole = integer.encode(codes, 0.5, DTYPES["BF16"])
+    words = whole.arrays["words"].copy()
+    words[place] ^= 0x0101
+    damaged = Encoded(whole.spec, {**whole.arrays, "words": words})
+    for name, encoded in {"whole": whole, "damaged": damaged}.items():
+        with (
+            FileWriter(
+                tmp_path / name, header_capacity=header_capacity({"r": {"x": encoded.spec}})
+            ) as writer,
+            writer.record("r") as record,
+        ):
+            record.add("x", encoded)
+    verify_file(tmp_path / "whole")
+    with pytest.raises(FormatError, match=r"damaged: x: .*"):
+        verify_file(tmp_path / "damaged")
