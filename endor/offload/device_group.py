@@ -3,9 +3,9 @@
 from collections.abc import Sequence
 from typing import Any
 
+from endor.offload.device_placement import DevicePlacement
 from endor.offload.device_store import DeviceStore
 from endor.offload.ledger import Ledger
-from endor.offload.placement import Placement
 from endor.offload.store import Store
 from endor.storage import FileLayout
 
@@ -37,9 +37,10 @@ class DeviceGroup(Store):
         self.units = tuple(unit for store in stores for unit in store.units)
         self.unpacked = stores[0].unpacked
         self.reader = stores[0].reader
-        self.placement = Placement(
+        self.placement = DevicePlacement(
             {name: tier for store in stores for name, tier in store.placement.tiers.items()},
             sum(store.placement.staging_bytes for store in stores),
+            sum(store.placement.slots for store in stores),
         )
         self.scratch = _Sum(stores)  # type: ignore[assignment]
         self.weights = {name: weight for store in stores for name, weight in store.weights.items()}
@@ -67,14 +68,8 @@ class DeviceGroup(Store):
     def report(self) -> dict[str, Any]:
         """Return one report per device, and the counters of all; all plain data."""
         reports = [store.report() for store in self.stores]
-        tiers: dict[str, dict[str, int]] = {}
-        for report in reports:
-            for tier, entry in report["tiers"].items():
-                total = tiers.setdefault(tier, {"units": 0, "nbytes": 0})
-                for key, value in entry.items():
-                    total[key] += value
         return {
-            "tiers": tiers,
+            "tiers": self.count_tiers(),
             "staging_bytes": sum(report["staging_bytes"] for report in reports),
             "scratch_bytes": self.scratch.nbytes,
             "unpacked_at_load": list(self.unpacked),

@@ -14,7 +14,6 @@ from endor.offload.device_engine import DeviceEngine, Held
 from endor.offload.device_placement import DevicePlacement
 from endor.offload.engine import Engine
 from endor.offload.ledger import Ledger
-from endor.offload.placement import Placement, Tier
 from endor.offload.products import Products
 from endor.offload.state import State
 from endor.offload.store import Owner, Store, Weight, scratch_bytes
@@ -73,6 +72,8 @@ class DeviceStore(Store):
         ledger: Where to count; one of its own when omitted.
     """
 
+    placement: DevicePlacement
+
     def __init__(
         self,
         layouts: Sequence[FileLayout],
@@ -92,11 +93,7 @@ class DeviceStore(Store):
         self.units = tuple(units)
         self.device = device
         specs = list(specs)
-        self.device_placement = placement
-        host: dict[str, Tier] = {
-            name: "disk" if tier == "disk" else "resident" for name, tier in placement.tiers.items()
-        }
-        self.placement = Placement(host, placement.staging_bytes)
+        self.placement = placement
         self.reader = reader
         self.products = Products()
         self.device_scratch = DeviceScratch(device, scratch_bytes(layouts, specs))
@@ -127,7 +124,7 @@ class DeviceStore(Store):
     @property
     def held_nbytes(self) -> int:
         """Bytes that packed records take: on the device, in RAM, slots and staging."""
-        tiers = self.device_placement.tiers
+        tiers = self.placement.tiers
         host = sum(unit.nbytes for unit in self.units if tiers[unit.name] == "resident")
         kept = sum(unit.dense_nbytes for unit in self.units if tiers[unit.name] == "vram-dense")
         return self.device_engine.vram_bytes + kept + host + self.device_engine.staging_bytes
@@ -141,16 +138,9 @@ class DeviceStore(Store):
 
     def report(self) -> dict[str, Any]:
         """Return where the units live, what the reader is, and the counters; all plain data."""
-        tiers: dict[str, dict[str, int]] = {}
-        for unit in self.units:
-            entry = tiers.setdefault(
-                self.device_placement.tiers[unit.name], {"units": 0, "nbytes": 0}
-            )
-            entry["units"] += 1
-            entry["nbytes"] += unit.nbytes
         return {
             "device": str(self.device.device),
-            "tiers": tiers,
+            "tiers": self.count_tiers(),
             "unpacked_at_load": list(self.unpacked),
             "staging_bytes": self.device_engine.staging_bytes,
             "scratch_bytes": self.device_scratch.nbytes,
@@ -181,7 +171,7 @@ class DeviceWeight(Weight):
         for part, state in zip(spec.parts, states, strict=True):
             groups.setdefault(state, []).append(part)
         self._groups = tuple(groups.items())
-        store_tiers = store.device_placement.tiers
+        store_tiers = store.placement.tiers
         super().__init__(store, key, spec, states, item, dtype)
         self._keep = all(store_tiers[state.unit.name] == "vram-dense" for state in self.states)
         if self._keep:

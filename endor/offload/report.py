@@ -8,7 +8,6 @@ from statistics import median
 from typing import Any
 
 from endor.offload.ledger import Event
-from endor.offload.placement import Tier
 from endor.offload.store import Store
 
 COMPUTE = ("expand", "product")
@@ -177,11 +176,10 @@ def _rows(store: Store, events: Sequence[Event]) -> list[UnitRow]:
             for kind in COMPUTE
             for event in by_name.get(name, {}).get(kind, [])
         ]
-        tier: Tier = store.placement.tiers[unit.name]
         rows.append(
             UnitRow(
                 name=unit.name,
-                tier=tier,
+                tier=store.placement.tiers[unit.name],
                 nbytes=unit.nbytes,
                 reads=len(reads),
                 read_ms=median(reads) if reads else 0.0,

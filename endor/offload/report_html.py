@@ -18,6 +18,8 @@ COLOURS = {
     "kv load": "#7b5ea7",
     "kv save": "#c77dba",
     "rest": "#ced4da",
+    "vram-dense": "#012a4a",
+    "vram": "#2a6f97",
     "dense": "#2f6b3a",
     "resident": "#74a57f",
     "disk": "#e9c46a",
@@ -36,6 +38,8 @@ OPTIONAL = ("kv load", "kv save")
 """Kinds that are explained only where they occur."""
 
 TIERS = {
+    "vram-dense": "expanded in VRAM",
+    "vram": "packed in VRAM",
     "dense": "expanded in RAM",
     "resident": "packed in RAM",
     "disk": "on disk, read for every step",
@@ -80,7 +84,7 @@ def page(
             '<p class="small">One row per thread; point at a bar for its unit. Grey is the time '
             "between two weights on the thread that computes.</p>",
             "<h2>Where the units live</h2>",
-            _legend(TIERS),
+            _legend({tier: text for tier, text in TIERS.items() if tier in summary.tiers}),
             _depth(summary),
             "<h2>Units</h2>",
             _units(summary),

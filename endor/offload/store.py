@@ -12,6 +12,7 @@ import torch
 from endor import kernels
 from endor.codecs import DType
 from endor.errors import ConfigError, DTypeError
+from endor.offload.device_placement import DevicePlacement
 from endor.offload.engine import Engine
 from endor.offload.ledger import Ledger
 from endor.offload.memory import Scratch
@@ -73,7 +74,7 @@ class Store:
         self.products = products or Products()
         self.layouts = tuple(layouts)
         self.units = tuple(units)
-        self.placement = placement
+        self.placement: Placement | DevicePlacement = placement
         specs = list(specs)
         self.scratch = Scratch(scratch_bytes(layouts, specs))
         self.engine = Engine(units, placement, reader, verify=verify, threads=threads)
@@ -104,10 +105,9 @@ class Store:
     @property
     def held_nbytes(self) -> int:
         """Bytes of memory that the weights take: packed, expanded for good, and staging."""
-        kept = sum(
-            unit.dense_nbytes for unit in self.units if self.placement.tiers[unit.name] == "dense"
-        )
-        packed = self.placement.bytes_in("resident", self.units)
+        tiers = self.placement.tiers
+        kept = sum(unit.dense_nbytes for unit in self.units if tiers[unit.name] == "dense")
+        packed = sum(unit.nbytes for unit in self.units if tiers[unit.name] == "resident")
         return packed + kept + self.engine.staging_bytes
 
     @property
@@ -131,15 +131,19 @@ class Store:
         for weight in self.weights.values():
             weight.close()
 
-    def report(self) -> dict[str, Any]:
-        """Return where the units live, what the reader is, and the counters; all plain data."""
+    def count_tiers(self) -> dict[str, dict[str, int]]:
+        """Return `units` and packed `nbytes` of every tier that holds any."""
         tiers: dict[str, dict[str, int]] = {}
         for unit in self.units:
             entry = tiers.setdefault(self.placement.tiers[unit.name], {"units": 0, "nbytes": 0})
             entry["units"] += 1
             entry["nbytes"] += unit.nbytes
+        return tiers
+
+    def report(self) -> dict[str, Any]:
+        """Return where the units live, what the reader is, and the counters; all plain data."""
         return {
-            "tiers": tiers,
+            "tiers": self.count_tiers(),
             "staging_bytes": self.engine.staging_bytes,
             "scratch_bytes": self.scratch.nbytes,
             "unpacked_at_load": list(self.unpacked),

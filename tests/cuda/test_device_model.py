@@ -138,7 +138,7 @@ def test_plans_come_true_within_their_budgets(devices, checkpoint, share):
     check(model, dense)
     plan, store = model.endor_plan, model.endor
     assert isinstance(store, DeviceStore)
-    assert dict(store.device_placement.tiers) == dict(plan.tiers)
+    assert dict(store.placement.tiers) == dict(plan.tiers)
     cache = {item.what: item.nbytes for item in plan.reservations}
     elsewhere = sum(
         cache[what] for what in ("cache of keys and values", "weights outside the units")
@@ -235,7 +235,7 @@ def test_a_map_over_several_devices(devices, checkpoint):
     first, second = model.endor.stores
     assert {name.split(".")[2] for name in first.weights} == {"0", "2"}
     assert {name.split(".")[2] for name in second.weights} == {"1"}
-    assert set(second.device_placement.tiers.values()) == {"vram"}
+    assert set(second.placement.tiers.values()) == {"vram"}
     check(model, dense)
     started = {
         thread for thread in set(threading.enumerate()) - others if thread.name.startswith("endor-")

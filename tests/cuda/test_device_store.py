@@ -1,6 +1,7 @@
 """Weights of a real packed checkpoint, through every tier, on the simulated device."""
 
 import gc
+import re
 import threading
 
 import numpy as np
@@ -11,9 +12,13 @@ import endor
 from endor.errors import BackendError, ChecksumError, ConfigError
 from endor.offload import Part, Unit, WeightSpec, collect_units
 from endor.offload import arena as arenas
+from endor.offload.device_group import DeviceGroup
 from endor.offload.device_placement import DevicePlacement
 from endor.offload.device_store import DeviceStore
 from endor.offload.fake_device import FakeDevice, current_index
+from endor.offload.ledger import Ledger
+from endor.offload.report import summarise, write_report
+from endor.offload.report_html import TIERS
 from endor.storage import FileLayout, open_reader
 
 COUNT = 9
@@ -109,6 +114,44 @@ def test_every_tier_gives_the_same_bits(layout, tensors, placement):
         assert sum(entry["units"] for entry in report["tiers"].values()) == len(store.units)
     finally:
         store.close()
+
+
+@pytest.mark.parametrize("placement", PLACEMENTS)
+def test_a_report_says_one_tier_of_a_unit(layout, placement, tmp_path):
+    store = open_store(layout, placement)
+    try:
+        path = tmp_path / "report.html"
+        summary = write_report(path, store, seconds=(0.0, 1.0))
+        page = path.read_text()
+    finally:
+        store.close()
+    where = placement(store.units).tiers
+    assert {row.name: row.tier for row in summary.units} == dict(where)
+    for tier, total in summary.tiers.items():
+        rows = [row for row in summary.units if row.tier == tier]
+        assert total == {"units": len(rows), "nbytes": sum(row.nbytes for row in rows)}
+    legend = re.findall(r'class="legend">(.*?)</p>', page)[-1]
+    for tier, text in TIERS.items():
+        assert (text in legend) == (tier in where.values())
+
+
+def test_a_report_on_several_devices_says_one_tier_of_a_unit(layout):
+    specs, ledger = whole(layout), Ledger()
+    halves = (specs[:4], tiers("vram", "disk")), (specs[4:], tiers("resident", "vram-dense"))
+    stores = [open_store(layout, place, half, ledger=ledger) for half, place in halves]
+    group = DeviceGroup([layout], stores, ledger)
+    try:
+        summary = summarise(group, (0.0, 1.0))
+    finally:
+        group.close()
+    where = {
+        name: tier
+        for store, (_, place) in zip(stores, halves, strict=True)
+        for name, tier in place(store.units).tiers.items()
+    }
+    assert {row.name: row.tier for row in summary.units} == where
+    assert set(summary.tiers) == {"vram", "disk", "resident", "vram-dense"}
+    assert sum(total["units"] for total in summary.tiers.values()) == len(specs)
 
 
 def test_two_scratch_buffers_take_turns(layout, tensors):
