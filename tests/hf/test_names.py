@@ -5,9 +5,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 from torch import nn
-from transformers import conversion_mapping
+from transformers import conversion_mapping, core_model_loading
 from transformers.core_model_loading import Chunk, Concatenate, Transpose, WeightConverter
-from transformers.core_model_loading import Split as SplitOp
 
 from endor.codecs import TensorSpec, dtype
 from endor.errors import ShapeError
@@ -104,8 +103,11 @@ class Split(nn.Module):
             self.model = nn.ModuleDict({"q": nn.Linear(8, q), "k": nn.Linear(8, k)})
 
 
-@pytest.mark.parametrize(("operation", "rows"), [(Chunk(dim=0), (6, 6)), (SplitOp(dim=0), (8, 4))])
+@pytest.mark.parametrize(("operation", "rows"), [("Chunk", (6, 6)), ("Split", (8, 4))])
 def test_rows_of_one_stored_matrix(convert, operation, rows):
+    if not hasattr(core_model_loading, operation):
+        pytest.skip(f"this transformers has no {operation}")
+    operation = getattr(core_model_loading, operation)(dim=0)
     targets = ["model.q.weight", "model.k.weight"]
     convert(WeightConverter("model.qk.weight", targets, operations=[operation]))
     found = assign(Split(*rows), [layout(model__qk__weight=(12, 8))])

@@ -91,7 +91,10 @@ MODELS = [falcon, gpt2, granite_moe, jetmoe, llama4, zamba2, nomic_bert]
 def both(tmp_path, make):
     """Return the packed checkpoint of a tiny random model, and its dense twin."""
     torch.manual_seed(0)
-    model = make().to(torch.bfloat16)
+    try:
+        model = make().to(torch.bfloat16)
+    except AttributeError as error:
+        pytest.skip(f"this transformers lacks it: {error}")
     model.save_pretrained(tmp_path / "dense")
     endor.pack_checkpoint(tmp_path / "dense", tmp_path / "packed", threads=1)
     options = (
