@@ -19,8 +19,8 @@ Method = TypeVar("Method", bound=Callable[..., Any])
 _REASON = "packed weights are expanded between graphs; leave out fullgraph=True, or unpack"
 
 
-def _call(method: Callable[..., Any], *args: Any) -> Any:
-    return method(*args)
+def _call(method: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    return method(*args, **kwargs)
 
 
 _apart: Callable[..., Any] = _call
@@ -30,15 +30,15 @@ def outside_graphs(method: Method) -> Method:
     """Return `method` so that torch.compile calls it, and torch.export refuses it in a sentence."""
 
     @functools.wraps(method)
-    def dispatched(*args: Any) -> Any:
+    def dispatched(*args: Any, **kwargs: Any) -> Any:
         if not torch.compiler.is_compiling():
-            return method(*args)
+            return method(*args, **kwargs)
         if torch.compiler.is_exporting():
             raise ConfigError(
                 "a model with packed weights cannot be exported, since its weights are read while "
                 "it runs: unpack the checkpoint (endor unpack) and export the result"
             )
-        return _apart(method, *args)
+        return _apart(method, *args, **kwargs)
 
     return dispatched  # type: ignore[return-value]
 

@@ -16,6 +16,7 @@ from endor.hf.routing import Router, routers
 from endor.offload.products import NEVER
 from endor.offload.state import State
 from endor.offload.store import Weight
+from endor.packed import map_nested
 
 
 class ExpertStack:
@@ -64,17 +65,20 @@ class ExpertStack:
                 "experts_implementation='eager'"
             )
         weight = self.weights[int(index)]
-        if self.transposed:
+        if self.transposed or torch.is_grad_enabled():
             return self._matrix(int(index))
-        if torch.is_grad_enabled() or self.own_memory:
+        if self.own_memory:
             return weight.fresh(hold=True)
         if not self.exact and (weight.product_rows or weight.wide_rows < NEVER):
             return PackedMatrix(weight)
         return weight.dense(hold=True)
 
     def _matrix(self, expert: int) -> torch.Tensor:
-        found = self.weights[expert].dense(hold=True)
-        return found.t().contiguous() if self.transposed else found
+        """Return one expert's matrix; without gradients, which keep it, it may be scratch."""
+        weight = self.weights[expert]
+        found = (weight.fresh if torch.is_grad_enabled() else weight.dense)(hold=True)
+        turned = torch.contiguous_format
+        return found.t().clone(memory_format=turned) if self.transposed else found
 
     def whole(self) -> torch.Tensor:
         """Return all experts, expanded, in memory of their own."""
@@ -104,16 +108,25 @@ class ExpertStack:
         args: Sequence[Any] = (),
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
-        stacks = [item for item in args if isinstance(item, cls)]
-        if stacks and all(stack.own_memory for stack in stacks):
-            if func is torch.bmm and len(args) == 2 and not kwargs and isinstance(args[1], cls):
-                return args[1]._batched(args[0])
-            whole = [item.whole() if isinstance(item, cls) else item for item in args]
-            return func(*whole, **(kwargs or {}))
-        raise ConfigError(
-            f"packed experts are used one at a time, torch.{getattr(func, '__name__', func)} wants "
-            "all of them: this architecture is not supported; unpack the checkpoint to run it"
-        )
+        stack = args[1] if func is torch.bmm and len(args) == 2 and not kwargs else None
+        if isinstance(stack, cls) and stack.own_memory:
+            return stack._batched(args[0])
+
+        def expanded(item: Any) -> Any:
+            if not isinstance(item, cls):
+                return item
+            if not item.own_memory:
+                raise _one_at_a_time(func)
+            return item.whole()
+
+        return func(*map_nested(expanded, tuple(args)), **map_nested(expanded, dict(kwargs or {})))
+
+
+def _one_at_a_time(func: Callable[..., Any]) -> ConfigError:
+    return ConfigError(
+        f"packed experts are used one at a time, torch.{getattr(func, '__name__', func)} wants "
+        "all of them: this architecture is not supported; unpack the checkpoint to run it"
+    )
 
 
 class PackedMatrix:

@@ -13,7 +13,7 @@ from endor.pruning import stacks
 from endor.pruning.contract import Statistics
 from endor.pruning.moe import RoutedTokens, is_plain, renew_experts
 from endor.pruning.names import Part
-from endor.pruning.statistics import collect, input_groups
+from endor.pruning.statistics import collect, input_groups, neutral
 
 Batches = Callable[[], Iterator[Callable[[], None]]]
 """Gives functions that run the layer on one batch of calibration windows each."""
@@ -172,7 +172,7 @@ class LayerMatrices:
                     for matrix in self.linears[name]:
                         statistic = found.get(group[0])
                         if statistic is None:  # no token came here: all inputs count the same
-                            statistic = _neutral(matrix.weight, kind)
+                            statistic = neutral(matrix.weight.shape[1], kind, matrix.weight.device)
                         renew(matrix, statistic)
         self._renew_stacks(batches, kind, renew)
         return errors
@@ -248,10 +248,3 @@ def relative_error(dense: torch.Tensor, pruned: torch.Tensor, statistic: torch.T
 
     whole = energy(dense)
     return energy(pruned - dense) / whole if whole > 0 else 0.0
-
-
-def _neutral(weight: torch.Tensor, kind: Statistics) -> torch.Tensor:
-    cols = weight.shape[1]
-    if kind == "gram":
-        return torch.eye(cols, device=weight.device)
-    return torch.ones(cols, device=weight.device)

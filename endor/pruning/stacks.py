@@ -14,8 +14,9 @@ import torch.nn.functional as F
 from torch import nn
 
 from endor.errors import PruningError
+from endor.packed import map_nested
 from endor.pruning.contract import Statistics
-from endor.pruning.statistics import moment
+from endor.pruning.statistics import moment, neutral
 
 GRAM_BYTES = 1 << 30
 """Statistics of as many experts are collected in one pass over the tokens as fit in this."""
@@ -104,8 +105,11 @@ class WatchedStack:
             if given.dim() == 3 and len(given) == len(second):
                 for expert in range(len(second)):
                     second._seen(expert, given[expert], True)
-        plain = [item._parameter if isinstance(item, cls) else item for item in args]
-        return func(*plain, **(kwargs or {}))
+
+        def plain(item: Any) -> Any:
+            return item._parameter if isinstance(item, cls) else item
+
+        return func(*map_nested(plain, tuple(args)), **map_nested(plain, dict(kwargs or {})))
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,43 +156,68 @@ def statistics(
 ) -> None:
     """Call `take(expert, mean statistic)` for every expert of a stack.
 
-    An expert that is routed fewer tokens than its matrix has inputs is given the mean of the others
-    for those that are missing.
+    An expert that is routed fewer tokens than its matrix has inputs is given the mean over all
+    experts' tokens for those that are missing; where no expert is routed any, all inputs count the
+    same.
     """
     parameter = layer.get_parameter(use.name)
     experts, width = len(parameter), parameter.shape[1 if use.turned else 2]
     step = max(1, GRAM_BYTES // (4 * width * (width if kind == "gram" else 1)))
+    mean: torch.Tensor | None = None
     for first in range(0, experts, step):
-        group = range(first, min(first + step, experts))
-        sums: dict[int, torch.Tensor] = {}
-        tokens = dict.fromkeys(group, 0)
+        wanted = range(experts) if mean is None else range(first, min(first + step, experts))
+        sums = _Sums(range(first, min(first + step, experts)), wanted, kind)
+        _watch(layer, {use.name: sums.add}, lambda: _run(batches()))
+        if mean is None:
+            mean = sums.mean(width, parameter.device)
+        for expert in sums.group:
+            missing = max(0, width - sums.tokens[expert])
+            own = sums.of.get(expert, torch.zeros_like(mean))
+            take(expert, (own + missing * mean) / max(1, sums.tokens[expert] + missing))
 
-        def seen(
-            expert: int,
-            given: torch.Tensor,
-            _turned: bool,
-            group: range = group,
-            sums: dict[int, torch.Tensor] = sums,
-            tokens: dict[int, int] = tokens,
-        ) -> None:
-            if expert in group and given.numel():
-                rows = given.detach().reshape(-1, given.shape[-1]).float()
-                found = moment(rows, kind)
-                sums[expert] = sums[expert].add_(found) if expert in sums else found
-                tokens[expert] += len(rows)
 
-        def run() -> None:
-            for batch in batches():
-                batch()
+class _Sums:
+    """Moments of the inputs of a group of experts, each by itself, and of all that are wanted.
 
-        _watch(layer, {use.name: seen}, run)
-        shape = (width, width) if kind == "gram" else (width,)
-        whole = sum(sums.values(), torch.zeros(shape, device=parameter.device))
-        mean = whole / max(1, sum(tokens.values()))
-        for expert in group:
-            missing = max(0, width - tokens[expert])
-            own = sums.get(expert, torch.zeros_like(mean))
-            take(expert, (own + missing * mean) / max(1, tokens[expert] + missing))
+    Args:
+        group: Experts whose moments are kept.
+        wanted: Experts whose moments count in the mean.
+        kind: "diagonal" or "gram".
+    """
+
+    def __init__(self, group: range, wanted: range, kind: Statistics) -> None:
+        self.group = group
+        self.of: dict[int, torch.Tensor] = {}
+        self.tokens = dict.fromkeys(group, 0)
+        self._wanted = wanted
+        self._kind: Statistics = kind
+        self._rest: torch.Tensor | None = None
+        self._rest_tokens = 0
+
+    def add(self, expert: int, given: torch.Tensor, _turned: bool) -> None:
+        if expert not in self._wanted or not given.numel():
+            return
+        rows = given.detach().reshape(-1, given.shape[-1]).float()
+        found = moment(rows, self._kind)
+        if expert in self.tokens:
+            self.of[expert] = self.of[expert].add_(found) if expert in self.of else found
+            self.tokens[expert] += len(rows)
+        else:
+            self._rest = found if self._rest is None else self._rest.add_(found)
+            self._rest_tokens += len(rows)
+
+    def mean(self, width: int, device: torch.device) -> torch.Tensor:
+        """Return the mean over the tokens of all experts that are wanted."""
+        tokens = sum(self.tokens.values()) + self._rest_tokens
+        if not tokens:
+            return neutral(width, self._kind, device)
+        parts = [*self.of.values(), *([] if self._rest is None else [self._rest])]
+        return sum(parts[1:], parts[0]) / tokens
+
+
+def _run(batches: Iterable[Callable[[], None]]) -> None:
+    for batch in batches:
+        batch()
 
 
 def _watch(layer: nn.Module, seen: Mapping[str, Any], run: Callable[[], None]) -> None:

@@ -20,6 +20,12 @@ def moment(inputs: torch.Tensor, kind: Statistics) -> torch.Tensor:
         return inputs.T @ inputs if kind == "gram" else inputs.square().sum(0)
 
 
+def neutral(features: int, kind: Statistics, device: torch.device) -> torch.Tensor:
+    """Return the statistic by which all inputs count the same."""
+    found = torch.eye if kind == "gram" else torch.ones
+    return found(features, device=device)
+
+
 def input_groups(
     modules: dict[str, nn.Module], run: Callable[[], None]
 ) -> tuple[tuple[str, ...], ...]:

@@ -26,6 +26,7 @@ def test_forward_has_the_bits(layers, shape):
     x = torch.randn(shape).bfloat16()
     with torch.no_grad():
         assert torch.equal(packed(x), dense(x))
+        assert torch.equal(packed(input=x), dense(x))
 
 
 @pytest.mark.parametrize("rows", [1, 8, 9])

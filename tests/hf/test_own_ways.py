@@ -131,6 +131,17 @@ def test_packed_and_of_equal_bits(tmp_path, make, streamed):
     assert torch.equal(outputs(model), outputs(dense))
 
 
+@pytest.mark.parametrize("make", [falcon, gpt2], ids=lambda make: make.__name__)
+def test_inputs_may_be_given_by_name(tmp_path, make):
+    packed, dense = both(tmp_path, make)
+    model, x = endor.load_model(packed), torch.randn(3, 64).bfloat16()
+    name = next(n for n, module in model.named_modules() if isinstance(module, EndorModule))
+    layer, plain = model.get_submodule(name), dense.get_submodule(name)
+    key = "x" if make is gpt2 else "input"
+    with torch.no_grad():
+        assert torch.equal(layer(**{key: x}), plain(x))
+
+
 def test_a_write_is_refused(tmp_path):
     packed, _ = both(tmp_path, falcon)
     model = endor.load_model(packed)
@@ -146,8 +157,11 @@ def test_a_write_is_refused(tmp_path):
         model.load_state_dict({f"{name}.weight": layer.weight}, strict=False)
 
 
-def test_gradients_flow_through_layers_of_their_own_making(tmp_path):
-    packed, dense = both(tmp_path, falcon)
+@pytest.mark.parametrize(
+    "make", [falcon, gpt2, granite_moe, jetmoe, llama4], ids=lambda make: make.__name__
+)
+def test_gradients_flow_through_layers_of_their_own_making(tmp_path, make):
+    packed, dense = both(tmp_path, make)
     model = endor.load_model(packed)
     grads = []
     for each in (model, dense):
@@ -163,15 +177,21 @@ class Matrix:
 
     engine = None
     product_rows, wide_rows = 0, 1 << 30
+    scratch = torch.empty(0)
 
     def __init__(self, values):
         self.values, self.shape = values, values.shape
         self.dtype, self.device = values.dtype, values.device
 
     def dense(self, *, hold=False):
-        return self.values
+        """In scratch memory, as a store's: the next one's values take its place."""
+        if Matrix.scratch.shape != self.shape:
+            Matrix.scratch = torch.empty(self.shape)
+        Matrix.scratch.numpy()[:] = self.values.numpy()  # unseen by autograd, as a kernel's write
+        return Matrix.scratch
 
-    fresh = dense
+    def fresh(self, *, hold=False):
+        return self.values.clone()
 
 
 @pytest.mark.parametrize("transposed", [False, True])
@@ -187,6 +207,23 @@ def test_a_stack_is_the_parameter_to_whoever_asks_for_all_of_it(transposed):
     assert torch.equal(stack.mean(0), want.mean(0))
     x = torch.randn(3, 2, want.shape[1])
     assert torch.equal(torch.bmm(x, stack), torch.bmm(x, want))
-    assert torch.equal(
-        torch.einsum("ebi,eio->ebo", x, stack), torch.einsum("ebi,eio->ebo", x, want)
+    for given in ((x, stack), ([x, stack],)):
+        found = torch.einsum("ebi,eio->ebo", *given)
+        assert torch.equal(found, torch.einsum("ebi,eio->ebo", x, want))
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+def test_gradients_are_of_each_experts_own_matrix(transposed):
+    values = torch.randn(3, 4, 4)
+    stack = ExpertStack(
+        [Matrix(each) for each in values], exact=True, transposed=transposed, own_memory=True
     )
+    want = values.transpose(1, 2) if transposed else values
+    grads = []
+    for weights in (stack, want):
+        x = torch.ones(3, 2, 4, requires_grad=True)
+        (
+            torch.bmm(x, weights).sum() + sum((x[at] @ weights[at]).sum() for at in range(3))
+        ).backward()
+        grads.append(x.grad)
+    torch.testing.assert_close(*grads)

@@ -89,6 +89,36 @@ def test_an_expert_of_few_tokens_is_given_the_mean_of_the_others():
     torch.testing.assert_close(found[2], (own + (INPUTS - 1) * mean) / INPUTS)
 
 
+@pytest.mark.parametrize("room", [1, 1 << 30], ids=["one a pass", "all in one pass"])
+@pytest.mark.parametrize("kind", ["gram", "diagonal"])
+def test_an_expert_without_tokens_is_given_the_mean_of_all(monkeypatch, room, kind):
+    monkeypatch.setattr("endor.pruning.stacks.GRAM_BYTES", room)
+    layer = nn.ModuleDict({"experts": Stack(F.linear, False)})
+    x, routes = torch.randn(40, INPUTS), torch.tensor([0, 2] * 20)
+    found = {}
+    statistics(
+        layer,
+        Use("experts.weight", False),
+        lambda: iter([lambda: layer["experts"](x, routes)]),
+        kind,
+        found.__setitem__,
+    )
+    whole = x.T @ x / 40 if kind == "gram" else x.square().mean(0)
+    torch.testing.assert_close(found[1], whole)
+    own = x[routes == 2]
+    torch.testing.assert_close(
+        found[2], own.T @ own / 20 if kind == "gram" else own.square().mean(0)
+    )
+
+
+def test_where_no_expert_has_tokens_all_inputs_count_the_same():
+    layer, found = nn.ModuleDict({"experts": Stack(F.linear, False)}), {}
+    use, none = Use("experts.weight", False), torch.zeros(0, INPUTS)
+    run = [lambda: layer["experts"](none, torch.zeros(0))]
+    statistics(layer, use, lambda: iter(run), "gram", found.__setitem__)
+    assert all(torch.equal(item, torch.eye(INPUTS)) for item in found.values())
+
+
 def test_a_use_that_cannot_be_seen_is_refused():
     layer = nn.ModuleDict({"experts": Stack(lambda x, w: (x[:, None] * w).sum(-1), False)})
     with pytest.raises(PruningError, match="Stack uses its experts"):
