@@ -1,6 +1,6 @@
 """A transformers model without weights, whose decoder layers are filled one at a time."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, cast
@@ -103,12 +103,15 @@ class Skeleton:
         Runs the model's own forward with every layer replaced by an identity, so that masks and
         rotary tables are those that the model itself gives to each layer: they differ between
         layers with and without a sliding window. What is recorded comes from one window and
-        broadcasts over any number of them, since none has padding.
+        serves for all of them, since none has padding; other tokens are tried to be sure.
 
         Args:
             ids: int64 `(windows, tokens)`.
             batch: Windows at a time.
             sink: Takes the number of the first window, and the first layer's input.
+
+        Raises:
+            PruningError: Layers are called in a way that one window's arguments do not serve for.
         """
         body = cast(nn.Module, self._model.base_model)
         layers_at = self._prefix.removeprefix(f"{self._model.base_model_prefix}.") + "."
@@ -125,6 +128,9 @@ class Skeleton:
                 singly = not call.broadcasts(layer, hidden)
                 self.drop_layer(0)
                 found = self._record(body, ids[:1], range(len(self.layers)))
+                self._check_same(
+                    found, self._record(body, ids[:1].flip(1), range(len(self.layers)))
+                )
                 for start, stop in batches(len(ids), batch):
                     sink(start, self._record(body, ids[start:stop], [0])[0][0])
         finally:
@@ -136,6 +142,20 @@ class Skeleton:
         out = returned[0] if isinstance(returned, tuple) else returned
         if hidden.dim() != 3 or not isinstance(out, torch.Tensor) or out.shape != hidden.shape:
             raise self._refusal("its layers do not pass on one state for each token")
+
+    def _check_same(
+        self, one: "list[tuple[torch.Tensor, Call]]", other: "list[tuple[torch.Tensor, Call]]"
+    ) -> None:
+        """Raise where other tokens give a layer other arguments: one window's serve for all."""
+        for (_, first), (_, second) in zip(one, other, strict=True):
+            name = _difference(first.kwargs, second.kwargs) or _difference(
+                dict(enumerate(first.args, 1)), dict(enumerate(second.args, 1))
+            )
+            if name:
+                raise self._refusal(
+                    f"besides the hidden states its layers are given what depends on the tokens, "
+                    f"as argument {name}"
+                )
 
     def _refusal(self, why: str) -> PruningError:
         return PruningError(
@@ -250,6 +270,21 @@ class Skeleton:
         raw = np.empty(tensor.nbytes, dtype=np.uint8)
         self._source.read_into(name, raw)
         return tensor_of(raw.view(tensor.dtype.uint).reshape(tensor.shape), tensor.dtype)
+
+
+def _difference(one: Mapping[Any, Any], other: Mapping[Any, Any]) -> str | None:
+    """Return the first key below which the two hold tensors of other values."""
+    return next((str(key) for key in one if _differ(one[key], other.get(key))), None)
+
+
+def _differ(one: Any, other: Any) -> bool:
+    if isinstance(one, torch.Tensor):
+        return not isinstance(other, torch.Tensor) or not torch.equal(one, other)
+    if isinstance(one, dict):
+        return isinstance(other, dict) and _difference(one, other) is not None
+    if isinstance(one, list | tuple) and isinstance(other, list | tuple):
+        return any(map(_differ, one, other))
+    return False
 
 
 @contextmanager

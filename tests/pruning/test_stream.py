@@ -254,6 +254,25 @@ def test_config_names_the_method(tmp_path, save, text):
     assert description["calibration"] == [text.name]
 
 
+def test_layers_that_are_given_what_depends_on_the_tokens_are_refused(tmp_path, text):
+    """One window's arguments, replayed for another window, would calibrate by the wrong inputs."""
+    import transformers
+
+    from tests.pruning.conftest import COMMON, HEAD, save_tokenizer
+
+    if not hasattr(transformers, "Gemma4TextConfig"):
+        pytest.skip("this transformers has no Gemma 4")
+    sizes = {"hidden_size_per_layer_input": 16, "vocab_size_per_layer_input": 259}
+    for name, fields in (("with", sizes), ("without", {"hidden_size_per_layer_input": 0})):
+        config = transformers.Gemma4TextConfig(**COMMON, **HEAD, **fields, num_kv_shared_layers=0)
+        torch.manual_seed(0)
+        transformers.Gemma4ForCausalLM(config).save_pretrained(tmp_path / name)
+        save_tokenizer(tmp_path / name)
+    with pytest.raises(PruningError, match="depends on the tokens"):
+        run(tmp_path / "with", small(text, method="wanda", sparsity=0.5))
+    run(tmp_path / "without", small(text, method="wanda", sparsity=0.5))
+
+
 def test_the_language_model_inside_another_is_renewed(tmp_path, text):
     """By text; the tower for images keeps its values."""
     import transformers
