@@ -46,7 +46,7 @@ static endor_ops ops = {
     .expand = {endor_avx512_expand8, endor_avx512_expand16, endor_avx512_expand32},
     .stream = endor_avx512_stream,
     .scan = {endor_avx512_scan8, endor_avx512_scan16, endor_avx512_scan32},
-    .compress = {endor_avx512_compress8, endor_avx512_compress16, endor_avx512_compress32},
+    .compress = {endor_avx512_compress8}, /* the others, and expand_far, by `probe` */
     .histogram = endor_avx512_histogram,
     .split = endor_avx512_split,
     .split_words = endor_avx512_split_words,
@@ -72,11 +72,11 @@ static void probe(void) {
     /* Zen 5: a 64-byte access of which half is used straddles two lines nearly always. Gathering by 16 bytes is 1.25 times
      * as fast, and so is placing 16-bit values that come from memory; from L1 the wide way is 1.3 times as fast. */
     const endor_ops *narrow = endor_avx2_ops();
-    if (narrow) {
-        ops.expand_far[1] = narrow->expand[1];
-        ops.compress[1] = narrow->compress[1];
-        ops.compress[2] = narrow->compress[2];
-    }
+    supported = supported && narrow;
+    if (!supported) return;
+    ops.expand_far[1] = narrow->expand[1];
+    ops.compress[1] = narrow->compress[1];
+    ops.compress[2] = narrow->compress[2];
     ops.bf16_pairs = __builtin_cpu_supports("avx512bf16") != 0;
 }
 

@@ -40,8 +40,6 @@ INLINE TARGET __m512i expand_b(__mmask64 m, __m512i x) { return ZEROED("vpexpand
 INLINE TARGET __m512i expand_w(__mmask32 m, __m512i x) { return ZEROED("vpexpandw", m, x); }
 INLINE TARGET __m512i expand_d(__mmask16 m, __m512i x) { return ZEROED("vpexpandd", m, x); }
 INLINE TARGET __m512i compress_b(__mmask64 m, __m512i x) { return ZEROED("vpcompressb", m, x); }
-INLINE TARGET __m512i compress_w(__mmask32 m, __m512i x) { return ZEROED("vpcompressw", m, x); }
-INLINE TARGET __m512i compress_d(__mmask16 m, __m512i x) { return ZEROED("vpcompressd", m, x); }
 
 INLINE TARGET void store(void *p, __m512i x, int streaming) {
     if (streaming) _mm512_stream_si512(p, x);
@@ -58,8 +56,6 @@ uint32_t endor_avx512_scan8(const void *src, uint8_t *bitmap);
 uint32_t endor_avx512_scan16(const void *src, uint8_t *bitmap);
 uint32_t endor_avx512_scan32(const void *src, uint8_t *bitmap);
 uint32_t endor_avx512_compress8(const uint8_t *bitmap, const void *src, void *dst);
-uint32_t endor_avx512_compress16(const uint8_t *bitmap, const void *src, void *dst);
-uint32_t endor_avx512_compress32(const uint8_t *bitmap, const void *src, void *dst);
 void endor_avx512_histogram(const void *src, int itemsize, int exponent_bits, int mantissa_bits, uint32_t *hist);
 uint64_t endor_avx512_split(const endor_stream *s, const void *src, endor_slots *slots);
 void endor_avx512_split_words(const endor_stream *s, const void *src, int cached, uint64_t word, uint64_t words,

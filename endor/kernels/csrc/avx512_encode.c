@@ -48,32 +48,6 @@ TARGET uint32_t endor_avx512_compress8(const uint8_t *bitmap, const void *src, v
     return (uint32_t)(d - (uint8_t *)dst);
 }
 
-TARGET uint32_t endor_avx512_compress16(const uint8_t *bitmap, const void *src, void *dst) {
-    const uint16_t *s = src;
-    uint16_t *d = dst;
-    for (int w = 0; w < ENDOR_WORDS; w++) {
-        uint64_t m = load64(bitmap + 8 * w);
-        uint32_t low = (uint32_t)m, high = (uint32_t)(m >> 32);
-        _mm512_storeu_si512(d, compress_w(low, load(s + 64 * w)));
-        _mm512_storeu_si512(d + count(low), compress_w(high, load(s + 64 * w + 32)));
-        d += count(m);
-    }
-    return (uint32_t)(d - (uint16_t *)dst);
-}
-
-TARGET uint32_t endor_avx512_compress32(const uint8_t *bitmap, const void *src, void *dst) {
-    uint32_t *d = dst;
-    for (int w = 0; w < ENDOR_WORDS; w++) {
-        uint64_t m = load64(bitmap + 8 * w);
-        for (int i = 0; i < 4; i++) {
-            uint16_t part = (uint16_t)(m >> 16 * i);
-            _mm512_storeu_si512(d, compress_d(part, load((const uint32_t *)src + 64 * w + 16 * i)));
-            d += count(part);
-        }
-    }
-    return (uint32_t)(d - (uint32_t *)dst);
-}
-
 INLINE TARGET __m512i exponents16(const uint16_t *s, __m128i shift, __m512i mask) { /* of 64 elements, in any order */
     __m512i a = _mm512_and_si512(_mm512_srl_epi16(_mm512_loadu_si512(s), shift), mask);
     __m512i b = _mm512_and_si512(_mm512_srl_epi16(_mm512_loadu_si512(s + 32), shift), mask);
