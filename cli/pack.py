@@ -1,6 +1,7 @@
 """`endor pack`: a dense checkpoint to a packed one, pruned on the way if asked."""
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
@@ -113,6 +114,16 @@ def pack_command(
     from endor.checkpoint import pack_checkpoint
     from endor.checkpoint.composite import is_composite
 
+    write = partial(
+        pack_checkpoint,
+        codec=codec,
+        include=include,
+        exclude=exclude,
+        max_shard_bytes=max_shard_size,
+        resume=resume,
+        overwrite=overwrite,
+        threads=threads,
+    )
     if is_composite(model):
         needs = METHODS.get(prune)
         if quantizes or (needs is not None and needs.calibrated):
@@ -121,19 +132,12 @@ def pack_command(
                 "magnitude; for more, pack the folder of one"
             )
         with resumable(out), progress_bar("pack") as progress:
-            report = pack_checkpoint(
+            report = write(
                 model,
                 out,
                 prune=prune,
                 sparsity=options["sparsity"],
                 pattern=options["pattern"],
-                codec=codec,
-                include=include,
-                exclude=exclude,
-                max_shard_bytes=max_shard_size,
-                resume=resume,
-                overwrite=overwrite,
-                threads=threads,
                 progress=progress,
             )
         _say(out, report, None, as_json=as_json)
@@ -152,19 +156,12 @@ def pack_command(
         progress_bar("pack") as progress,
     ):
         quantized = (found.source.config() or {}).get(QUANTIZATION_KEY)
-        report = pack_checkpoint(
+        report = write(
             found.source,
             out,
             prune=found.pruner,
             description=found.description,
             quantized=found.quantized,
-            codec=codec,
-            include=include,
-            exclude=exclude,
-            max_shard_bytes=max_shard_size,
-            resume=resume,
-            overwrite=overwrite,
-            threads=threads,
             progress=progress,
         )
     _say(out, report, quantized, as_json=as_json)

@@ -13,11 +13,8 @@ from typing import Any
 from torch import nn
 
 from endor.dependencies import changed, require
-from endor.hf.linear import EndorLinear, refuse_write
-from endor.hf.packed_module import EndorModule
+from endor.hf.packed_layer import PackedLayer, refuse_write
 from endor.hf.register import AfterImport
-
-_PACKED = (EndorLinear, EndorModule)
 
 CHECKS = "peft.tuners.tuners_utils"
 _LAYER_CHECK = "check_adapters_to_merge"
@@ -67,8 +64,8 @@ def _is_ours(check: Any) -> bool:
 
 def _refuse_packed(model: nn.Module) -> None:
     """Raise when `model` is a packed layer, or holds one that PEFT adapted."""
-    if isinstance(model, _PACKED) or any(
-        isinstance(getattr(module, "base_layer", None), _PACKED) for module in model.modules()
+    if isinstance(model, PackedLayer) or any(
+        isinstance(getattr(module, "base_layer", None), PackedLayer) for module in model.modules()
     ):
         refuse_write()
 

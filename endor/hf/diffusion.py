@@ -20,7 +20,7 @@ from endor.errors import CheckpointError, ConfigError, OutputExistsError, ShapeE
 from endor.hf import adapters
 from endor.hf import model as behaviour
 from endor.hf.device import Wanted, host_reader, read_device_map
-from endor.hf.linear import EndorLinear
+from endor.hf.linear import pack_linear
 from endor.hf.loading import PlainFile, check_taken, open_layouts, plain_file
 from endor.hf.names import Assignment, is_linear
 from endor.hf.opening import Opener
@@ -109,16 +109,9 @@ class EndorDiffusersQuantizer(DiffusersQuantizer):  # type: ignore[misc]
             own = model.get_parameter(spec.target).dtype
             self._dtypes[spec.target] = torch.float32 if kept else self._dtype or own
         for name, spec in plan.linears.items():
-            old = model.get_submodule(name)
-            new = EndorLinear(
-                old.in_features,
-                old.out_features,
-                old.bias,
-                self._dtypes[spec.target],
-                exact=self.quantization_config.exact,
+            pack_linear(
+                model, name, self._dtypes[spec.target], exact=self.quantization_config.exact
             )
-            parent, _, leaf = name.rpartition(".")
-            setattr(model.get_submodule(parent), leaf, new)
         packed = {spec.name for spec in plan.weights}
         with open_reader(host_reader(self.quantization_config.reader)) as reader:
             self._plain = plain_file(

@@ -11,7 +11,8 @@ from torch import nn
 
 from endor.errors import ConfigError
 from endor.hf.compiling import outside_graphs
-from endor.hf.linear import fast_product, initialised, refuse_conversion, refuse_packed_keys
+from endor.hf.linear import fast_product
+from endor.hf.packed_layer import initialised, refuse_conversion, refuse_packed_keys
 from endor.hf.routing import Router, routers
 from endor.offload.products import NEVER
 from endor.offload.state import State

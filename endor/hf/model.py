@@ -16,7 +16,7 @@ import torch
 from endor.checkpoint.companions import source_quantization
 from endor.dependencies import require
 from endor.errors import ConfigError, OutputExistsError
-from endor.hf.linear import refuse_conversion
+from endor.hf.packed_layer import refuse_conversion
 from endor.jsontext import read_object
 from endor.offload.store import Store
 

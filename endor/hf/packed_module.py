@@ -6,7 +6,6 @@ the attribute's name.
 """
 
 import threading
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -14,21 +13,13 @@ from torch import nn
 
 from endor.dependencies import internals
 from endor.hf.compiling import outside_graphs
-from endor.hf.linear import (
-    PackedWeight,
-    initialised,
-    refuse_conversion,
-    refuse_packed_keys,
-    refuse_write,
-    unbound,
-)
-from endor.offload.store import Weight
+from endor.hf.packed_layer import PackedLayer, refuse_write
 
 _running = threading.local()
 
 
-class EndorModule(nn.Module):
-    """Mixed into a module's class: `weight` is expanded when it is asked for."""
+class EndorModule(PackedLayer):
+    """Mixed into a module's class: its code runs as it is on the expanded weight."""
 
     @outside_graphs
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -46,42 +37,14 @@ class EndorModule(nn.Module):
         In the forward pass of a linear layer without gradients it lies in scratch memory; in
         memory of its own for all others, who may keep it.
         """
-        source: Weight | None = self.__dict__["_endor_source"]
-        if source is None:
-            return initialised(self.__dict__["_endor_shape"], self.__dict__["_endor_dtype"])
-        scratch = (
-            getattr(_running, "module", None) is self
-            and self.__dict__["_endor_linear"]
-            and not torch.is_grad_enabled()
-        )
-        return source.dense() if scratch else source.fresh().as_subclass(PackedWeight)
+        inside = getattr(_running, "module", None) is self
+        if inside and self.__dict__["_endor_linear"] and not torch.is_grad_enabled():
+            return self.source.dense()
+        return super().weight
 
-    @property
-    def source(self) -> Weight:
-        """Where the weight comes from.
-
-        Raises:
-            ConfigError: The module was not bound to a packed checkpoint.
-        """
-        source: Weight | None = self.__dict__["_endor_source"]
-        if source is None:
-            raise unbound()
-        return source
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        if name == "weight":
-            refuse_write()
-        super().__setattr__(name, value)
-
-    def _load_from_state_dict(self, state_dict: Any, prefix: str, *rest: Any) -> None:
-        refuse_packed_keys(state_dict, [f"{prefix}weight"])
-        super()._load_from_state_dict(state_dict, prefix, *rest)
-
-    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Any:
-        source: Weight | None = self.__dict__["_endor_source"]
-        device = torch.device("cpu") if source is None else source.device
-        refuse_conversion(fn, self.__dict__["_endor_dtype"], device)
-        return super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+    @weight.setter
+    def weight(self, value: Any) -> None:
+        refuse_write()
 
 
 def pack_module(module: nn.Module, dtype: torch.dtype) -> None:
@@ -89,19 +52,10 @@ def pack_module(module: nn.Module, dtype: torch.dtype) -> None:
     (conv,) = internals("transformers.pytorch_utils", "Conv1D")
     parameter = module._parameters.pop("weight")
     assert parameter is not None
-    module.__dict__.update(
-        _endor_source=None,
-        _endor_shape=parameter.shape,
-        _endor_dtype=dtype,
-        _endor_linear=isinstance(module, (nn.Linear, conv)),
-    )
+    module.__dict__["_endor_linear"] = isinstance(module, (nn.Linear, conv))
     module.__class__ = _class_of(type(module))
-    module._is_hf_initialized = True  # type: ignore[assignment]
-
-
-def bind_module(module: EndorModule, source: Weight) -> None:
-    """Set where a packed module's weight comes from."""
-    module.__dict__["_endor_source"] = source
+    assert isinstance(module, EndorModule)
+    module.hold(parameter.shape, dtype)
 
 
 def _class_of(base: type[nn.Module]) -> type[nn.Module]:

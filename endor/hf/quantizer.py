@@ -25,11 +25,12 @@ from endor.hf.experts import (
     routes_tokens,
 )
 from endor.hf.kv_cache import keep_kv
-from endor.hf.linear import EndorLinear, FastHead
+from endor.hf.linear import FastHead, pack_linear
 from endor.hf.loading import PlainFile, check_taken, open_layouts, plain_file
 from endor.hf.names import Assignment, assign
 from endor.hf.opening import Opener
-from endor.hf.packed_module import EndorModule, bind_module, pack_module
+from endor.hf.packed_layer import PackedLayer
+from endor.hf.packed_module import pack_module
 from endor.hf.ranges import stay_on_device
 from endor.offload.store import Store
 from endor.storage import FileLayout, open_reader
@@ -210,16 +211,9 @@ class EndorQuantizer(HfQuantizer):  # type: ignore[misc]
         plan = self._assignment = assign(model, self._layouts, self)
         self._dtypes = _weight_dtypes(model, plan, self._dtype)
         for name, spec in plan.linears.items():
-            old = model.get_submodule(name)
-            new = EndorLinear(
-                old.in_features,
-                old.out_features,
-                old.bias,
-                self._dtypes[spec.target],
-                exact=self.quantization_config.exact,
+            pack_linear(
+                model, name, self._dtypes[spec.target], exact=self.quantization_config.exact
             )
-            parent, _, leaf = name.rpartition(".")
-            setattr(model.get_submodule(parent), leaf, new)
         model.all_tied_weights_keys = {
             target: source
             for target, source in model.all_tied_weights_keys.items()
@@ -252,10 +246,10 @@ class EndorQuantizer(HfQuantizer):  # type: ignore[misc]
         specs = [(spec, self._dtypes[spec.target]) for spec in plan.weights]
         opened = Opener(model, self._layouts, plan, specs, config, self.wanted, self._dtype).open()
         store = opened.store
-        for name, spec in plan.linears.items():
-            linear = model.get_submodule(name)
-            assert isinstance(linear, EndorLinear)
-            linear.bind(store.weights[spec.name])
+        for name, spec in (plan.linears | plan.modules).items():
+            layer = model.get_submodule(name)
+            assert isinstance(layer, PackedLayer)
+            layer.bind(store.weights[spec.name])
         for name, stacks in plan.experts.items():
             experts = model.get_submodule(name)
             assert isinstance(experts, EndorExperts)
@@ -272,10 +266,6 @@ class EndorQuantizer(HfQuantizer):  # type: ignore[misc]
                     for leaf, stack in stacks.items()
                 },
             )
-        for name, spec in plan.modules.items():
-            module = model.get_submodule(name)
-            assert isinstance(module, EndorModule)
-            bind_module(module, store.weights[spec.name])
         adapters.watch.install()
         pipelines.watch.install()
         if isinstance(store, Store) and not config.exact:
