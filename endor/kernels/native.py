@@ -127,7 +127,8 @@ def _remedy(folder: Path) -> str:
     if (root / "setup.py").exists():
         return f"install a C compiler, then `pip install -e {root}`"
     return (
-        "install a C compiler, then `pip install --force-reinstall --no-deps --no-cache-dir endor`"
+        "install a C compiler, then Endor from its source again: `pip install --force-reinstall "
+        "--no-deps --no-cache-dir FOLDER` (the `endor` of PyPI is another project)"
     )
 
 
