@@ -92,7 +92,7 @@ def generate_command(
     medians are compared, and the logits checked bit for bit.
     """
     from endor.bench.generate import GenerateCase, generate
-    from endor.offload import parse_bytes
+    from endor.planning import parse_bytes
 
     case = GenerateCase(
         packed=packed,

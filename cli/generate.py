@@ -13,8 +13,8 @@ from endor.cli.terminal import echo, show, stream
 
 if TYPE_CHECKING:
     from endor.hf.generation import Generation
-    from endor.offload.kv_plan import KVSetting
-    from endor.offload.planner import Plan
+    from endor.planning.kv import KVSetting
+    from endor.planning.plan import Plan
 
 LEAST_STEPS = 5
 """Fewer tokens say little about the constants: the first steps warm up."""
@@ -145,7 +145,7 @@ def figures(result: "Generation", load_s: float) -> dict[str, Any]:
 def doubt(plan: "Plan", store: Any, result: "Generation") -> str:
     """Return what to say when the steps show the plan's constants wrong; see `hardware.doubt`."""
     from endor.hf.outline import most_common
-    from endor.offload import hardware
+    from endor.planning import machine as hardware
 
     if result.new_tokens < LEAST_STEPS or plan.vram_bytes or not result.decode_tokens_per_s:
         return ""

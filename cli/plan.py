@@ -14,7 +14,7 @@ from endor.cli.terminal import echo, show
 if TYPE_CHECKING:
     from endor.hf.config import Loading
     from endor.hf.outline import Outline, Planned
-    from endor.offload.planner import Plan
+    from endor.planning.plan import Plan
 
 TIERS = {
     "vram-dense": "VRAM, expanded",
@@ -71,7 +71,7 @@ def plan_command(
 
 def summary(found: "Outline", result: "Plan") -> str:
     """Return the plan for a reader."""
-    from endor.offload.planner import size
+    from endor.planning.plan import size
 
     ratio = result.dense_bytes / max(1, result.packed_bytes)
     lines = [
@@ -128,7 +128,7 @@ def verdict(result: "Plan") -> list[str]:
 
 def ways(result: "Plan") -> list[str]:
     """Return how units are multiplied, by the number of input rows."""
-    from endor.offload.products import NEVER, PRODUCT_ROWS
+    from endor.planning.products import NEVER, PRODUCT_ROWS
 
     packed = [name for name, tier in result.tiers.items() if tier != "dense"]
     rows = [result.products.packed_rows[name] for name in packed]

@@ -23,7 +23,7 @@ from transformers import AutoTokenizer
 import endor
 from endor.bench.experts import POLICIES, compare, record_routing, simulate, table
 from endor.hf.kv_cache import CACHE_ARGUMENT
-from endor.offload import Placement
+from endor.planning import Placement
 
 SHARES = (0.125, 0.25, 0.5, 0.75)
 HALF_LIVES = (4.0, 16.0, 64.0, 256.0)

@@ -25,9 +25,9 @@ from endor.bench.records import Environment, environment
 from endor.errors import BackendError, ConfigError
 from endor.hf.outline import Outline, outline
 from endor.kernels.dispatch import check_threads
-from endor.offload import hardware
-from endor.offload.hardware import Disk, Machine
-from endor.offload.planner import Plan, Workload, plan
+from endor.planning import machine as hardware
+from endor.planning.machine import Disk, Machine
+from endor.planning.plan import Plan, Workload, plan
 from endor.trust import read_model_config
 
 PEERS = ("accelerate-disk", "accelerate-cpu", "airllm", "dense")

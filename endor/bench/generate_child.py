@@ -151,8 +151,8 @@ def _trusts(job: Job) -> bool:
 def _endor(job: Job) -> tuple[Any, Callable[[], dict[str, Any]]]:
     """Load a packed checkpoint with the placement `tiers` and `staging_bytes`."""
     import endor
-    from endor.offload import Placement
     from endor.offload.report import write_report
+    from endor.planning import Placement
 
     model = endor.load_model(
         job["path"],
@@ -245,7 +245,7 @@ LOADERS: dict[str, Callable[[Job], tuple[Any, Callable[[], dict[str, Any]]]]] = 
 
 def _raw(job: Job, files: Sequence[Path]) -> dict[str, Any]:
     """Read `nbytes` of the files as often as the others take steps, past the page cache."""
-    from endor.offload.probes import read_files
+    from endor.planning.probes import read_files
 
     clock = Clock(files, job["cold"])
     clock.start()

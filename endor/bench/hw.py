@@ -3,8 +3,8 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from endor.offload import hardware
-from endor.offload.hardware import Disk, Machine
+from endor.planning import machine as hardware
+from endor.planning.machine import Disk, Machine
 
 
 @dataclass(frozen=True, slots=True)

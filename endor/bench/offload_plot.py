@@ -6,8 +6,8 @@ from pathlib import Path
 from endor.bench.generate import GenerateRecord
 from endor.bench.plot import Bar, _figure, _save, bars
 from endor.errors import ConfigError
-from endor.offload.planner import Plan
-from endor.offload.units import Unit
+from endor.planning.plan import Plan
+from endor.planning.units import Unit
 
 COLOURS = {
     "vram-dense": "#012a4a",

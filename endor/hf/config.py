@@ -12,10 +12,9 @@ from endor.errors import ConfigError
 from endor.sizes import parse_bytes
 
 if TYPE_CHECKING:
-    from endor.offload import Placement
-    from endor.offload.device_placement import DevicePlacement
-    from endor.offload.kv_plan import KVSetting
-    from endor.offload.planner import Workload
+    from endor.planning.kv import KVSetting
+    from endor.planning.plan import Workload
+    from endor.planning.tiers import Placement
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
@@ -54,7 +53,7 @@ class Loading(TypedDict, total=False):
     context: int
     prompt: int
     batch: int
-    placement: "Placement | DevicePlacement | None"
+    placement: "Placement | None"
     measure: bool
     verify: bool
     reader: str
@@ -88,7 +87,8 @@ def settled(options: Mapping[str, Any]) -> Loading:
         ConfigError: There is no such option, or one makes no sense.
     """
     from endor.kernels.dispatch import check_threads
-    from endor.offload.kv_plan import check_kv
+    from endor.planning.kv import check_kv
+    from endor.planning.tiers import Placement
 
     unknown = sorted(set(options) - set(OPTIONS))
     if unknown:
@@ -101,6 +101,9 @@ def settled(options: Mapping[str, Any]) -> Loading:
     found["vram"] = None if vram is None else parse_bytes(vram, "vram")
     check_threads(found["threads"])
     check_kv(found["kv"])
+    placement = found["placement"]
+    if placement is not None and not isinstance(placement, Placement):
+        raise ConfigError(f"placement: must be a Placement, got {type(placement).__name__}")
     for name in _COUNTS:
         value = found[name]
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
@@ -110,7 +113,7 @@ def settled(options: Mapping[str, Any]) -> Loading:
 
 def workload(options: Loading) -> "Workload":
     """Return what the model is to be planned for."""
-    from endor.offload.planner import Workload
+    from endor.planning.plan import Workload
 
     found = settled(options)
     context = found["context"]

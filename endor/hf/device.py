@@ -13,8 +13,8 @@ import torch
 
 from endor.errors import BackendError, ConfigError
 from endor.kernels import gpu
-from endor.offload.costs import DeviceTier
 from endor.offload.device import CudaDevice, Device
+from endor.planning.tiers import Tier
 from endor.storage import FileLayout, RecordReader, open_reader
 from endor.storage.cufile import open_device_reader
 from endor.storage.source import ReaderKind
@@ -111,7 +111,7 @@ class Wanted:
                     f"device_map: {prefix!r} is no module of the model that has weights"
                 )
 
-    def tier_of(self, name: str) -> DeviceTier | None:
+    def tier_of(self, name: str) -> Tier | None:
         """Return the tier that a map asks for a weight; None leaves it to the planner.
 
         A map of one place alone says where to compute, not what must be kept there.

@@ -25,7 +25,7 @@ from endor.hf.loading import PlainFile, check_taken, open_layouts, plain_file
 from endor.hf.names import Assignment, is_linear
 from endor.hf.opening import Opener
 from endor.hf.quantizer import EndorConfig
-from endor.offload.units import Part, WeightSpec
+from endor.planning.units import Part, WeightSpec
 from endor.storage import FileLayout, open_reader
 
 _CALLED = (

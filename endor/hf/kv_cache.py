@@ -25,9 +25,9 @@ from endor.offload.device import CudaDevice, Device
 from endor.offload.device_group import DeviceGroup
 from endor.offload.device_store import DeviceStore
 from endor.offload.kv_homes import FileAccess
-from endor.offload.kv_plan import KVSetting, check_kv
 from endor.offload.kv_store import KVStore
 from endor.offload.store import Store
+from endor.planning.kv import KVSetting, check_kv
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

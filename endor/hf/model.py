@@ -23,7 +23,7 @@ from endor.offload.store import Store
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from endor.offload.planner import Plan
+    from endor.planning.plan import Plan
 
 _MARK = "_is_quantized"
 """What transformers sets in the config of a model that has a quantizer."""

@@ -16,7 +16,7 @@ from torch.nn.modules.conv import _ConvNd
 from endor.codecs import TensorSpec
 from endor.dependencies import internals
 from endor.errors import CheckpointError, ShapeError
-from endor.offload.units import Part, WeightSpec
+from endor.planning.units import Part, WeightSpec
 from endor.storage import FileLayout
 
 

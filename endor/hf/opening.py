@@ -15,18 +15,20 @@ from endor.hf.kv_cache import refuse_kv
 from endor.hf.model import parameter_bytes
 from endor.hf.names import Assignment
 from endor.hf.outline import model_shape, most_common
-from endor.offload import Placement, Store, available_bytes, collect_units, hardware
-from endor.offload.costs import DeviceTier, ModelShape, unit_costs
+from endor.offload import Store
 from endor.offload.device import Device
 from endor.offload.device_group import DeviceGroup
-from endor.offload.device_placement import DevicePlacement
 from endor.offload.device_store import DeviceStore
-from endor.offload.filling import share_host_bytes
-from endor.offload.hardware import TYPICAL_LINK, Disk, Machine
 from endor.offload.ledger import Ledger
-from endor.offload.planner import Plan, Workload, combine, plan
-from endor.offload.products import Products, choose
-from endor.offload.units import Unit, WeightSpec
+from endor.planning import machine as hardware
+from endor.planning.cost import ModelShape, unit_costs
+from endor.planning.fill import share_host_bytes
+from endor.planning.limits import available_bytes
+from endor.planning.machine import TYPICAL_LINK, Disk, Machine
+from endor.planning.plan import Plan, Workload, combine, plan
+from endor.planning.products import Products, choose
+from endor.planning.tiers import Placement, Tier
+from endor.planning.units import Unit, WeightSpec, collect_units
 from endor.storage import FileLayout
 
 if TYPE_CHECKING:
@@ -115,10 +117,6 @@ class Opener:
             )
             placement = whole_weights(planned.placement, units, self.specs)
             products = planned.products
-        if not isinstance(placement, Placement):
-            raise ConfigError(
-                f"placement: must be a Placement on the CPU, got {type(placement).__name__}"
-            )
         reader = open_reader_for(config.reader, "cpu", self.layouts)
         try:
             store = Store(
@@ -161,7 +159,7 @@ class Opener:
         stores: list[DeviceStore] = []
         try:
             for name in used:
-                placement = self.config.placement or plans[name].device_placement
+                placement = self.config.placement or plans[name].placement
                 stores.append(
                     self._open_store(
                         opened[name], name, units[name], specs[name], placement, ledger
@@ -183,13 +181,9 @@ class Opener:
         name: str,
         units: Sequence[Unit],
         specs: Sequence[WeightType],
-        placement: Placement | DevicePlacement,
+        placement: Placement,
         ledger: Ledger,
     ) -> DeviceStore:
-        if not isinstance(placement, DevicePlacement):
-            raise ConfigError(
-                f"placement: must be a DevicePlacement on {name}, got {type(placement).__name__}"
-            )
         reader = open_reader_for(self.config.reader, name, self.layouts)
         try:
             return DeviceStore(
@@ -324,10 +318,10 @@ class Opener:
         limit = self.wanted.limits.get("cpu")
         return room if limit is None else min(room, limit)
 
-    def _wishes(self, units: Sequence[Unit], specs: Sequence[WeightType]) -> dict[str, DeviceTier]:
+    def _wishes(self, units: Sequence[Unit], specs: Sequence[WeightType]) -> dict[str, Tier]:
         """Return the tier of each unit whose module the device map gives one."""
         home = {tensor: unit.name for unit in units for tensor in unit.tensors}
-        out: dict[str, DeviceTier] = {}
+        out: dict[str, Tier] = {}
         for spec, _ in specs:
             tier = self.wanted.tier_of(spec.name)
             if tier is not None:

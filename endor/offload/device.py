@@ -1,6 +1,6 @@
 """A device as the copier sees it: memory, a copy stream, the callers' streams, events.
 
-`CudaDevice` is the real one. `endor.offload.fake_device.FakeDevice` has the same meaning on a clock
+`CudaDevice` is the real one. `FakeDevice` of the tests has the same meaning on a clock
 that tests control, so that the host's logic is proved where there is no GPU.
 """
 

@@ -2,7 +2,7 @@
 
 import threading
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -13,12 +13,11 @@ from endor.kernels import gpu_plan
 from endor.offload.arena import PinnedArena
 from endor.offload.copier import Copier, Slot
 from endor.offload.device import Device, allocate_for_copies
-from endor.offload.device_placement import DevicePlacement, HomeTier
 from endor.offload.engine import Engine
 from endor.offload.ledger import Ledger
-from endor.offload.placement import Placement
 from endor.offload.state import State
-from endor.offload.units import Unit
+from endor.planning.tiers import Placement, Tier
+from endor.planning.units import Unit
 from endor.storage import HostBuffer, RecordReader, check_record
 
 
@@ -59,14 +58,14 @@ class DeviceEngine:
         self,
         device: Device,
         units: Sequence[Unit],
-        placement: DevicePlacement,
+        placement: Placement,
         reader: RecordReader,
         *,
         verify: bool = True,
         threads: int = 2,
         ledger: Ledger | None = None,
     ) -> None:
-        placement.check(units)
+        placement.check(units, on_device=True)
         self.device = device
         self.ledger = ledger or Ledger()
         self.units = tuple(units)
@@ -76,11 +75,11 @@ class DeviceEngine:
         self._direct = bool(getattr(reader, "reads_device", False))
         self._home: dict[int, Held] = {}
         self._local = threading.local()
-        self._load_home(placement.in_vram(units))
+        self._load_home([unit for unit in units if placement.tiers[unit.name] == "vram"])
         slots = placement.slots if placement.outside(units) else 0
         slot_bytes = placement.slot_bytes(units)
         self.slot_bytes = slots * slot_bytes
-        host_units, host_placement = placement.host(units)
+        host_units, host_placement = _host_side(placement, units)
         if self._direct:
             self._check_direct(host_units, host_placement.tiers)
             host_units, host_placement = _residents_only(placement, units)
@@ -289,12 +288,22 @@ class _HostSource:
 
 
 def _residents_only(
-    placement: DevicePlacement, units: Sequence[Unit]
+    placement: Placement, units: Sequence[Unit]
 ) -> tuple[tuple[Unit, ...], Placement]:
     """The host's side when disk units never touch host memory."""
-    tiers: dict[str, HomeTier] = dict.fromkeys(placement.tiers, "vram")
+    tiers: dict[str, Tier] = dict.fromkeys(placement.tiers, "vram")
     tiers |= {name: tier for name, tier in placement.tiers.items() if tier == "resident"}
-    return DevicePlacement(tiers, 0, placement.slots).host(units)
+    return _host_side(Placement(tiers, 0, placement.slots), units)
+
+
+def _host_side(placement: Placement, units: Sequence[Unit]) -> tuple[tuple[Unit, ...], Placement]:
+    """Return the host's units, numbered anew, and their placement, as `Engine` takes them."""
+    outside = tuple(replace(unit, index=at) for at, unit in enumerate(placement.outside(units)))
+    tiers: dict[str, Tier] = {
+        unit.name: "resident" if placement.tiers[unit.name] == "resident" else "disk"
+        for unit in outside
+    }
+    return outside, Placement(tiers, placement.staging_bytes)
 
 
 def _segments(unit: Unit, data: np.ndarray) -> dict[str, int]:

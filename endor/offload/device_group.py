@@ -3,10 +3,10 @@
 from collections.abc import Sequence
 from typing import Any
 
-from endor.offload.device_placement import DevicePlacement
 from endor.offload.device_store import DeviceStore
 from endor.offload.ledger import Ledger
 from endor.offload.store import Store
+from endor.planning.tiers import Placement
 from endor.storage import FileLayout
 
 
@@ -37,7 +37,7 @@ class DeviceGroup(Store):
         self.units = tuple(unit for store in stores for unit in store.units)
         self.unpacked = stores[0].unpacked
         self.reader = stores[0].reader
-        self.placement = DevicePlacement(
+        self.placement = Placement(
             {name: tier for store in stores for name, tier in store.placement.tiers.items()},
             sum(store.placement.staging_bytes for store in stores),
             sum(store.placement.slots for store in stores),

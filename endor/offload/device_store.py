@@ -11,14 +11,14 @@ from endor.kernels import gpu, gpu_plan
 from endor.kernels.gpu import DeviceEncoded
 from endor.offload.device import Device, Runnable
 from endor.offload.device_engine import DeviceEngine, Held
-from endor.offload.device_placement import DevicePlacement
 from endor.offload.engine import Engine
 from endor.offload.ledger import Ledger
-from endor.offload.products import Products
 from endor.offload.state import State
 from endor.offload.store import Owner, Store, Weight, scratch_bytes
-from endor.offload.units import Part, Unit, WeightSpec, stored_dtype
 from endor.packed import torch_dtype
+from endor.planning.products import Products
+from endor.planning.tiers import Placement
+from endor.planning.units import Part, Unit, WeightSpec, stored_dtype
 from endor.storage import FileLayout, RecordReader
 
 
@@ -72,14 +72,14 @@ class DeviceStore(Store):
         ledger: Where to count; one of its own when omitted.
     """
 
-    placement: DevicePlacement
+    placement: Placement
 
     def __init__(
         self,
         layouts: Sequence[FileLayout],
         units: Sequence[Unit],
         specs: Iterable[tuple[WeightSpec, torch.dtype]],
-        placement: DevicePlacement,
+        placement: Placement,
         reader: RecordReader,
         *,
         device: Device,

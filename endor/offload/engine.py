@@ -24,11 +24,11 @@ from endor.errors import BackendError, EndorError, ReadError
 from endor.kernels.dispatch import check_threads
 from endor.offload.ledger import Ledger
 from endor.offload.memory import Range
-from endor.offload.placement import Placement
 from endor.offload.room import Room
 from endor.offload.state import AHEAD, DEMAND, FILL, HINT, WARM, Bound, Phase, State
 from endor.offload.threads import join_all, start_all
-from endor.offload.units import Unit
+from endor.planning.tiers import Placement
+from endor.planning.units import Unit
 from endor.storage import HostBuffer, RecordReader, check_again, check_record
 
 

@@ -20,10 +20,10 @@ import torch
 from endor.errors import EndorError, ShapeError
 from endor.offload.device import Device
 from endor.offload.kv_homes import FileAccess, FileHome, RamHome
-from endor.offload.kv_plan import SLOTS
 from endor.offload.kv_tasks import Layer, Slot, Task
 from endor.offload.ledger import Ledger
 from endor.offload.state import AHEAD, KEYS
+from endor.planning.kv import SLOTS
 from endor.storage import HostBuffer
 
 PENDING_BYTES = 64 << 20

@@ -6,8 +6,8 @@ from html import escape
 from typing import Any
 
 from endor.offload.ledger import Event
-from endor.offload.planner import size
 from endor.offload.report import Summary
+from endor.planning.plan import size
 
 COLOURS = {
     "read": "#e9c46a",

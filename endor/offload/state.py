@@ -6,7 +6,7 @@ from enum import Enum, auto
 from endor.codecs import Encoded
 from endor.errors import EndorError
 from endor.offload.memory import Range
-from endor.offload.units import Unit
+from endor.planning.units import Unit
 
 Bound = Mapping[str, Encoded]
 """Stored tensors of a unit, by name, as views of its bytes."""

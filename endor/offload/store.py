@@ -12,15 +12,14 @@ import torch
 from endor import kernels
 from endor.codecs import DType
 from endor.errors import ConfigError, DTypeError
-from endor.offload.device_placement import DevicePlacement
 from endor.offload.engine import Engine
 from endor.offload.ledger import Ledger
 from endor.offload.memory import Scratch
-from endor.offload.placement import Placement
-from endor.offload.products import NEVER, PANEL, PRODUCT_ROWS, Products
 from endor.offload.state import State
-from endor.offload.units import Part, Unit, WeightSpec, stored_dtype
 from endor.packed import bits_of, tensor_of, torch_dtype
+from endor.planning.products import NEVER, PANEL, PRODUCT_ROWS, Products
+from endor.planning.tiers import Placement
+from endor.planning.units import Part, Unit, WeightSpec, stored_dtype
 from endor.storage import FileLayout, RecordReader
 
 PRODUCT_DTYPES = {"BF16", "F16", "F32"}
@@ -74,7 +73,7 @@ class Store:
         self.products = products or Products()
         self.layouts = tuple(layouts)
         self.units = tuple(units)
-        self.placement: Placement | DevicePlacement = placement
+        self.placement: Placement = placement
         specs = list(specs)
         self.scratch = Scratch(scratch_bytes(layouts, specs))
         self.engine = Engine(units, placement, reader, verify=verify, threads=threads)

@@ -17,7 +17,7 @@ from shrink import ATTEMPTS, tiny
 
 import endor
 from endor.errors import BudgetError, EndorError
-from endor.offload import Placement
+from endor.planning import Placement
 
 Record = dict[str, Any]
 

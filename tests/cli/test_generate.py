@@ -12,7 +12,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 import endor
 from endor.cli.generate import generate_command, peak_memory_bytes
 from endor.errors import BudgetError, CheckpointError, ConfigError
-from endor.offload import hardware
+from endor.planning import machine as hardware
 
 
 @pytest.fixture(scope="module")

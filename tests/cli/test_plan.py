@@ -11,8 +11,9 @@ from click.testing import CliRunner
 import endor
 from endor.cli.plan import plan_command, ways
 from endor.errors import BudgetError
-from endor.offload import hardware, probes
-from endor.offload.products import Products
+from endor.planning import machine as hardware
+from endor.planning import probes
+from endor.planning.products import Products
 
 
 @pytest.fixture(scope="module")

@@ -12,7 +12,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 import endor
 from endor.cli.main import cli
 from endor.errors import ConfigError
-from endor.offload import hardware
+from endor.planning import machine as hardware
 
 CODE = """
 from transformers import LlamaConfig, LlamaForCausalLM

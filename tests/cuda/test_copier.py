@@ -11,8 +11,9 @@ from hypothesis import strategies as st
 from endor.errors import BackendError, ConfigError, ReadError
 from endor.offload.arena import PinnedArena
 from endor.offload.copier import Copier, Phase
-from endor.offload.fake_device import FakeDevice
 from endor.storage import HostBuffer
+
+from ..support.fake_device import FakeDevice
 
 SLOT_BYTES = 64
 LIMIT_S = 30.0

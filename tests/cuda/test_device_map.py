@@ -5,7 +5,8 @@ import pytest
 from endor.errors import BackendError, ConfigError
 from endor.hf import device as places
 from endor.hf.device import Wanted, device_budget, open_reader_for, read_device_map
-from endor.offload.fake_device import FakeDevice
+
+from ..support.fake_device import FakeDevice
 
 NAMES = ["model.embed.weight", "model.layers.0.up.weight", "model.layers.1.up.weight", "lm_head.b"]
 

@@ -14,7 +14,8 @@ from endor.errors import BudgetError
 from endor.hf import device as places
 from endor.offload.device_group import DeviceGroup
 from endor.offload.device_store import DeviceStore
-from endor.offload.fake_device import FakeDevice
+
+from ..support.fake_device import FakeDevice
 
 # transformers warns of every quantization config that adds to the checkpoint's own.
 pytestmark = pytest.mark.filterwarnings("ignore:You passed `quantization_config`")

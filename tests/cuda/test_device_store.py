@@ -10,16 +10,17 @@ import torch
 
 import endor
 from endor.errors import BackendError, ChecksumError, ConfigError
-from endor.offload import Part, Unit, WeightSpec, collect_units
 from endor.offload import arena as arenas
 from endor.offload.device_group import DeviceGroup
-from endor.offload.device_placement import DevicePlacement
 from endor.offload.device_store import DeviceStore
-from endor.offload.fake_device import FakeDevice, current_index
 from endor.offload.ledger import Ledger
 from endor.offload.report import summarise, write_report
 from endor.offload.report_html import TIERS
+from endor.planning import Part, Unit, WeightSpec, collect_units
+from endor.planning.tiers import Placement
 from endor.storage import FileLayout, open_reader
+
+from ..support.fake_device import FakeDevice, current_index
 
 COUNT = 9
 
@@ -78,11 +79,11 @@ def open_store(layout, placement, specs=None, **options) -> DeviceStore:
 def tiers(*names: str, slots: int = 2):
     """A placement that walks through `names` again and again."""
 
-    def place(units: tuple[Unit, ...]) -> DevicePlacement:
+    def place(units: tuple[Unit, ...]) -> Placement:
         found = {unit.name: names[at % len(names)] for at, unit in enumerate(units)}
         largest = max(unit.nbytes for unit in units)
         passing = {"disk", "vram-dense"} & set(names)
-        return DevicePlacement(found, 2 * largest if passing else 0, slots)
+        return Placement(found, 2 * largest if passing else 0, slots)
 
     return place
 
@@ -318,9 +319,9 @@ def test_expanded_units_keep_no_packed_bytes(layout, tensors):
 def test_a_placement_is_checked(layout):
     units = collect_units([layout], [spec for spec, _ in whole(layout)])
     with pytest.raises(ConfigError, match="must be one of"):
-        DevicePlacement({}, 0).check(units)
+        Placement({}, 0).check(units)
     with pytest.raises(ConfigError, match="at least one device slot"):
-        DevicePlacement({unit.name: "resident" for unit in units}, 0, slots=0).check(units)
+        Placement({unit.name: "resident" for unit in units}, 0, slots=0).check(units)
 
 
 def test_the_callers_device_and_pending_work_are_left_alone(layout, tensors, monkeypatch):

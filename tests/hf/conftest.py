@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 
 import endor
 from endor.errors import BudgetError
-from endor.offload import Placement
+from endor.planning import Placement
 
 transformers.logging.set_verbosity_error()
 transformers.logging.disable_progress_bar()

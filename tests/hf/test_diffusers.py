@@ -25,7 +25,7 @@ from endor.errors import (
     OutputExistsError,
 )
 from endor.hf import EndorConfig, EndorLinear
-from endor.offload import Placement
+from endor.planning import Placement
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")

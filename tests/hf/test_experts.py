@@ -13,7 +13,7 @@ import endor
 from endor.errors import CheckpointError, ConfigError
 from endor.hf import EndorExperts
 from endor.hf.experts import eager_forward
-from endor.offload import Placement
+from endor.planning import Placement
 
 from .conftest import Pair, all_packed, least, prompt
 

@@ -7,8 +7,10 @@ from torch import nn
 from endor.errors import BackendError, ConfigError, EndorError
 from endor.hf import EndorLinear, linear, load_model, opening
 from endor.hf.linear import FastHead
-from endor.offload import Placement, planner, store
-from endor.offload.products import Products
+from endor.offload import store
+from endor.planning import Placement
+from endor.planning import plan as planner
+from endor.planning.products import Products
 
 
 @pytest.fixture

@@ -8,7 +8,7 @@ import endor
 from endor.errors import ConfigError
 from endor.hf.experts import ExpertStack
 from endor.hf.packed_module import EndorModule
-from endor.offload import Placement
+from endor.planning import Placement
 
 SIZES = {
     "vocab_size": 96,

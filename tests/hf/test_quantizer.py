@@ -28,7 +28,7 @@ from endor.errors import (
 )
 from endor.hf import EndorConfig, EndorExperts, EndorLinear, quantizer
 from endor.hf.outline import outline
-from endor.offload import Placement
+from endor.planning import Placement
 
 from .conftest import config_of, least, prompt
 

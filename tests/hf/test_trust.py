@@ -57,7 +57,7 @@ def test_a_checkpoint_sets_no_loader_option(pair, tmp_path, call, monkeypatch):
     def measured(*_, **__):
         pytest.fail("nobody asked to measure")
 
-    monkeypatch.setattr("endor.offload.hardware.machine", measured)
+    monkeypatch.setattr("endor.planning.machine.machine", measured)
     model = call(path)
     pair.check(model)
     model.save_pretrained(tmp_path / "again")

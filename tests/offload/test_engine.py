@@ -16,9 +16,10 @@ from endor.errors import (
     ReadError,
     TruncatedError,
 )
-from endor.offload import Phase, Placement
+from endor.offload import Phase
+from endor.planning import Placement
 
-from .conftest import finishes, loaders, make_packed, wait_until
+from ..support.packed_files import finishes, loaders, make_packed, wait_until
 
 STEPS = 60
 

@@ -7,10 +7,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from endor.offload import Phase, Placement
+from endor.offload import Phase
 from endor.offload.expert_cache import Popularity
+from endor.planning import Placement
 
-from .conftest import make_packed, wait_until
+from ..support.packed_files import make_packed, wait_until
 
 EXPERTS = 6
 

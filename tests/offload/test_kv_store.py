@@ -14,13 +14,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from endor.errors import BackendError, EndorError, ReadError, ShapeError
-from endor.offload.fake_device import FakeDevice
 from endor.offload.kv_homes import BLOCK_BYTES, FileAccess, FileHome, RamHome
-from endor.offload.kv_plan import SLOTS, choose_kv, kv_bytes
 from endor.offload.kv_store import KVStore
 from endor.offload.kv_tasks import Task
+from endor.planning.kv import SLOTS, choose_kv, kv_bytes
 
-from .conftest import finishes, wait_until
+from ..support.fake_device import FakeDevice
+from ..support.packed_files import finishes, wait_until
 
 LAYERS, RECORD = 5, 48
 

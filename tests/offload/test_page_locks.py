@@ -10,9 +10,10 @@ from hypothesis import strategies as st
 from endor.offload import arena as arenas
 from endor.offload.arena import PinnedArena
 from endor.offload.device import allocate_for_copies
-from endor.offload.fake_device import FakeDevice
 from endor.offload.page_locks import PAGE_BYTES
 from endor.storage import HostBuffer
+
+from ..support.fake_device import FakeDevice
 
 PAGES = 11
 

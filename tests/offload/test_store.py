@@ -9,11 +9,12 @@ import pytest
 import torch
 
 from endor.errors import BackendError, ConfigError, DTypeError
-from endor.offload import Part, Placement, Store, WeightSpec, collect_units
+from endor.offload import Store
 from endor.packed import bits_of
+from endor.planning import Part, Placement, WeightSpec, collect_units
 from endor.storage import open_reader
 
-from .conftest import finishes, loaders, make_packed, wait_until
+from ..support.packed_files import finishes, loaders, make_packed, wait_until
 
 TIERS = ["resident", "disk", "dense"]
 

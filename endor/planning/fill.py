@@ -6,12 +6,10 @@ times), then everything else, evenly through the depth of the model.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 
 from endor.errors import BudgetError
-from endor.offload.costs import DeviceTier, UnitCost
-from endor.offload.device_placement import SLOTS
-from endor.offload.placement import STAGING_AHEAD_BYTES
+from endor.planning.cost import UnitCost
+from endor.planning.tiers import SLOTS, STAGING_AHEAD_BYTES, Placement, Tier
 
 STAGING_UNITS = 4
 """Largest units that the staging area holds: one in use, one being read, two for uneven reads."""
@@ -23,30 +21,13 @@ OUTLIER = 2
 """A unit more than so many times the median size is placed before the others."""
 
 
-@dataclass(frozen=True, slots=True)
-class Filled:
-    """A placement of all units.
-
-    Attributes:
-        tiers: Tier per unit.
-        staging_bytes: Host memory that streamed units pass through.
-        slots: Device slots that units outside VRAM pass through.
-        slot_bytes: Size of each.
-    """
-
-    tiers: dict[str, DeviceTier]
-    staging_bytes: int
-    slots: int = 0
-    slot_bytes: int = 0
-
-
-def least_host_bytes(costs: Sequence[UnitCost], wishes: Mapping[str, DeviceTier]) -> int:
+def least_host_bytes(costs: Sequence[UnitCost], wishes: Mapping[str, Tier]) -> int:
     """Return the host memory without which nothing runs: what is wished there, and staging."""
     pinned = sum(cost.packed_bytes for cost in costs if wishes.get(cost.name) == "resident")
     return pinned + min(LEAST_UNITS * _largest(costs), sum(cost.packed_bytes for cost in costs))
 
 
-def least_device_bytes(costs: Sequence[UnitCost], wishes: Mapping[str, DeviceTier]) -> int:
+def least_device_bytes(costs: Sequence[UnitCost], wishes: Mapping[str, Tier]) -> int:
     """Return the device memory without which nothing runs: what is wished there, and one slot."""
     pinned = sum(cost.packed_bytes for cost in costs if wishes.get(cost.name) == "vram")
     return pinned + _largest([cost for cost in costs if wishes.get(cost.name) != "vram"])
@@ -81,10 +62,10 @@ def share_host_bytes(ram_bytes: int, largest: Sequence[int], needs: Sequence[int
 
 def fill_host(
     costs: Sequence[UnitCost],
-    wishes: Mapping[str, DeviceTier],
+    wishes: Mapping[str, Tier],
     ram_bytes: int,
     dense_share: float,
-) -> Filled | None:
+) -> Placement | None:
     """Return a placement for the processor, or None when so many expanded units do not fit.
 
     Args:
@@ -95,16 +76,16 @@ def fill_host(
     """
     tiers = dict(wishes)
     staging = _fill_ram(costs, tiers, ram_bytes, dense_share, passing=[], passage=0)
-    return None if staging is None else Filled(tiers, staging)
+    return None if staging is None else Placement(tiers, staging)
 
 
 def fill_device(
     costs: Sequence[UnitCost],
-    wishes: Mapping[str, DeviceTier],
+    wishes: Mapping[str, Tier],
     vram_bytes: int,
     ram_bytes: int,
     dense_share: float,
-) -> Filled | None:
+) -> Placement | None:
     """Return a placement for a device; arguments as for `fill_host`, wishes may be `vram`.
 
     Units that are expanded in VRAM pass through staging and a slot once, like streamed ones.
@@ -117,7 +98,7 @@ def fill_device(
     passage = min(LEAST_UNITS * _largest(costs), sum(cost.packed_bytes for cost in costs))
     if not dense_share and not outside and sum(cost.packed_bytes for cost in free) <= room:
         tiers |= dict.fromkeys((cost.name for cost in free), "vram")
-        return Filled(tiers, 0)
+        return Placement(tiers, 0)
     free, room = _outliers_first(costs, free, tiers, "vram", room)
     slot = _largest([*free, *outside])
     slots = min(SLOTS, room // slot) if slot else 0
@@ -131,13 +112,13 @@ def fill_device(
     fill(free, tiers, "vram", room, 1.0)
     host = [cost for cost in costs if tiers.get(cost.name) in (None, "resident", "disk")]
     staging = _fill_ram(host, tiers, ram_bytes, 0.0, passing=expanded, passage=passage)
-    return None if staging is None else Filled(tiers, staging, slots, slot)
+    return None if staging is None else Placement(tiers, staging, slots)
 
 
 def fill(
     free: Sequence[UnitCost],
-    tiers: dict[str, DeviceTier],
-    tier: DeviceTier,
+    tiers: dict[str, Tier],
+    tier: Tier,
     room: int,
     share: float,
 ) -> tuple[list[UnitCost], int]:
@@ -175,7 +156,7 @@ def fill(
 
 def _fill_ram(
     costs: Sequence[UnitCost],
-    tiers: dict[str, DeviceTier],
+    tiers: dict[str, Tier],
     ram_bytes: int,
     dense_share: float,
     *,
@@ -217,8 +198,8 @@ def _fill_ram(
 def _outliers_first(
     costs: Sequence[UnitCost],
     free: Sequence[UnitCost],
-    tiers: dict[str, DeviceTier],
-    tier: DeviceTier,
+    tiers: dict[str, Tier],
+    tier: Tier,
     room: int,
 ) -> tuple[list[UnitCost], int]:
     """Give `tier` to units that are much larger than the others; return (rest, room)."""
@@ -244,7 +225,7 @@ def _staging_bytes(passing: Sequence[UnitCost], room: int) -> int:
     return max(largest, min(largest + ahead, room))
 
 
-def _bytes_in(cost: UnitCost, tier: DeviceTier) -> int:
+def _bytes_in(cost: UnitCost, tier: Tier) -> int:
     return cost.dense_bytes if tier in ("dense", "vram-dense") else cost.packed_bytes
 
 

@@ -10,10 +10,10 @@ from hypothesis import strategies as st
 
 from endor.codecs import DTYPES, TensorSpec
 from endor.errors import BudgetError, ConfigError
-from endor.offload.costs import ModelShape, Step, predict, unit_costs
-from endor.offload.hardware import Disk, Link, Machine
-from endor.offload.planner import Workload, fixed_bytes, plan, size
-from endor.offload.units import Unit
+from endor.planning.cost import ModelShape, Step, predict, unit_costs
+from endor.planning.machine import Disk, Link, Machine
+from endor.planning.plan import Workload, fixed_bytes, plan, size
+from endor.planning.units import Unit
 from endor.storage.layout import Record
 
 MB = 10**6
@@ -220,7 +220,7 @@ def test_device_budgets_hold(count, vram, ram):
     assert near + slots <= vram + 3 * units[0].nbytes
     assert slots or near == sum(unit.nbytes for unit in units)
     assert far + found.staging_bytes <= 2 * units[0].nbytes + ram
-    found.device_placement.check(units)
+    found.placement.check(units, on_device=True)
 
 
 def test_residents_stay_packed_in_vram_while_anything_is_streamed():

@@ -3,7 +3,7 @@
 import pytest
 
 from endor.errors import ConfigError
-from endor.offload import available_bytes, parse_bytes
+from endor.planning import available_bytes, parse_bytes
 
 
 @pytest.mark.parametrize(

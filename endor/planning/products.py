@@ -6,8 +6,8 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from endor.offload.costs import UnitCost
-    from endor.offload.hardware import Machine
+    from endor.planning.cost import UnitCost
+    from endor.planning.machine import Machine
 
 PRODUCT_ROWS = 8
 """Input rows up to which a product from the packed form may be used."""

@@ -6,10 +6,10 @@ import pytest
 
 from endor.codecs import dtype
 from endor.errors import CheckpointError
-from endor.offload import Part, WeightSpec, collect_units
-from endor.offload.units import stored_dtype
+from endor.planning import Part, WeightSpec, collect_units
+from endor.planning.units import stored_dtype
 
-from .conftest import make_packed
+from ..support.packed_files import make_packed
 
 
 @pytest.fixture

@@ -13,7 +13,7 @@ that need the unit (1 but for experts):
 Reading overlaps computing, since reads take hardly any processor time; expanding and multiplying
 share the same cores and do not overlap. With the direct product, up to eight rows, a unit costs
 p / B_product instead, and a little more for each further row, unless expanding is faster even so;
-and with many rows products may be in float32: `endor.offload.products` has both choices.
+and with many rows products may be in float32: `endor.planning.products` has both choices.
 Which experts a token needs is known only when it needs them, so nothing hides their reads.
 
 On a CUDA device the host only moves bytes:
@@ -30,16 +30,14 @@ from typing import Any, Literal
 
 from endor.codecs import TensorSpec
 from endor.errors import ConfigError
-from endor.offload.hardware import Disk, Machine
-from endor.offload.products import head_s, multiply_s, packed_rows, packed_s
-from endor.offload.units import Unit
-
-DeviceTier = Literal["vram-dense", "vram", "dense", "resident", "disk"]
-"""`vram*`: on the CUDA device, expanded or packed; the rest as in `endor.offload.placement`."""
+from endor.planning.machine import Disk, Machine
+from endor.planning.products import head_s, multiply_s, packed_rows, packed_s
+from endor.planning.tiers import Tier
+from endor.planning.units import Unit
 
 Product = Literal["exact", "direct"]
 """`exact`: expand, then torch's product; `direct`: whichever is fastest of that, a product from the
-packed form, and one in float32; see `endor.offload.products`."""
+packed form, and one in float32; see `endor.planning.products`."""
 
 OPS_PER_LAYER = 200
 """What a decoder layer does besides its weights (norms, rotary embedding, attention, cache update,
@@ -271,7 +269,7 @@ class _Sums:
 
 def predict(
     costs: Sequence[UnitCost],
-    tiers: Mapping[str, DeviceTier],
+    tiers: Mapping[str, Tier],
     machine: Machine,
     disk: Disk,
     shape: ModelShape,

@@ -2,8 +2,8 @@
 
 import pytest
 
-from endor.offload import available_bytes
-from endor.offload.limits import group_limits
+from endor.planning import available_bytes
+from endor.planning.limits import group_limits
 
 GB = 10**9
 V1_MAX = 9223372036854771712

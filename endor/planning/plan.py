@@ -11,8 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from endor.errors import BudgetError, ConfigError
-from endor.offload.costs import (
-    DeviceTier,
+from endor.planning.cost import (
     ModelShape,
     Prediction,
     Product,
@@ -21,19 +20,17 @@ from endor.offload.costs import (
     predict,
     unit_costs,
 )
-from endor.offload.device_placement import DevicePlacement, HomeTier
-from endor.offload.filling import (
-    Filled,
+from endor.planning.fill import (
     fill_device,
     fill_host,
     least_device_bytes,
     least_host_bytes,
 )
-from endor.offload.hardware import Disk, Machine
-from endor.offload.kv_plan import SETTINGS, KVBytes, KVSetting, kv_bytes
-from endor.offload.placement import Placement, Tier
-from endor.offload.products import Products, choose
-from endor.offload.units import Unit
+from endor.planning.kv import SETTINGS, KVBytes, KVSetting, kv_bytes
+from endor.planning.machine import Disk, Machine
+from endor.planning.products import Products, choose
+from endor.planning.tiers import Placement, Tier
+from endor.planning.units import Unit
 
 SHARES = 20
 """Shares of expanded units that are tried, evenly spaced."""
@@ -105,7 +102,7 @@ class Plan:
         products: How weights are multiplied where the bits need not be torch's.
     """
 
-    tiers: Mapping[str, DeviceTier]
+    tiers: Mapping[str, Tier]
     staging_bytes: int
     slots: int
     reservations: tuple[Reservation, ...]
@@ -135,20 +132,10 @@ class Plan:
 
     @property
     def placement(self) -> Placement:
-        """The host side of the plan, as the engine takes it; a device's units count as streamed."""
-        host: dict[str, Tier] = {
-            name: "disk" if tier in ("vram", "vram-dense") else tier  # type: ignore[misc]
-            for name, tier in self.tiers.items()
-        }
-        return Placement(host, self.staging_bytes)
+        """The plan as what moves the units takes it."""
+        return Placement(self.tiers, self.staging_bytes, self.slots)
 
-    @property
-    def device_placement(self) -> DevicePlacement:
-        """The plan as a device's engine takes it."""
-        tiers: dict[str, HomeTier] = dict(self.tiers)  # type: ignore[arg-type]
-        return DevicePlacement(tiers, self.staging_bytes, self.slots)
-
-    def count(self, tier: DeviceTier) -> int:
+    def count(self, tier: Tier) -> int:
         """Return how many units live in `tier`."""
         return sum(found == tier for found in self.tiers.values())
 
@@ -162,7 +149,7 @@ def plan(
     ram_bytes: int,
     vram_bytes: int = 0,
     workload: Workload | None = None,
-    wishes: Mapping[str, DeviceTier] | None = None,
+    wishes: Mapping[str, Tier] | None = None,
 ) -> Plan:
     """Return the fastest placement found for `units` within the budgets.
 
@@ -272,7 +259,7 @@ class _Search:
         ram_bytes: int,
         vram_bytes: int,
         workload: Workload,
-        wishes: Mapping[str, DeviceTier],
+        wishes: Mapping[str, Tier],
     ) -> None:
         self.costs = costs
         self.shape = shape
@@ -294,7 +281,7 @@ class _Search:
         """Return the placement with the fastest decode step; ties keep more units packed."""
         self._require()
         at = _computes_in(self.vram_bytes)
-        found: tuple[Prediction, Filled] | None = None
+        found: tuple[Prediction, Placement] | None = None
         for number in range(SHARES + 1):
             filled = self._place(number / SHARES)
             if filled is None:
@@ -307,7 +294,9 @@ class _Search:
         decode, filled = found
         reservations = [Reservation(what, at, nbytes) for what, nbytes in self.fixed.items()]
         if filled.slots:
-            nbytes = filled.slots * filled.slot_bytes
+            nbytes = filled.slots * max(
+                (c.packed_bytes for c in self.costs if filled.tiers[c.name] != "vram"), default=0
+            )
             reservations.append(Reservation("device slots", "vram", nbytes))
         if self.host_kv:
             reservations.append(Reservation("cache of keys and values", "ram", self.host_kv))
@@ -336,7 +325,7 @@ class _Search:
             return Products()
         return choose(self.costs, self.machine)
 
-    def _predict(self, tiers: Mapping[str, DeviceTier], step: Step) -> Prediction:
+    def _predict(self, tiers: Mapping[str, Tier], step: Step) -> Prediction:
         return predict(self.costs, tiers, self.machine, self.disk, self.shape, step)
 
     @property
@@ -368,7 +357,7 @@ class _Search:
                     f"raise {where}, or plan for a shorter context, prompt or batch"
                 )
 
-    def _place(self, dense_share: float) -> Filled | None:
+    def _place(self, dense_share: float) -> Placement | None:
         """Return the placement with so many expanded units, or None when they do not fit."""
         fixed = sum(self.fixed.values())
         if self.vram_bytes:
@@ -383,7 +372,7 @@ class _Search:
         budget = self.vram_bytes or self.ram_bytes
         if fixed - scratch + self.dense_bytes > budget:
             return None
-        tier: DeviceTier = "vram-dense" if self.vram_bytes else "dense"
+        tier: Tier = "vram-dense" if self.vram_bytes else "dense"
         step = replace(self.decode_step, product="exact")
         return self._predict({cost.name: tier for cost in self.costs}, step)
 

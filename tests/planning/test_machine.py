@@ -8,7 +8,8 @@ import torch
 
 from endor import machine
 from endor.errors import ConfigError
-from endor.offload import hardware, probes
+from endor.planning import machine as hardware
+from endor.planning import probes
 
 
 @pytest.fixture

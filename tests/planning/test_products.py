@@ -4,9 +4,9 @@ from dataclasses import replace
 
 import pytest
 
-from endor.offload import hardware
-from endor.offload.costs import UnitCost
-from endor.offload.products import (
+from endor.planning import machine as hardware
+from endor.planning.cost import UnitCost
+from endor.planning.products import (
     MOST_ROWS,
     NEVER,
     PRODUCT_ROWS,

@@ -17,7 +17,7 @@ import torch
 from endor import kernels
 from endor.errors import ConfigError
 from endor.machine import Facts, digest, fingerprint_facts, forget, load, positive, store
-from endor.offload import probes
+from endor.planning import probes
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,0 +1,81 @@
+"""Where each unit lives between uses, and how much memory that takes."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from endor.errors import BudgetError, ConfigError
+from endor.planning.units import Unit
+from endor.sizes import parse_bytes
+
+__all__ = ["Placement", "Tier", "parse_bytes"]
+
+Tier = Literal["vram-dense", "vram", "dense", "resident", "disk"]
+"""`vram-dense`: expanded once and kept on the device; `vram`: packed on the device; `dense`:
+expanded once and kept in RAM; `resident`: packed in RAM, page-locked beside a device; `disk`: read
+for every use."""
+
+HOST_TIERS: tuple[Tier, ...] = ("dense", "resident", "disk")
+"""Where a unit can live when the processor computes."""
+
+DEVICE_TIERS: tuple[Tier, ...] = ("vram-dense", "vram", "resident", "disk")
+"""Where a unit can live when a device computes."""
+
+STAGING_AHEAD_BYTES = 256 << 20
+"""Read-ahead that the default staging area leaves room for, beside the largest unit."""
+
+SLOTS = 3
+"""Device slots: units in flight. Two leave the link idle a fifth of the time."""
+
+
+@dataclass(frozen=True, slots=True)
+class Placement:
+    """A tier for every unit.
+
+    Attributes:
+        tiers: Tier per unit name.
+        staging_bytes: Host memory through which units pass that live neither in RAM nor packed in
+            VRAM; at least the largest of them.
+        slots: Device slots through which everything passes that is not packed in VRAM; 0 without
+            a device, or when nothing does.
+    """
+
+    tiers: Mapping[str, Tier]
+    staging_bytes: int
+    slots: int = 0
+
+    def bytes_in(self, tier: Tier, units: Sequence[Unit]) -> int:
+        """Return the packed bytes of the units in `tier`."""
+        return sum(unit.nbytes for unit in units if self.tiers[unit.name] == tier)
+
+    def outside(self, units: Sequence[Unit]) -> list[Unit]:
+        """Return the units that are copied to a device: for each use, or once to be expanded."""
+        return [unit for unit in units if self.tiers[unit.name] != "vram"]
+
+    def slot_bytes(self, units: Sequence[Unit]) -> int:
+        """Return the size of a slot: the largest unit that passes through."""
+        return max((unit.nbytes for unit in self.outside(units)), default=0)
+
+    def check(self, units: Sequence[Unit], *, on_device: bool = False) -> None:
+        """Raise unless every unit has a tier and what it passes through holds it.
+
+        Raises:
+            ConfigError: A unit has no tier, or one that is not to be had there, or no slot.
+            BudgetError: The staging area is too small.
+        """
+        known = DEVICE_TIERS if on_device else HOST_TIERS
+        for unit in units:
+            tier = self.tiers.get(unit.name)
+            if tier not in known:
+                at = "with a device" if on_device else "without a device"
+                raise ConfigError(
+                    f"placement: unit {unit.name} must be {', '.join(known[:-1])} or {known[-1]} "
+                    f"{at}, got {tier!r}"
+                )
+            if tier in ("dense", "disk") and not on_device and unit.nbytes > self.staging_bytes:
+                raise BudgetError(
+                    f"placement: staging must hold {unit.name} ({unit.nbytes} bytes), "
+                    f"got {self.staging_bytes} bytes"
+                )
+        if on_device and self.outside(units) and self.slots < 1:
+            raise ConfigError("placement: units outside VRAM need at least one device slot, got 0")
