@@ -1,8 +1,9 @@
 """Checkpoint directories: read, select, prune, pack, unpack, verify, inspect.
 
 Modules (who needs what):
-- tensors      `CheckpointSource`, the protocol of everything that yields dense tensors
-- source       `open_source(path)`; bitmask, torchfiles and packed are its other kinds
+- sources      one class for each format on one contract, `CheckpointSource`: dense tensors by name
+- directory    which files are the model; config.json; an index against its shards
+- open         `open_source(path)`: the class that reads what lies there
 - select, plan which tensors are packed; records in execution order
 - convert      dense to packed; dense: packed (or pruned) to dense; both write through output
 - output       directories that appear whole, and resume
@@ -18,9 +19,9 @@ from endor.checkpoint.api import (
     verify_checkpoint,
 )
 from endor.checkpoint.inspect import Inspection, TensorRow
+from endor.checkpoint.open import open_source
 from endor.checkpoint.report import DenseReport, PackReport, Progress, Sizes
-from endor.checkpoint.source import open_source
-from endor.checkpoint.tensors import CheckpointSource, SourceTensor
+from endor.checkpoint.sources.contract import CheckpointSource, SourceTensor
 from endor.checkpoint.verify import VerifyReport
 
 __all__ = [

@@ -18,11 +18,11 @@ from endor.checkpoint.composite import (
 from endor.checkpoint.convert import DEFAULT_SHARD_BYTES, PackOptions, convert
 from endor.checkpoint.dense import write_dense
 from endor.checkpoint.inspect import Inspection
+from endor.checkpoint.open import open_source
 from endor.checkpoint.report import DenseReport, PackReport, Progress
 from endor.checkpoint.select import select
 from endor.checkpoint.single import pack_file
-from endor.checkpoint.source import open_source
-from endor.checkpoint.tensors import CheckpointSource
+from endor.checkpoint.sources.contract import CheckpointSource
 from endor.checkpoint.verify import VerifyReport
 from endor.codecs import CodecChoice
 from endor.errors import CheckpointError, ConfigError, PruningError
@@ -188,7 +188,7 @@ def unpack_checkpoint(
     Raises:
         FormatError: the packed checkpoint is damaged.
     """
-    from endor.checkpoint.packed import PackedSource
+    from endor.checkpoint.sources.packed import PackedSource
 
     if is_composite(packed_dir):
         return unpack_composite(

@@ -19,10 +19,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from endor.checkpoint.choose import is_adapter
+from endor.checkpoint.directory import CONFIG_NAME, is_adapter
 from endor.checkpoint.index import SHARD_NAME
-from endor.checkpoint.source import CONFIG_NAME
-from endor.checkpoint.tensors import CheckpointSource
+from endor.checkpoint.sources.contract import CheckpointSource
 from endor.errors import CheckpointError, EndorError
 from endor.jsontext import parse
 from endor.storage.layout import FORMAT_VERSION

@@ -17,12 +17,17 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
-from endor.checkpoint.choose import CONFIG_NAME, DIFFUSION_NAMES, PACKED_INDEX_NAME, STANDARD_NAMES
 from endor.checkpoint.companions import Companions, copy_companions, files_below, follow
+from endor.checkpoint.directory import (
+    CONFIG_NAME,
+    DIFFUSION_NAMES,
+    PACKED_INDEX_NAME,
+    STANDARD_NAMES,
+)
 from endor.checkpoint.inspect import Inspection, inspect_checkpoint
+from endor.checkpoint.open import open_source
 from endor.checkpoint.report import DenseReport, PackReport, Sizes
 from endor.checkpoint.select import select
-from endor.checkpoint.source import open_source
 from endor.checkpoint.verify import VerifyReport, verify_checkpoint
 from endor.errors import CheckpointError, ConfigError, OutputExistsError
 from endor.jsontext import read_object

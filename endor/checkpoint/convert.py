@@ -24,6 +24,7 @@ from endor.checkpoint.companions import (
     packed_config,
     planned_files,
 )
+from endor.checkpoint.directory import DIFFUSION_INDEX_NAME, PACKED_INDEX_NAME, is_diffusion
 from endor.checkpoint.index import (
     build_index,
     dense_file_names,
@@ -37,8 +38,7 @@ from endor.checkpoint.pipeline import OrderedWork, ScratchPool
 from endor.checkpoint.plan import Unit, plan_units
 from endor.checkpoint.reading import TensorLoader
 from endor.checkpoint.report import PackReport, Progress, Sizes, no_progress
-from endor.checkpoint.source import DIFFUSION_INDEX_NAME, PACKED_INDEX_NAME, is_diffusion
-from endor.checkpoint.tensors import CheckpointSource, CodedSource, SourceTensor
+from endor.checkpoint.sources.contract import CheckpointSource, CodedSource, SourceTensor
 from endor.checkpoint.verify import check_file
 from endor.codecs import CodecChoice, Encoded, TensorSpec, dense
 from endor.errors import CheckpointError

@@ -19,6 +19,12 @@ import xxhash
 
 from endor import kernels
 from endor.checkpoint.companions import Companions, copy_companions, find_companions, planned_files
+from endor.checkpoint.directory import (
+    DIFFUSION_INDEX_NAME,
+    SAFETENSORS_INDEX_NAME,
+    SAFETENSORS_NAME,
+    is_diffusion,
+)
 from endor.checkpoint.index import DEFAULT_DENSE_FILE, dense_file_names
 from endor.checkpoint.manifest import Writes
 from endor.checkpoint.output import OutputDirectory
@@ -26,13 +32,7 @@ from endor.checkpoint.pipeline import OrderedWork
 from endor.checkpoint.plan import plan_units
 from endor.checkpoint.reading import Loaded, TensorLoader
 from endor.checkpoint.report import DenseReport, Progress, no_progress
-from endor.checkpoint.source import (
-    DIFFUSION_INDEX_NAME,
-    SAFETENSORS_INDEX_NAME,
-    SAFETENSORS_NAME,
-    is_diffusion,
-)
-from endor.checkpoint.tensors import CheckpointSource, SourceTensor
+from endor.checkpoint.sources.contract import CheckpointSource, SourceTensor
 from endor.errors import CheckpointError
 from endor.pruning.contract import WeightPruner
 from endor.storage import TemporaryFile

@@ -10,8 +10,8 @@ from typing import Any
 
 import xxhash
 
-from endor.checkpoint.source import PACKED_INDEX_NAME
-from endor.checkpoint.tensors import SourceTensor
+from endor.checkpoint.directory import PACKED_INDEX_NAME
+from endor.checkpoint.sources.contract import SourceTensor
 from endor.errors import CheckpointError, ChecksumError, EndorWarning, FormatError
 from endor.jsontext import read_object
 from endor.storage import FileLayout

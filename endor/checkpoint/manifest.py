@@ -12,12 +12,12 @@ import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
-from endor.checkpoint.index import SHARD_NAME, published_files
-from endor.checkpoint.source import (
+from endor.checkpoint.directory import (
     DIFFUSION_INDEX_NAME,
     PACKED_INDEX_NAME,
     SAFETENSORS_INDEX_NAME,
 )
+from endor.checkpoint.index import SHARD_NAME, published_files
 from endor.errors import EndorError, OutputExistsError
 from endor.storage.tree import list_tree, open_directory
 

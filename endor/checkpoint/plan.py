@@ -8,7 +8,7 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from endor.checkpoint.tensors import SourceTensor
+from endor.checkpoint.sources.contract import SourceTensor
 from endor.codecs import ArraySpec, TensorSpec
 from endor.errors import CheckpointError
 

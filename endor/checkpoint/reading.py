@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from endor.checkpoint.pipeline import BufferPool, budget_for
-from endor.checkpoint.tensors import CheckpointSource, SourceTensor
+from endor.checkpoint.sources.contract import CheckpointSource, SourceTensor
 from endor.errors import PruningError
 from endor.packed import tensor_of
 from endor.pruning.contract import WeightPruner

@@ -4,7 +4,7 @@ import fnmatch
 import re
 from collections.abc import Callable, Iterable, Sequence
 
-from endor.checkpoint.tensors import SourceTensor
+from endor.checkpoint.sources.contract import SourceTensor
 from endor.errors import ConfigError
 
 MIN_SIZE = 64

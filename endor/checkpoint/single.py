@@ -9,7 +9,7 @@ from endor.checkpoint.pipeline import OrderedWork
 from endor.checkpoint.plan import plan_units, stored_arrays
 from endor.checkpoint.reading import Loaded, TensorLoader
 from endor.checkpoint.report import PackReport, Progress, Sizes, no_progress
-from endor.checkpoint.tensors import CheckpointSource, CodedSource, SourceTensor
+from endor.checkpoint.sources.contract import CheckpointSource, CodedSource, SourceTensor
 from endor.codecs import CodecChoice, Encoded, TensorSpec, dense
 from endor.errors import CheckpointError, OutputExistsError
 from endor.pruning.contract import WeightPruner

@@ -11,6 +11,7 @@ import numpy as np
 
 from endor import kernels
 from endor.checkpoint.companions import QUANTIZATION_KEY
+from endor.checkpoint.directory import PACKED_INDEX_NAME, read_config
 from endor.checkpoint.index import (
     PackedIndex,
     build_index,
@@ -19,10 +20,10 @@ from endor.checkpoint.index import (
     read_packed_index,
     shard_name,
 )
+from endor.checkpoint.open import open_source
 from endor.checkpoint.pipeline import MIN_BUDGET_BYTES, BufferPool, OrderedWork
 from endor.checkpoint.report import Progress, no_progress
-from endor.checkpoint.source import PACKED_INDEX_NAME, open_source, read_config
-from endor.checkpoint.tensors import CheckpointSource
+from endor.checkpoint.sources.contract import CheckpointSource
 from endor.codecs import DType
 from endor.codecs.rounding import floats_of
 from endor.errors import EndorError

@@ -18,7 +18,7 @@ from endor.checkpoint.pipeline import OrderedWork
 from endor.checkpoint.plan import plan_units
 from endor.checkpoint.reading import TensorLoader
 from endor.checkpoint.select import select
-from endor.checkpoint.tensors import CheckpointSource, SourceTensor
+from endor.checkpoint.sources.contract import CheckpointSource, SourceTensor
 from endor.errors import CheckpointError, ConfigError, OutputExistsError
 from endor.pruning.contract import WeightPruner
 from endor.pruning.masks import BITMASK, KEY, SHAPE, bitmask_shape, to_bitmask

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from endor.checkpoint.tensors import CheckpointSource
+from endor.checkpoint.sources.contract import CheckpointSource
 from endor.errors import BackendError, CheckpointError, PruningError
 from endor.packed import tensor_of
 from endor.pruning.activations import batches

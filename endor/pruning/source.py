@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from endor.checkpoint.tensors import CheckpointSource, SourceTensor
+from endor.checkpoint.sources.contract import CheckpointSource, SourceTensor
 from endor.errors import EndorError, PruningError
 from endor.packed import bits_of
 from endor.pruning.calibration import shipped_texts

@@ -22,7 +22,7 @@ from torch import nn
 
 from endor import machine
 from endor.checkpoint.select import is_linear
-from endor.checkpoint.tensors import CheckpointSource
+from endor.checkpoint.sources.contract import CheckpointSource
 from endor.codecs.integer import size_bits
 from endor.errors import BackendError, PruningError
 from endor.packed import torch_dtype

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
-from endor.checkpoint.tensors import CheckpointSource
+from endor.checkpoint.sources.contract import CheckpointSource
 from endor.codecs.rounding import LEAST_BITS, MOST_BITS
 from endor.errors import ConfigError
 from endor.pruning.contract import PruneOptions

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from endor.checkpoint.reading import prune_in_place
-from endor.checkpoint.tensors import CheckpointSource, SourceTensor
+from endor.checkpoint.sources.contract import CheckpointSource, SourceTensor
 from endor.codecs import integer
 from endor.codecs.rounding import floats_of, round_to_bits
 from endor.errors import ConfigError, DTypeError, QuantizationError

@@ -15,7 +15,7 @@ from endor.checkpoint import (
     verify_checkpoint,
 )
 from endor.checkpoint.index import dense_file_names, is_dense_name, read_packed_index
-from endor.checkpoint.tensors import SourceTensor
+from endor.checkpoint.sources.contract import SourceTensor
 from endor.codecs import DTYPES
 from endor.errors import ChecksumError, EndorWarning, FormatError
 from endor.hf.loading import open_layouts

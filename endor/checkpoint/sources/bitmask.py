@@ -11,8 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from endor.checkpoint.source import SafetensorsSource
-from endor.checkpoint.tensors import SourceTensor
+from endor.checkpoint.sources.contract import SourceTensor
+from endor.checkpoint.sources.safetensors import SafetensorsSource
 from endor.errors import CheckpointError
 
 PARTS = ("shape", "compressed", "bitmask", "row_offsets")

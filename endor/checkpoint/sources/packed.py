@@ -10,9 +10,9 @@ import numpy as np
 
 from endor import kernels
 from endor.checkpoint.companions import dense_config
+from endor.checkpoint.directory import read_config
 from endor.checkpoint.index import DEFAULT_DENSE_FILE, check_shards, read_packed_index
-from endor.checkpoint.source import read_config
-from endor.checkpoint.tensors import SourceTensor
+from endor.checkpoint.sources.contract import SourceTensor
 from endor.errors import FormatError
 from endor.storage import FileLayout, HostBuffer, Record, bind_checked, check_bytes, open_reader
 

@@ -9,11 +9,12 @@
 
 Where config.json is of diffusers (`_class_name`), its names and its order take the place of 2 to 5.
 A packed directory (its config.json says so) goes before all of these. Whatever else looks like
-weights is named in a warning and left alone.
+weights is named in a warning and left alone. An index is compared with the shards that it lists.
 """
 
+import hashlib
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal
@@ -37,6 +38,10 @@ DIFFUSION_NAMES = (DIFFUSION_INDEX_NAME, DIFFUSION_NAME, DIFFUSION_TORCH_NAME)
 
 STANDARD_NAMES = (SAFETENSORS_NAME, SAFETENSORS_INDEX_NAME, TORCH_NAME, TORCH_INDEX_NAME)
 EXPLICIT_KEY = "transformers_weights"
+
+COMPUTED = frozenset(["inv_freq", "original_inv_freq", "cos_cached", "sin_cached", "position_ids"])
+COMPUTED |= frozenset(["masked_bias", "num_batches_tracked", "_extra_state"])
+"""Last parts of names of buffers that models compute themselves: their absence changes nothing."""
 
 _INDEX_SUFFIX = ".index.json"
 _WEIGHT_SUFFIXES = {".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf"}
@@ -125,6 +130,76 @@ def read_index(path: Path) -> dict[str, str]:
             f"{', '.join(missing[:3])}{more}; finish the download"
         )
     return dict(weight_map)
+
+
+def check_index(
+    directory: Path,
+    choice: Choice,
+    found: Mapping[str, list[str]],
+    equal: Callable[[str, str, str], bool],
+) -> dict[str, str]:
+    """Return the file to read each tensor from, after comparing the index with its shards.
+
+    transformers loads every tensor of every listed shard, whatever the index says of it. What
+    differs without changing a weight is therefore tolerated, with a warning: a tensor that the
+    index lists in another shard or not at all, one that lies in two shards with the same bits, and
+    a listed one that no shard has, where models compute it themselves or config.json ties it.
+
+    Args:
+        directory: The checkpoint.
+        choice: Its files and index.
+        found: Per tensor name the files that hold it, in the order of `choice.files`.
+        equal: Whether a tensor has the same bits in two files.
+
+    Raises:
+        CheckpointError: A weight is missing, or lies in two shards with different bits.
+    """
+    for name, files in found.items():
+        for file in files[1:]:
+            if not equal(name, files[0], file):
+                raise CheckpointError(
+                    f"{directory}: {name} is both in {files[0]} and {file}, and differs; remove "
+                    "the wrong one"
+                )
+    homes = {name: files[-1] for name, files in found.items()}
+    if choice.index is None:
+        return homes
+    absent = sorted(choice.weight_map.keys() - found.keys())
+    ties = (read_config(directory) or {}).get("tie_word_embeddings") is True
+    for name in absent:
+        if name.rpartition(".")[2] in COMPUTED or (ties and name == "lm_head.weight"):
+            continue
+        raise CheckpointError(
+            f"{choice.index}: lists {name}, which no shard holds (it should be in "
+            f"{choice.weight_map[name]}); a model loaded from it would have made-up weights there: "
+            "fetch the shards again, or take the name out of the index"
+        )
+    unlisted = sorted(found.keys() - choice.weight_map.keys())
+    moved = [
+        name
+        for name, file in choice.weight_map.items()
+        if name in found and file not in found[name]
+    ]
+    twice = [name for name, files in found.items() if len(files) > 1]
+    for names, what in (
+        (absent, "listed, but in no shard; models compute or tie it"),
+        (unlisted, "in a shard, but not listed; taken"),
+        (moved, "in another shard than listed; taken from there"),
+        (twice, "in two shards with the same bits; taken once"),
+    ):
+        if names:
+            more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+            warn(f"{choice.index}: {min(names)}{more}: {what}")
+    return homes
+
+
+def fingerprint_files(paths: list[Path]) -> str:
+    """Return a hash over names, sizes and modification times: cheap, and changes with the files."""
+    digest = hashlib.sha256()
+    for path in paths:
+        stat = path.stat()
+        digest.update(f"{path.name}\0{stat.st_size}\0{stat.st_mtime_ns}\0".encode())
+    return digest.hexdigest()
 
 
 def warn(message: str) -> None:

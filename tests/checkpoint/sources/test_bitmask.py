@@ -9,7 +9,7 @@ from safetensors.torch import save_file
 from endor.checkpoint import open_source, pack_checkpoint, unpack_checkpoint, verify_checkpoint
 from endor.errors import CheckpointError
 
-from .conftest import CONFIG, assert_same_tensors, weight, write_companions
+from ..conftest import CONFIG, assert_same_tensors, weight, write_companions
 
 NAME = "model.layers.0.mlp.up_proj.weight"
 
