@@ -6,7 +6,6 @@ wrote with the same tensors.
 """
 
 import json
-import os
 import time
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
@@ -36,13 +35,14 @@ from endor.checkpoint.sources.contract import CheckpointSource, SourceTensor
 from endor.errors import CheckpointError
 from endor.pruning.contract import WeightPruner
 from endor.storage import TemporaryFile
+from endor.storage.positioned import write_at
+from endor.storage.safetensors import Entry, file_head
 
 DTYPE_ORDER = ["U64", "I64", "F64", "C64", "F32", "U32", "I32", "BF16", "F16", "U16", "I16"]
 DTYPE_ORDER += ["F8_E5M2FNUZ", "F8_E4M3FNUZ", "F8_E8M0", "F8_E4M3", "F8_E5M2", "I8", "U8"]
 DTYPE_ORDER += ["F6_E3M2", "F6_E2M3", "F4", "BOOL"]
 """How the safetensors library orders element types in a file."""
 
-_PIECE_BYTES = 16 << 20
 _CHECKSUM_BYTES = 1 << 20
 
 MAX_OPEN_FILES = 64
@@ -137,42 +137,24 @@ class _DenseFile:
         self.path = path
         order = {name: place for place, name in enumerate(DTYPE_ORDER)}
         tensors = sorted(tensors, key=lambda tensor: (order[tensor.dtype.name], tensor.name))
-        header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-        offsets, end = {}, 0
+        entries, end = [], 0
         for tensor in tensors:
-            offsets[tensor.name] = end
-            span = [end, end + tensor.nbytes]
-            end += tensor.nbytes
-            header[tensor.name] = {
-                "dtype": tensor.dtype.name,
-                "shape": list(tensor.shape),
-                "data_offsets": span,
-            }
-        text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
-        text += b" " * (-len(text) % 8)
-        self._head = len(text).to_bytes(8, "little") + text
-        self.offsets = {name: len(self._head) + start for name, start in offsets.items()}
+            start, end = end, end + tensor.nbytes
+            entries.append((tensor.name, Entry(tensor.dtype.name, tensor.shape, start, end)))
+        self._head = file_head(entries)
+        self.offsets = {name: len(self._head) + entry.start for name, entry in entries}
         self.nbytes = len(self._head) + end
-        self.missing = set(offsets)
+        self.missing = set(self.offsets)
         self._temporary: TemporaryFile | None = None
 
     def put(self, name: str, data: memoryview) -> None:
         """Write one tensor at its place."""
         if self._temporary is None:
             self._temporary = TemporaryFile(self.path)
-            self._write(memoryview(self._head), 0)
+            write_at(self._temporary.fd, self._head, 0, self.path)
         self._temporary.resume()
-        self._write(data, self.offsets[name])
+        write_at(self._temporary.fd, data, self.offsets[name], self.path)
         self.missing.discard(name)
-
-    def _write(self, data: memoryview, offset: int) -> None:
-        assert self._temporary is not None
-        while data:
-            try:
-                count = os.pwrite(self._temporary.fd, data[:_PIECE_BYTES], offset)
-            except OSError as error:
-                raise OSError(error.errno, error.strerror, str(self.path)) from error
-            data, offset = data[count:], offset + count
 
     def suspend(self) -> None:
         """Close the file until more of it comes."""

@@ -11,11 +11,13 @@ from dataclasses import dataclass
 from endor.checkpoint.sources.contract import SourceTensor
 from endor.codecs import ArraySpec, TensorSpec
 from endor.errors import CheckpointError
+from endor.storage.safetensors import METADATA_KEY
+from endor.storage.seal import PAD_PREFIX
 
 SMALL_NBYTES = 1 << 20
 """Unpacked tensors of a layer up to this size share the layer's record."""
 
-RESERVED = ("__pad__.", "__metadata__")
+RESERVED = (PAD_PREFIX, METADATA_KEY)
 
 _EXPERT = re.compile(
     r"(?P<expert>.*\bexperts\.\d+)\."

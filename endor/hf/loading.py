@@ -1,6 +1,5 @@
 """Opening the files of a packed checkpoint, and handing transformers what is not packed."""
 
-import json
 import os
 import re
 import shutil
@@ -26,9 +25,15 @@ from endor.storage import (
     bind_checked,
     check_record,
 )
+from endor.storage.positioned import write_at
+from endor.storage.safetensors import Entry, file_head
+from endor.storage.seal import PAD_PREFIX
 
 _PLAIN_ALIGN = 64
 """Alignment of tensors that transformers maps; torch's products vary below 16 bytes."""
+
+_IN_MEMORY = Path("endor-plain")
+"""Name of the file in memory, for messages."""
 
 _COMPARED = 64
 """Elements of each parameter that are compared after loading."""
@@ -117,9 +122,9 @@ def plain_file(
         if entry.name not in skip
     ]
     header, starts = _plain_header([entry for _, entry in wanted])
-    file = os.memfd_create("endor-plain")
+    file = os.memfd_create(_IN_MEMORY.name)
     try:
-        _write_all(file, header, 0)
+        write_at(file, header, 0, _IN_MEMORY)
         held: tuple[FileLayout, str, np.ndarray] | None = None
         for (layout, entry), start in zip(wanted, starts, strict=True):
             if held is None or (held[0] is not layout or held[1] != entry.record):
@@ -132,7 +137,7 @@ def plain_file(
             encoded = bind_checked(layout, entry.name, held[2])
             dense = np.empty(entry.spec.numel, dtype=entry.spec.dtype.uint)
             kernels.decode(encoded, dense)
-            _write_all(file, dense.data.cast("B"), len(header) + start)
+            write_at(file, dense.data.cast("B"), len(header) + start, _IN_MEMORY)
         os.ftruncate(file, len(header) + (starts[-1] + _padded(wanted[-1][1]) if wanted else 0))
     except BaseException:
         os.close(file)
@@ -170,35 +175,18 @@ def check_taken(plain: PlainFile, model: Any) -> None:
 
 def _plain_header(entries: Sequence[TensorEntry]) -> tuple[bytes, list[int]]:
     """Return the header of a file with `entries`, aligned, and where the data of each starts."""
-    fields: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    fields: list[tuple[str, Entry]] = []
     starts, at = [], 0
     for number, entry in enumerate(entries):
         spec = entry.spec
         stop, padded = at + spec.dense_nbytes, at + _padded(entry)
-        fields[entry.name] = {
-            "dtype": spec.dtype.name,
-            "shape": list(spec.shape),
-            "data_offsets": [at, stop],
-        }
+        fields.append((entry.name, Entry(spec.dtype.name, spec.shape, at, stop)))
         if padded > stop:
-            fields[f"__pad__.{number}"] = {
-                "dtype": "U8",
-                "shape": [padded - stop],
-                "data_offsets": [stop, padded],
-            }
+            fields.append((f"{PAD_PREFIX}{number}", Entry("U8", (padded - stop,), stop, padded)))
         starts.append(at)
         at = padded
-    text = json.dumps(fields).encode()
-    text = text.ljust(align_up(8 + len(text), _PLAIN_ALIGN) - 8)
-    return len(text).to_bytes(8, "little") + text, starts
+    return file_head(fields, align=_PLAIN_ALIGN), starts
 
 
 def _padded(entry: TensorEntry) -> int:
     return align_up(entry.spec.dense_nbytes, _PLAIN_ALIGN)
-
-
-def _write_all(file: int, data: bytes | memoryview, offset: int) -> None:
-    view = memoryview(data)
-    while view:
-        done = os.pwrite(file, view, offset)
-        view, offset = view[done:], offset + done

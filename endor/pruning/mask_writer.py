@@ -23,6 +23,8 @@ from endor.errors import CheckpointError, ConfigError, OutputExistsError
 from endor.pruning.contract import WeightPruner
 from endor.pruning.masks import BITMASK, KEY, SHAPE, bitmask_shape, to_bitmask
 from endor.storage import TemporaryFile, remove_stale_temporaries
+from endor.storage.positioned import write_at
+from endor.storage.safetensors import Entry, file_head
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,10 +120,10 @@ def write_masks(
     remove_stale_temporaries(out.parent, out.name)
     file = TemporaryFile(out)
     try:
-        _write(file.fd, head, 0)
+        write_at(file.fd, head, 0, out)
         with closing(work.run(tensors)) as results:
             for tensor, (bitmask, absent) in results:
-                _write(file.fd, bitmask.tobytes(), places[tensor.name])
+                write_at(file.fd, bitmask.tobytes(), places[tensor.name], out)
                 zeros += absent
                 done += tensor.nbytes
                 if progress is not None:
@@ -153,31 +155,22 @@ def _layout(
 
     The shapes come first: int64 wants an offset divisible by 8.
     """
-    header: dict[str, Any] = {"__metadata__": {"format": "pt", KEY: json.dumps(dict(description))}}
+    entries: list[tuple[str, Entry]] = []
     shapes, end = b"", 0
+
+    def add(key: str, kind: str, shape: tuple[int, ...], nbytes: int) -> None:
+        nonlocal end
+        entries.append((key, Entry(kind, shape, end, end + nbytes)))
+        end += nbytes
+
     for tensor in tensors:
         raw = np.array(tensor.shape, dtype="<i8").tobytes()
-        header[tensor.name + SHAPE] = _entry("I64", (len(tensor.shape),), end, len(raw))
-        shapes, end = shapes + raw, end + len(raw)
-    starts = {}
+        add(tensor.name + SHAPE, "I64", (len(tensor.shape),), len(raw))
+        shapes += raw
     for tensor in tensors:
         shape = bitmask_shape(tensor.shape)
-        starts[tensor.name] = end
-        header[tensor.name + BITMASK] = _entry("U8", shape, end, math.prod(shape))
-        end += math.prod(shape)
-    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
-    text += b" " * (-len(text) % 8)
-    head = len(text).to_bytes(8, "little") + text
+        add(tensor.name + BITMASK, "U8", shape, math.prod(shape))
+    head = file_head(entries, {KEY: json.dumps(dict(description))})
+    starts = {key.removesuffix(BITMASK): entry.start for key, entry in entries[len(tensors) :]}
     places = {name: len(head) + start for name, start in starts.items()}
     return head + shapes, places, len(head) + end
-
-
-def _entry(kind: str, shape: tuple[int, ...], start: int, nbytes: int) -> dict[str, Any]:
-    return {"dtype": kind, "shape": list(shape), "data_offsets": [start, start + nbytes]}
-
-
-def _write(fd: int, data: bytes, offset: int) -> None:
-    view = memoryview(data)
-    while view:
-        count = os.pwrite(fd, view, offset)
-        view, offset = view[count:], offset + count

@@ -11,10 +11,8 @@ import numpy as np
 from endor.codecs import TensorSpec
 from endor.errors import FormatError, TruncatedError
 from endor.jsontext import parse_object
-from endor.storage.header import (
-    DIRECTORY_KEY,
+from endor.storage.safetensors import (
     METADATA_KEY,
-    PAD_PREFIX,
     Entry,
     Header,
     brief,
@@ -22,6 +20,7 @@ from endor.storage.header import (
     is_count,
     is_shape,
 )
+from endor.storage.seal import DIRECTORY_KEY, PAD_PREFIX
 
 FORMAT_VERSION = 1
 """What is written where every codec is known to it, so that older readers read it."""

@@ -23,10 +23,11 @@ from endor.packed import (
 )
 from endor.storage.buffers import HostBuffer
 from endor.storage.check import bind_checked, check_bytes, read_records
-from endor.storage.header import Header
 from endor.storage.layout import FileLayout, no_tensor
 from endor.storage.plain import PlainFile
 from endor.storage.readers import open_reader
+from endor.storage.safetensors import Header
+from endor.storage.seal import is_sealed
 from endor.storage.source import ReaderKind
 from endor.storage.writer import FileWriter, header_capacity
 
@@ -107,7 +108,7 @@ class safe_open:
         self._plain: PlainFile | None = None
         self._shared: tuple[str, np.ndarray] | None = None
         header = Header.read(self._path)
-        if header.is_packed:
+        if is_sealed(header):
             self._layout = FileLayout.from_header(header)
             self._names, self._metadata = list(self._layout.tensors), self._layout.metadata
         else:

@@ -24,7 +24,8 @@ from endor.storage.directory import (
     array_key,
     version_of,
 )
-from endor.storage.header import CHECKSUM_KEY, DIRECTORY_KEY, RESERVED_METADATA, Header
+from endor.storage.safetensors import Header
+from endor.storage.seal import CHECKSUM_KEY, DIRECTORY_KEY, RESERVED_METADATA, check_seal, is_sealed
 
 __all__ = [
     "ALIGN",
@@ -82,12 +83,12 @@ class FileLayout:
     @classmethod
     def from_header(cls, header: Header) -> "FileLayout":
         """Return the layout that `header` describes; errors as for `read`."""
-        if not header.is_packed:
+        if not is_sealed(header):
             raise FormatError(
                 f"{header.path}: metadata must hold {DIRECTORY_KEY!r}, which is missing; this is a "
                 "plain safetensors file: endor.load_file and safetensors read it"
             )
-        header.check_seal()
+        check_seal(header)
         tensors, records = Directory(header).parse()
         metadata = {
             key: value for key, value in header.metadata.items() if key not in RESERVED_METADATA

@@ -11,12 +11,11 @@ import numpy as np
 from endor.codecs import dtype
 from endor.errors import TruncatedError
 from endor.packed import tensor_of
-from endor.storage.header import Header, check_plain
+from endor.storage.positioned import read_at
+from endor.storage.safetensors import Header, check_plain
 
 if TYPE_CHECKING:
     import torch
-
-_READ_BYTES = 1 << 30
 
 
 class PlainFile:
@@ -47,16 +46,13 @@ class PlainFile:
         entry = self._header.entries[name]
         kind = dtype(entry.dtype)
         out = np.empty(entry.stop - entry.start, dtype=np.uint8)
-        done, offset = 0, self._header.data_start + entry.start
-        while done < out.size:
-            view = out[done : done + _READ_BYTES].data
-            count = os.preadv(self._fd, [view], offset + done)
-            if count == 0:
-                raise TruncatedError(
-                    f"{self._header.path}: {name}: ends at byte {offset + done}, {out.size - done} "
-                    "more were expected; the file was changed while it was read: copy it again"
-                )
-            done += count
+        offset = self._header.data_start + entry.start
+        done = read_at(self._fd, out.data, offset, self._header.path)
+        if done < out.size:
+            raise TruncatedError(
+                f"{self._header.path}: {name}: ends at byte {offset + done}, {out.size - done} "
+                "more were expected; the file was changed while it was read: copy it again"
+            )
         return tensor_of(
             out.view(kind.uint).reshape(kind.unit_shape(entry.shape)), kind, entry.shape
         )

@@ -3,6 +3,8 @@
 import os
 from pathlib import Path
 
+from endor.storage.positioned import write_at
+
 PIECE_BYTES = 4 << 20
 """Bytes of one write call."""
 
@@ -57,13 +59,7 @@ class Sink:
         Raises:
             OSError: The disk is full or failed; it names the file.
         """
-        while data:
-            try:
-                written = os.pwrite(self._fd, data, offset)
-            except OSError as error:
-                raise OSError(error.errno, error.strerror, str(self._path)) from error
-            data = data[written:]
-            offset += written
+        write_at(self._fd, data, offset, self._path)
 
     def _drain(self, end: int) -> None:
         fill, self._fill = self._fill, 0

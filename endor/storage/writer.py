@@ -21,16 +21,6 @@ from endor.codecs.coding import (
 )
 from endor.errors import FormatError, ShapeError
 from endor.storage.checksum import DIGITS, Digest
-from endor.storage.header import (
-    MAX_HEADER_BYTES,
-    METADATA_KEY,
-    PAD_PREFIX,
-    PREFIX_BYTES,
-    RESERVED_METADATA,
-    Entry,
-    finish,
-    seal,
-)
 from endor.storage.layout import (
     ALIGN,
     ARRAY_ALIGN,
@@ -41,6 +31,8 @@ from endor.storage.layout import (
     array_key,
     version_of,
 )
+from endor.storage.safetensors import MAX_HEADER_BYTES, METADATA_KEY, PREFIX_BYTES, Entry
+from endor.storage.seal import PAD_PREFIX, RESERVED_METADATA, finish, seal
 from endor.storage.sink import Sink
 from endor.storage.temporary import TemporaryFile
 

@@ -83,7 +83,7 @@ def _places(value: Any) -> Iterator[tuple[Any, Any]]:
 def reseal(content: bytes, rng: random.Random) -> bytes:
     """Return a packed file with a changed header or payload, and all checksums right again."""
     from endor.storage.checksum import checksum
-    from endor.storage.header import finish
+    from endor.storage.seal import finish
 
     start = 8 + int.from_bytes(content[:8], "little")
     document = json.loads(content[8:start])

@@ -14,7 +14,7 @@ from endor import codecs
 from endor.codecs import DTYPES, DType, Encoded
 from endor.storage import FileLayout, FileWriter, header_capacity
 from endor.storage.directory import ALIGN, ARRAY_ALIGN, TAIL_BYTES
-from endor.storage.header import MAX_DIMS, MAX_HEADER_BYTES
+from endor.storage.safetensors import MAX_DIMS, MAX_HEADER_BYTES
 
 DOC = Path(__file__).parents[2] / "docs" / "format.md"
 Decode = Callable[[bytes, str], np.ndarray]

@@ -28,7 +28,7 @@ from endor.storage import (
     remove_stale_temporaries,
     verify_file,
 )
-from endor.storage.header import PREFIX_BYTES
+from endor.storage.safetensors import PREFIX_BYTES
 from endor.storage.sink import PIECE_BYTES
 
 Write = Callable[..., Path]

@@ -12,11 +12,32 @@ from endor.checkpoint.directory import (
     fingerprint_files,
     read_config,
 )
-from endor.checkpoint.files import Extent, OpenFiles, read_header
 from endor.checkpoint.sources.contract import SourceTensor
-from endor.errors import CheckpointError
+from endor.codecs import dtype
+from endor.errors import CheckpointError, FormatError
+from endor.foreign import describe_file
+from endor.storage.positioned import OpenFiles
+from endor.storage.safetensors import Header, check_plain
+from endor.storage.seal import DIRECTORY_KEY
 
 _PIECE_BYTES = 16 << 20
+
+
+def read_header(path: Path) -> Header:
+    """Return the header of a stock safetensors file, checked against the file's size.
+
+    Raises:
+        CheckpointError: the file is missing, unreadable, truncated or contradicts itself.
+    """
+    try:
+        header = Header.read(path)
+        check_plain(header)
+    except FileNotFoundError:
+        raise CheckpointError(f"{path}: no such file; is the checkpoint complete?") from None
+    except FormatError as error:
+        described = describe_file(path)
+        raise CheckpointError(f"{path}: {described}" if described else str(error)) from None
+    return header
 
 
 class SafetensorsSource:
@@ -38,38 +59,40 @@ class SafetensorsSource:
         self._places: dict[str, tuple[Path, int]] = {}
         root = path if directory is not None else path.parent
         self._paths = [root / file for file in choice.files]
-        extents: dict[str, dict[str, Extent]] = {}
+        headers: dict[str, Header] = {}
         found: dict[str, list[str]] = {}
         for file in choice.files:
-            tensors, metadata = read_header(root / file)
-            if "endor" in metadata:
+            header = headers[file] = read_header(root / file)
+            if DIRECTORY_KEY in header.metadata:
                 raise CheckpointError(
                     f"{root / file}: is packed by Endor; give its whole directory (with "
                     f"{PACKED_INDEX_NAME})"
                 )
-            extents[file] = tensors
-            for name in tensors:
+            for name in header.entries:
                 found.setdefault(name, []).append(file)
 
         def equal(name: str, one: str, other: str) -> bool:
-            first, second = extents[one][name], extents[other][name]
-            if (first.dtype, first.shape) != (second.dtype, second.shape):
-                return False
-            return self._same_bytes(root / one, first, root / other, second)
+            return self._same_bits(name, headers[one], headers[other])
 
         homes = check_index(root, choice, found, equal)
-        for file in choice.files:
-            for name, extent in extents[file].items():
+        for file, header in headers.items():
+            for name, entry in header.entries.items():
                 if homes[name] == file:
-                    self.tensors[name] = SourceTensor(name, extent.dtype, extent.shape, file)
-                    self._places[name] = (root / file, extent.offset)
+                    self.tensors[name] = SourceTensor(name, dtype(entry.dtype), entry.shape, file)
+                    self._places[name] = (header.path, header.data_start + entry.start)
 
-    def _same_bytes(self, one: Path, first: Extent, other: Path, second: Extent) -> bool:
-        for at in range(0, first.nbytes, _PIECE_BYTES):
+    def _same_bits(self, name: str, one: Header, other: Header) -> bool:
+        """Whether a tensor is the same in two files."""
+        first, second = one.entries[name], other.entries[name]
+        if (first.dtype, first.shape) != (second.dtype, second.shape):
+            return False
+        nbytes = first.stop - first.start
+        for at in range(0, nbytes, _PIECE_BYTES):
             pieces = []
-            for path, extent in ((one, first), (other, second)):
-                piece = np.empty(min(_PIECE_BYTES, extent.nbytes - at), dtype=np.uint8)
-                self._files.read_into(path, extent.offset + at, piece)
+            for header, entry in ((one, first), (other, second)):
+                piece = np.empty(min(_PIECE_BYTES, nbytes - at), dtype=np.uint8)
+                offset = header.data_start + entry.start + at
+                self._files.read_into(header.path, offset, piece)
                 pieces.append(piece)
             if not np.array_equal(pieces[0], pieces[1]):
                 return False

@@ -7,10 +7,10 @@ from typing import Any
 import numpy as np
 
 from endor.checkpoint.directory import Choice, check_index, fingerprint_files, read_config
-from endor.checkpoint.files import OpenFiles
 from endor.checkpoint.sources.contract import SourceTensor
 from endor.checkpoint.sources.torch_file import read_state
 from endor.checkpoint.sources.torch_pickle import HeldTensor, StoredTensor
+from endor.storage.positioned import OpenFiles
 
 
 class TorchSource:

@@ -29,7 +29,7 @@ from endor.codecs import DType
 from endor.errors import CheckpointError, DTypeError
 from endor.foreign import describe_file
 from endor.packed import bits_of, endor_dtype
-from endor.storage.header import is_count, is_shape
+from endor.storage.safetensors import is_count, is_shape
 
 ADVICE = "fetch it again, or re-save it with safetensors"
 

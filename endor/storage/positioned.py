@@ -1,57 +1,51 @@
-"""Stock safetensors files: strict header parsing, and reads by offset into the caller's buffer."""
+"""Reads and writes at an offset that go on after a short one, and name the file when they fail."""
 
 import os
 import threading
 from collections import Counter, OrderedDict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-from endor.codecs import DType, dtype
-from endor.errors import CheckpointError, FormatError
-from endor.foreign import describe_file
-from endor.storage.header import Header, check_plain
+from endor.errors import CheckpointError
 
-READ_BYTES = 1 << 30
+CALL_BYTES = 1 << 30
+"""Most bytes of one call: Linux cuts longer ones short."""
 
 
-@dataclass(frozen=True, slots=True)
-class Extent:
-    """Where a tensor lies in its file."""
-
-    dtype: DType
-    shape: tuple[int, ...]
-    offset: int
-    nbytes: int
-
-
-def read_header(path: Path) -> tuple[dict[str, Extent], Mapping[str, str]]:
-    """Return tensors and metadata of a safetensors file after checking them against its size.
+def read_at(fd: int, out: memoryview, offset: int, path: Path) -> int:
+    """Fill `out` (bytes) from `offset` on and return how many came: fewer where the file ends.
 
     Raises:
-        CheckpointError: the file is missing, unreadable, truncated or contradicts itself.
+        OSError: The read failed; it names `path`.
     """
-    try:
-        header = Header.read(path)
-        check_plain(header)
-    except FileNotFoundError:
-        raise CheckpointError(f"{path}: no such file; is the checkpoint complete?") from None
-    except FormatError as error:
-        described = describe_file(path)
-        raise CheckpointError(f"{path}: {described}" if described else str(error)) from None
-    tensors = {
-        name: Extent(
-            dtype(entry.dtype),
-            entry.shape,
-            header.data_start + entry.start,
-            entry.stop - entry.start,
-        )
-        for name, entry in header.entries.items()
-    }
-    return tensors, header.metadata
+    done = 0
+    while done < len(out):
+        try:
+            count = os.preadv(fd, [out[done : done + CALL_BYTES]], offset + done)
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, str(path)) from error
+        if count == 0:
+            break
+        done += count
+    return done
+
+
+def write_at(fd: int, data: bytes | memoryview, offset: int, path: Path) -> None:
+    """Write all of `data` (bytes) from `offset` on.
+
+    Raises:
+        OSError: The disk is full or failed; it names `path`.
+    """
+    view = memoryview(data)
+    while view:
+        try:
+            count = os.pwrite(fd, view[:CALL_BYTES], offset)
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, str(path)) from error
+        view, offset = view[count:], offset + count
 
 
 class OpenFiles:
@@ -79,18 +73,12 @@ class OpenFiles:
         """
         view = out.data.cast("B")
         with self._borrowed(path) as fd:
-            done = 0
-            while done < len(view):
-                try:
-                    count = os.preadv(fd, [view[done : done + READ_BYTES]], offset + done)
-                except OSError as error:
-                    raise OSError(error.errno, error.strerror, str(path)) from error
-                if count == 0:
-                    raise CheckpointError(
-                        f"{path}: ends at byte {offset + done}, {len(view) - done} more were "
-                        "expected; did it change while it was read?"
-                    )
-                done += count
+            done = read_at(fd, view, offset, path)
+        if done < len(view):
+            raise CheckpointError(
+                f"{path}: ends at byte {offset + done}, {len(view) - done} more were expected; did "
+                "it change while it was read?"
+            )
 
     @contextmanager
     def _borrowed(self, path: Path) -> Iterator[int]:

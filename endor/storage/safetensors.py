@@ -1,4 +1,9 @@
-"""The safetensors header of a file: strict parsing, and the checksum that seals it."""
+"""The stock safetensors format: the only place where its headers are parsed and written.
+
+A file is the length of its header (u64, little endian), the header (JSON), and the data. Parsing is
+strict: what the safetensors library would refuse is refused, with the file, the rule and what was
+found. What Endor adds to the format is in `seal` and `directory`.
+"""
 
 import json
 import math
@@ -9,9 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from endor.codecs import DTYPES
-from endor.errors import ChecksumError, FormatError, TruncatedError
+from endor.errors import FormatError, TruncatedError
 from endor.jsontext import parse_object
-from endor.storage.checksum import DIGITS, checksum
 
 PREFIX_BYTES = 8
 MAX_HEADER_BYTES = 100_000_000
@@ -19,14 +23,10 @@ MAX_HEADER_BYTES = 100_000_000
 
 MAX_DIMS = 32
 
-DIRECTORY_KEY = "endor"
-CHECKSUM_KEY = "endor.checksum"
-RESERVED_METADATA = frozenset({"format", DIRECTORY_KEY, CHECKSUM_KEY})
 METADATA_KEY = "__metadata__"
-PAD_PREFIX = "__pad__."
 
-_MARKER = f'"{CHECKSUM_KEY}":"'.encode()
-_BLANK = b"0" * DIGITS
+HEADER_ALIGN = 8
+"""Where the safetensors library lets the data begin."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,14 +65,6 @@ class Header:
     entries: Mapping[str, Entry]
     metadata: Mapping[str, str]
     raw: bytes
-
-    @property
-    def is_packed(self) -> bool:
-        """Whether anything in the header says that Endor wrote the file."""
-        keys = (DIRECTORY_KEY, CHECKSUM_KEY)
-        return any(key in self.metadata for key in keys) or any(
-            key.startswith(PAD_PREFIX) for key in self.entries
-        )
 
     @classmethod
     def read(cls, path: Path) -> "Header":
@@ -119,42 +111,14 @@ class Header:
         entries = {key: _parse_entry(path, key, value) for key, value in document.items()}
         return cls(path, file_bytes, data_start, entries, metadata, raw)
 
-    def check_seal(self) -> None:
-        """Raise unless the header's bytes match the checksum that it carries.
 
-        Raises:
-            FormatError: There is no well-formed checksum.
-            ChecksumError: It differs.
-        """
-        recorded = self.metadata.get(CHECKSUM_KEY, "")
-        digits = recorded.encode(errors="replace")
-        if len(digits) != DIGITS or self.raw.count(_MARKER + digits + b'"') != 1:
-            raise FormatError(
-                f"{self.path}: metadata must hold {CHECKSUM_KEY}, {DIGITS} hexadecimal digits "
-                f"written once and without spaces, got {brief(recorded)}; copy the file again"
-            )
-        found = checksum(self.raw.replace(_MARKER + digits, _MARKER + _BLANK))
-        if found != recorded:
-            raise ChecksumError(
-                f"{self.path}: header checksum must be {recorded}, got {found}; the header is "
-                "damaged: copy or convert the file again"
-            )
+def header_json(entries: Iterable[tuple[str, Entry]], metadata: Mapping[str, str]) -> bytes:
+    """Return the header of a file with `entries` in this order, without length and padding.
 
-
-def seal(
-    entries: Iterable[tuple[str, Entry]],
-    directory: Mapping[str, Any],
-    metadata: Mapping[str, str],
-) -> bytes:
-    """Return the header JSON for `entries`, with a blank checksum and no padding."""
-    document: dict[str, Any] = {
-        METADATA_KEY: {
-            "format": "pt",
-            **metadata,
-            DIRECTORY_KEY: _dump(directory),
-            CHECKSUM_KEY: _BLANK.decode(),
-        }
-    }
+    Raises:
+        FormatError: A name or the metadata is no valid Unicode.
+    """
+    document: dict[str, Any] = {METADATA_KEY: {"format": "pt", **metadata}}
     for key, entry in entries:
         document[key] = {
             "dtype": entry.dtype,
@@ -162,16 +126,27 @@ def seal(
             "data_offsets": (entry.start, entry.stop),
         }
     try:
-        return _dump(document).encode()
+        return json.dumps(document, separators=(",", ":"), ensure_ascii=False).encode()
     except UnicodeEncodeError as error:
         raise FormatError(f"names and metadata must be valid Unicode: {error}") from None
 
 
-def finish(blank: bytes, data_start: int) -> bytes:
-    """Return what `seal` gave with its length, padding and checksum: `data_start` bytes."""
+def with_length(text: bytes, data_start: int) -> bytes:
+    """Return a header's length, `text`, and the spaces that fill it up to `data_start`."""
     length = data_start - PREFIX_BYTES
-    raw = length.to_bytes(PREFIX_BYTES, "little") + blank.ljust(length)
-    return raw.replace(_MARKER + _BLANK, _MARKER + checksum(raw).encode(), 1)
+    return length.to_bytes(PREFIX_BYTES, "little") + text.ljust(length)
+
+
+def file_head(
+    entries: Iterable[tuple[str, Entry]],
+    metadata: Mapping[str, str] | None = None,
+    *,
+    align: int = HEADER_ALIGN,
+) -> bytes:
+    """Return what a stock file begins with; its length, where the data starts, is a multiple of
+    `align`. Errors as for `header_json`."""
+    text = header_json(entries, metadata or {})
+    return with_length(text, -(-(PREFIX_BYTES + len(text)) // align) * align)
 
 
 def is_count(value: object) -> bool:
@@ -267,7 +242,3 @@ def check_entry_size(path: Path, key: str, entry: Entry) -> None:
             f"{path}: {key}: {entry.dtype} {list(entry.shape)} must take {needed} bytes, "
             f"data_offsets give {entry.stop - entry.start}"
         )
-
-
-def _dump(value: object) -> str:
-    return json.dumps(value, separators=(",", ":"), ensure_ascii=False)
