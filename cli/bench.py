@@ -15,7 +15,7 @@ from endor.cli.tables import table
 from endor.cli.terminal import echo, show
 
 if TYPE_CHECKING:
-    from endor.bench.cases import BenchRun, Case
+    from endor.bench.cpu.cases import BenchRun, Case
 
 Command = Callable[..., None]
 
@@ -82,7 +82,7 @@ def _weight_options(command: Command) -> Command:
 @_weight_options
 def decode_command(**options: Any) -> None:
     """Packed to dense on the CPU, against a non-temporal copy."""
-    from endor.bench.decode import decode
+    from endor.bench.cpu.decode import decode
 
     _run(decode, options)
 
@@ -91,7 +91,7 @@ def decode_command(**options: Any) -> None:
 @_weight_options
 def pack_command(**options: Any) -> None:
     """Dense to packed on the CPU, against a non-temporal copy."""
-    from endor.bench.pack import pack
+    from endor.bench.cpu.pack import pack
 
     _run(pack, options)
 
@@ -101,7 +101,7 @@ def pack_command(**options: Any) -> None:
 @_weight_options
 def matvec_command(**options: Any) -> None:
     """Product with a packed weight on the CPU, against read bandwidth."""
-    from endor.bench.matvec import matvec
+    from endor.bench.cpu.matvec import matvec
 
     _run(matvec, options)
 
@@ -133,7 +133,7 @@ def io_command(
     quick: bool,
 ) -> None:
     """Reading a packed file, cold and warm, against raw O_DIRECT."""
-    from endor.bench.io import IoCase, io
+    from endor.bench.cpu.io import IoCase, io
 
     case = IoCase(
         directory,
@@ -154,7 +154,7 @@ def io_command(
 
 
 def _run(measure: "Callable[[Case], BenchRun]", options: dict[str, Any]) -> None:
-    from endor.bench.cases import Case
+    from endor.bench.cpu.cases import Case
 
     json_path, plot, quick = (options.pop(name) for name in ("json_path", "plot", "quick"))
     case = Case(**options)

@@ -12,7 +12,7 @@ from endor.cli.tables import table
 from endor.cli.terminal import echo, show
 
 if TYPE_CHECKING:
-    from endor.bench.generate import GenerateRecord
+    from endor.bench.generation.case import GenerateRecord
 
 
 @click.command("generate")
@@ -91,7 +91,8 @@ def generate_command(
     Every system runs in processes of its own, in alternating rounds, on the same random prompt; the
     medians are compared, and the logits checked bit for bit.
     """
-    from endor.bench.generate import GenerateCase, generate
+    from endor.bench.generation.case import GenerateCase
+    from endor.bench.generation.generate import generate
     from endor.planning import parse_bytes
 
     case = GenerateCase(
@@ -121,7 +122,7 @@ def generate_command(
             with json_path.open("a", encoding="utf-8") as file:
                 file.writelines(json.dumps(record.to_dict()) + "\n" for record in records)
     if plot is not None:
-        from endor.bench.offload_plot import comparison
+        from endor.bench.generation.plot import comparison
 
         comparison(records, plot)
 

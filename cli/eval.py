@@ -11,7 +11,7 @@ from endor.cli.tables import table
 from endor.cli.terminal import echo, show
 
 if TYPE_CHECKING:
-    from endor.bench.evaluate import Evaluation, Precision
+    from endor.bench.quality.evaluate import Evaluation, Precision
 
 
 @click.command("eval")
@@ -81,7 +81,7 @@ def eval_command(
     Figures compare only between models with one tokenizer and the same window; bits per byte
     compare across tokenizers. With --json, one object per model and line.
     """
-    from endor.bench.evaluate import evaluate, load, read_text, shipped_text
+    from endor.bench.quality.evaluate import evaluate, load, read_text, shipped_text
 
     content = read_text(text or shipped_text())
     reference = load(against, dtype=dtype, trust_remote_code=trust_remote_code) if against else None

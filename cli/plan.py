@@ -58,7 +58,7 @@ def plan_command(
     )
     found, result = planned.outline, planned.plan
     if plot is not None:
-        from endor.bench.offload_plot import placement
+        from endor.bench.generation.plot import placement
 
         placement(found.units, result, plot)
     if as_json:

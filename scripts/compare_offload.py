@@ -19,8 +19,9 @@ from typing import Any
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch; the children get the same
 
 import endor
-from endor.bench.generate import GenerateCase, GenerateRecord, generate
-from endor.bench.offload_plot import comparison
+from endor.bench.generation.case import GenerateCase, GenerateRecord
+from endor.bench.generation.generate import generate
+from endor.bench.generation.plot import comparison
 from endor.cli.bench_generate import summary
 from endor.codecs import CodecChoice
 

@@ -21,7 +21,7 @@ import transformers
 from transformers import AutoTokenizer
 
 import endor
-from endor.bench.experts import POLICIES, compare, record_routing, simulate, table
+from endor.bench.generation.experts import POLICIES, compare, record_routing, simulate, table
 from endor.hf.kv_cache import CACHE_ARGUMENT
 from endor.planning import Placement
 

@@ -15,8 +15,8 @@ DENSITIES = (0.5, 0.3)
 
 def kernels(out: Path) -> int:
     """Measure expansion, products and the link; each record is written as soon as there is one."""
-    from endor.bench import gpu, gpu_link
-    from endor.bench.gpu_case import GpuCase
+    from endor.bench.gpu import kernels, link
+    from endor.bench.gpu.case import GpuCase
     from endor.bench.records import BenchRecord, write_json_lines
 
     path = out / "kernels.jsonl"
@@ -28,11 +28,11 @@ def kernels(out: Path) -> int:
             write_json_lines([record], path)
             print(line(record.to_dict()), flush=True)
 
-    keep(gpu_link.link(GpuCase(repeats=7)))
+    keep(link.link(GpuCase(repeats=7)))
     for density in DENSITIES:
         for rows, cols in SHAPES:
             case = GpuCase(rows, cols, density)
-            for measure in (gpu.expansion, gpu.products):
+            for measure in (kernels.expansion, kernels.products):
                 try:
                     keep(measure(case))
                 except Exception:
@@ -43,18 +43,18 @@ def kernels(out: Path) -> int:
 
 def model(out: Path) -> int:
     """Generate with a synthetic model under a VRAM cap, by every system."""
-    from endor.bench import gpu_model
+    from endor.bench.gpu import model
 
-    case = gpu_model.ModelCase()
+    case = model.ModelCase()
     folder = Path(tempfile.mkdtemp(prefix="endor-gpu-check-"))
     found: dict[str, Any] = {"case": {name: getattr(case, name) for name in case.__slots__}}
     path = out / "model.json"
     wrong = 0
     try:
-        found["made"] = gpu_model.make(case, folder)
+        found["made"] = model.make(case, folder)
         print(found["made"], flush=True)
         found["systems"] = []
-        for answer in gpu_model.run(case, folder):
+        for answer in model.run(case, folder):
             found["systems"].append(answer)
             path.write_text(json.dumps(found, indent=1))
             print({key: answer[key] for key in answer if key != "report"}, flush=True)

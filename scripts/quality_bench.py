@@ -236,7 +236,7 @@ def measure(
     """Return the record of one row."""
     from transformers import AutoTokenizer
 
-    from endor.bench.perplexity import agreement, tokenize
+    from endor.bench.quality.perplexity import agreement, tokenize
 
     tokenizer = AutoTokenizer.from_pretrained(chosen.model)
     if row.startswith("dir:"):

@@ -1,6 +1,6 @@
 import pytest
 
-from endor.bench.cases import Case
+from endor.bench.cpu.cases import Case
 
 
 @pytest.fixture

@@ -2,7 +2,7 @@ import sys
 
 import pytest
 
-from endor.bench.decode import decode
+from endor.bench.cpu.decode import decode
 from endor.bench.plot import Bar, Point, bars, quality, rates
 from endor.errors import BackendError, ConfigError
 

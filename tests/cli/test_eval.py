@@ -11,7 +11,7 @@ from tokenizers.models import BPE
 from tokenizers.pre_tokenizers import ByteLevel
 
 import endor
-from endor.bench.evaluate import bits_per_weight, evaluate, load, read_text, shipped_text
+from endor.bench.quality.evaluate import bits_per_weight, evaluate, load, read_text, shipped_text
 from endor.cli.eval import eval_command
 from endor.errors import CheckpointError, ConfigError
 

@@ -2,9 +2,9 @@
 
 import pytest
 
-from endor.bench import gpu as bench
-from endor.bench import gpu_link, gpu_model
-from endor.bench.gpu_case import GpuCase
+from endor.bench.gpu import kernels as bench
+from endor.bench.gpu import link, model
+from endor.bench.gpu.case import GpuCase
 
 pytestmark = pytest.mark.gpu
 
@@ -26,13 +26,13 @@ def test_products():
 
 
 def test_link():
-    records = list(gpu_link.link(TOY, sizes=(1 << 20,)))
+    records = list(link.link(TOY, sizes=(1 << 20,)))
     assert records[0].subject == "pinned copy of 1 MiB"
     assert sum(record.subject.startswith("streamed") for record in records) == 2
 
 
 def test_model(tmp_path):
-    case = gpu_model.ModelCase(
+    case = model.ModelCase(
         layers=2,
         hidden=256,
         wide=512,
@@ -43,7 +43,7 @@ def test_model(tmp_path):
         tokens=4,
         seconds=120,
     )
-    gpu_model.make(case, tmp_path)
-    answers = list(gpu_model.run(case, tmp_path, ("dense, no cap", "endor")))
+    model.make(case, tmp_path)
+    answers = list(model.run(case, tmp_path, ("dense, no cap", "endor")))
     assert all("error" not in answer for answer in answers), answers
     assert answers[0]["tokens"] == answers[1]["tokens"]

@@ -176,7 +176,7 @@ def test_the_shipped_texts_and_their_origin_come_with_the_package():
 
 
 def test_calibration_and_evaluation_share_no_ten_words():
-    from endor.bench.evaluate import shipped_text
+    from endor.bench.quality.evaluate import shipped_text
 
     def runs(path):
         words = re.findall(r"[a-z0-9']+", path.read_text().lower())

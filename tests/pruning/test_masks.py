@@ -15,7 +15,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
-from endor.bench.evaluate import shipped_text
+from endor.bench.quality.evaluate import shipped_text
 from endor.checkpoint import open_source, pack_checkpoint, prune_checkpoint
 from endor.checkpoint.select import select
 from endor.errors import CheckpointError, ConfigError, OutputExistsError

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from endor import codecs
-from endor.bench.cases import Case
+from endor.bench.cpu.cases import Case
 from endor.bench.timing import Subject
 from endor.packed import tensor_of
 

@@ -3,9 +3,9 @@
 import numpy as np
 
 from endor import codecs, kernels
-from endor.bench import peers
-from endor.bench.cases import BenchRun, Case, Entry, compare, weight
-from endor.bench.ceilings import copy_entry
+from endor.bench.cpu import peers
+from endor.bench.cpu.cases import BenchRun, Case, Entry, compare, weight
+from endor.bench.cpu.ceilings import copy_entry
 from endor.bench.records import last_level_cache_bytes
 from endor.bench.timing import Subject, rotation
 from endor.codecs import CodecChoice, DType

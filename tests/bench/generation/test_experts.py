@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM
 
-from endor.bench.experts import (
+from endor.bench.generation.experts import (
     POLICIES,
     RoutingTrace,
     compare,

@@ -16,7 +16,7 @@ from tempfile import TemporaryDirectory
 import numpy as np
 from safetensors import safe_open
 
-from endor.bench.cases import BenchRun
+from endor.bench.cpu.cases import BenchRun
 from endor.bench.records import BenchRecord, environment
 from endor.bench.timing import Subject, race
 from endor.codecs import Encoded, TensorSpec, dtype, encode

@@ -6,7 +6,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any, Literal
 
-from endor.bench.perplexity import (
+from endor.bench.quality.perplexity import (
     Agreement,
     Perplexity,
     Progress,
@@ -117,15 +117,15 @@ def evaluate(
         path: A packed or dense checkpoint with its tokenizer.
         text: What to score.
         reference: A loaded model to compare with, from `load`; None for perplexity alone.
-        window, stride, max_windows, progress: See `endor.bench.perplexity.perplexity`.
-        bos: See `endor.bench.perplexity.tokenize`.
+        window, stride, max_windows, progress: See `endor.bench.quality.perplexity.perplexity`.
+        bos: See `endor.bench.quality.perplexity.tokenize`.
         ram: Memory for packed weights.
         dtype: Element type to run in; "auto" is the checkpoint's own.
         trust_remote_code: Run Python code that comes with the checkpoint.
 
     Raises:
         CheckpointError: There is no checkpoint, or it has no tokenizer.
-        ConfigError, ShapeError: See `endor.bench.perplexity`.
+        ConfigError, ShapeError: See `endor.bench.quality.perplexity`.
     """
     model = load(path, ram=ram, dtype=dtype, trust_remote_code=trust_remote_code)
     tokenizer = read_tokenizer(path, trust_remote_code=trust_remote_code)

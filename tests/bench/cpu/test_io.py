@@ -3,8 +3,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from endor.bench import io as io_module
-from endor.bench.io import IoCase, drop_cache, io, resident_share
+from endor.bench.cpu import io as io_module
+from endor.bench.cpu.io import IoCase, drop_cache, io, resident_share
 from endor.errors import BackendError, ConfigError
 
 SUBJECTS = (

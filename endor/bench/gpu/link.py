@@ -7,7 +7,7 @@ from dataclasses import replace
 import numpy as np
 import torch
 
-from endor.bench.gpu_case import GpuCase, gpu_record, make_weight, pack_copies
+from endor.bench.gpu.case import GpuCase, gpu_record, make_weight, pack_copies
 from endor.bench.records import BenchRecord
 from endor.codecs import CodecChoice
 from endor.errors import EndorError

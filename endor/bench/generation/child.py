@@ -1,6 +1,6 @@
 """One system generating once, in a process of its own: load, prompt, decode, one line of JSON.
 
-    python -m endor.bench.generate_child < job.json
+    python -m endor.bench.generation.child < job.json
 
 The parent starts one child per system and round, so that no system inherits another's memory, page
 cache, threads or allocator. Only standard output's last line is read.
@@ -19,7 +19,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from endor.bench.io import drop_cache, resident_share
+from endor.bench.cpu.io import drop_cache, resident_share
 from endor.errors import ConfigError
 
 Job = Mapping[str, Any]

@@ -7,10 +7,10 @@ from dataclasses import replace
 import pytest
 import torch
 
-from endor.bench.cases import weight
-from endor.bench.decode import decode
-from endor.bench.pack import pack
-from endor.bench.peers import decoders, encoders, products
+from endor.bench.cpu.cases import weight
+from endor.bench.cpu.decode import decode
+from endor.bench.cpu.pack import pack
+from endor.bench.cpu.peers import decoders, encoders, products
 
 
 class BitmaskCompressor:

@@ -8,10 +8,11 @@ import transformers
 from click.testing import CliRunner
 
 import endor
-from endor.bench import generate as bench
-from endor.bench import generate_child as child
-from endor.bench.generate import GenerateCase, device_map, generate
-from endor.bench.offload_plot import comparison
+from endor.bench.generation import child
+from endor.bench.generation import generate as bench
+from endor.bench.generation.case import GenerateCase
+from endor.bench.generation.generate import device_map, generate
+from endor.bench.generation.plot import comparison
 from endor.cli.bench_generate import generate_command, summary
 from endor.cli.bench_hw import hw_command
 from endor.errors import BackendError, ConfigError

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from endor.bench.generate import GenerateRecord
+from endor.bench.generation.case import GenerateRecord
 from endor.bench.plot import Bar, _figure, _save, bars
 from endor.errors import ConfigError
 from endor.planning.plan import Plan

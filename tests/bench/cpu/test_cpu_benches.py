@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 
 from endor import codecs
-from endor.bench import decode as decode_module
-from endor.bench.cases import BenchRun, Case, weight
-from endor.bench.decode import decode
-from endor.bench.matvec import matvec
-from endor.bench.pack import pack
+from endor.bench.cpu import decode as decode_module
+from endor.bench.cpu.cases import BenchRun, Case, weight
+from endor.bench.cpu.decode import decode
+from endor.bench.cpu.matvec import matvec
+from endor.bench.cpu.pack import pack
 from endor.errors import BackendError, ConfigError, DTypeError
 
 NUMEL = 24 * 120
@@ -102,7 +102,7 @@ def test_a_peer_that_gives_wrong_bits_is_reported_and_not_timed(toy, monkeypatch
         out[...] = 1
         return out
 
-    monkeypatch.setattr("endor.bench.peers.codecs.decode", broken)
+    monkeypatch.setattr("endor.bench.cpu.peers.codecs.decode", broken)
     run = decode(toy)
     assert "numpy reference, raw" not in subjects(run)
     assert run.missing["numpy reference, raw"] == "gave other bits than the weight's"

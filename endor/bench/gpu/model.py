@@ -204,7 +204,7 @@ def _copied(model: Any) -> int | None:
 
 
 def _child(job: Mapping[str, Any], seconds: float) -> dict[str, Any]:
-    command = [sys.executable, "-m", "endor.bench.gpu_model"]
+    command = [sys.executable, "-m", "endor.bench.gpu.model"]
     try:
         child = subprocess.run(
             command,

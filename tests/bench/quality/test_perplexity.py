@@ -4,7 +4,14 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from endor.bench.perplexity import EvalTokens, Window, agreement, perplexity, tokenize, windows
+from endor.bench.quality.perplexity import (
+    EvalTokens,
+    Window,
+    agreement,
+    perplexity,
+    tokenize,
+    windows,
+)
 from endor.errors import ConfigError, ShapeError
 
 VOCABULARY = 37

@@ -1,4 +1,4 @@
-"""Kernels of a CUDA device, each figure beside the bandwidth that bounds it; `gpu_link` the link.
+"""Kernels of a CUDA device, each figure beside the bandwidth that bounds it; `link` the link.
 
 Times are CUDA events around replays of a CUDA graph of several launches, over rotating buffers
 whose footprint is four times the second-level cache. Traffic counts every byte read and written
@@ -13,7 +13,7 @@ from functools import partial
 
 import torch
 
-from endor.bench.gpu_case import (
+from endor.bench.gpu.case import (
     GpuCase,
     check_run,
     gpu_record,

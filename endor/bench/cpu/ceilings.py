@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from endor import kernels
-from endor.bench.cases import Entry
+from endor.bench.cpu.cases import Entry
 from endor.bench.timing import Subject
 
 COPY = "non-temporal copy"

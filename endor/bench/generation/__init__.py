@@ -1,0 +1,1 @@
+"""Whole models generating, each system in a process of its own."""

@@ -1,0 +1,1 @@
+"""Kernels, link and whole models on a CUDA device."""
