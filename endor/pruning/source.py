@@ -12,9 +12,11 @@ from endor.checkpoint.sources.contract import CheckpointSource, SourceTensor
 from endor.errors import EndorError, PruningError
 from endor.packed import bits_of
 from endor.pruning.calibration import shipped_texts
+from endor.pruning.coding import codes_of, steps_of
 from endor.pruning.contract import METHODS, NOTHING, LayerQuantizer, PruneOptions
+from endor.pruning.estimate import Progress
 from endor.pruning.scratch import ScratchFolder
-from endor.pruning.stream import LayerStream, Progress, codes_of, steps_of
+from endor.pruning.stream import LayerStream
 
 
 class PrunedSource:
@@ -99,10 +101,7 @@ class PrunedSource:
                 self._layer = self._stream.next_layer()
         tensor = self._layer.get(name)
         if tensor is None:
-            from safetensors import safe_open
-
-            with safe_open(self._stream.path_of(index), framework="pt") as file:
-                tensor = file.get_tensor(name)
+            tensor = self._stream.stored(index, name)
         return tensor
 
     def config(self) -> dict[str, Any] | None:

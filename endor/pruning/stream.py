@@ -5,15 +5,7 @@ the statistics of its inputs, is pruned, and passes the windows on. Only one lay
 and the hidden states exist at a time.
 """
 
-import hashlib
-import json
-import math
-import os
-import stat
-import tempfile
-import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict
 from pathlib import Path
 from typing import cast
 
@@ -24,33 +16,31 @@ from endor import machine
 from endor.checkpoint.select import is_linear
 from endor.checkpoint.sources.contract import CheckpointSource
 from endor.codecs.integer import size_bits
-from endor.errors import BackendError, PruningError
+from endor.errors import PruningError
 from endor.packed import torch_dtype
 from endor.pruning.activations import Activations, batches
 from endor.pruning.allocation import layer_sparsities, outlier_share
 from endor.pruning.calibration import calibration_and_held_out
+from endor.pruning.coding import LayerCoder, codes_of, steps_of
 from endor.pruning.contract import (
     METHODS,
     NOTHING,
-    Coded,
     LayerPruner,
     LayerQuantizer,
     PruneOptions,
 )
+from endor.pruning.devices import torch_device
+from endor.pruning.divergence import divergence
+from endor.pruning.estimate import Progress, Teller
 from endor.pruning.finetune import Schedule, autocast, finetune
+from endor.pruning.finished import FinishedLayers, fingerprint
 from endor.pruning.heap import reused_blocks
-from endor.pruning.layer import LayerMatrices, Matrix
+from endor.pruning.layer import LayerMatrices
 from endor.pruning.skeleton import Call, Skeleton
 from endor.pruning.statistics import collect
 
 BATCH_TOKENS = 2048
 """Tokens of the windows that pass through a layer together."""
-
-SOLVER_PRODUCTS = 20
-"""Products with the Gram matrix that a solver takes, for the estimate: those of ADMM."""
-
-Progress = Callable[[int, int, str], None]
-"""Called with layers done, layers in all, and what goes on."""
 
 
 class LayerStream:
@@ -84,8 +74,7 @@ class LayerStream:
         self._quantizer = quantizer
         self._options = options
         self._scratch = scratch
-        self._progress = progress or (lambda done, total, what: None)
-        self._device = _device(options.device)
+        self._device = torch_device(options.device)
         self._skeleton = Skeleton(source, self._device, trust_remote_code=options.trust_remote_code)
         self._source = source
         self._method = METHODS.get(options.method, NOTHING)
@@ -97,27 +86,31 @@ class LayerStream:
         self._compute = (
             machine.compute_dtype(self._device) if self._method.finetune else torch.float32
         )
-        self.left: tuple[str, ...] = ()
-        self._names = self._pruned_names(selected)
+        # `left`: a tower for images, say; calibrated by text, the language model is renewed.
+        self._names, self.left = _renewed(self._skeleton, source, options, selected)
         for index in range(self.layers):
             self._matrices(index)  # what cannot be renewed is refused before any work
         ids, self._held_ids = calibration_and_held_out(source.directory, options, held_out)
         self.windows, self._tokens = ids.shape
         self._batch = max(1, BATCH_TOKENS // self._tokens)
-        self.fingerprint = self._fingerprint(ids)
+        identity = "" if quantizer is None else quantizer.identity
+        self.fingerprint = fingerprint(options, source.fingerprint(), ids, self._names, identity)
+        self._finished = FinishedLayers(scratch, self.fingerprint)
         self._ids = ids
         self._hidden, self._calls = self._embed(ids)
         self._dense = self._embed(ids)[0] if self._method.finetune else None
         # Hidden states of the held-out windows, behind renewed and behind dense layers.
         self._held = [self._embed(self._held_ids)[0] for _ in range(2 if held_out else 0)]
         self._sparsity = layer_sparsities(options, self.layers, self._outliers)
-        self._began = time.perf_counter()
+        self._teller = Teller(self.layers, progress)
         self.done = 0
         self.errors: dict[str, float] = {}
         if quantizer is not None:
             shapes = {name: source.tensors[name].numel for name in self._names}
             quantizer.begin(shapes)
-        self._announce()
+        if self._device.type == "cpu":  # what a device computes is not known
+            sizes = [source.tensors[name].shape for name in self._names]
+            self._teller.announce(sizes, self.windows * self._tokens, options, self._method)
 
     @property
     def layers(self) -> int:
@@ -136,7 +129,7 @@ class LayerStream:
         index = self.done
         layer = self._skeleton.load_layer(index)
         matrices = self._matrices(index)
-        kept = self._kept(index)
+        kept = self._restored(index)
         coded: dict[str, torch.Tensor] = {}
         with torch.no_grad():
             if self._held:
@@ -144,7 +137,7 @@ class LayerStream:
             if kept is None:
                 self._prune(index, layer, matrices)
                 if self._quantizer is not None:
-                    coded = self._quantize(index, layer, matrices)
+                    coded = self._quantize(index, layer, matrices, self._quantizer)
             else:
                 if self._dense is not None:
                     self._advance(layer, index, self._dense)
@@ -158,9 +151,11 @@ class LayerStream:
         }
         self._skeleton.drop_layer(index)
         if kept is None:
-            self._keep(index, pruned)
+            errors = {name: self.errors[name] for name in pruned if name in self.errors}
+            self._finished.write(index, pruned, errors)
         self.done += 1
-        self._report()
+        mine = {name for name, at in self._names.items() if at == index} & self.errors.keys()
+        self._teller.report(self.done, [self.errors[name] for name in mine])
         return pruned
 
     def divergence(self) -> float:
@@ -170,18 +165,8 @@ class LayerStream:
         """
         assert self._held, "needs held-out windows"
         assert self.done == self.layers, "they pass all layers first"
-        total, tokens = 0.0, 0
-        with self._skeleton.head() as logits:
-            for window in range(len(self._held_ids)):
-                ids = self._held_ids[window : window + 1]
-                renewed, dense = (
-                    logits(ids, hidden.read(window, window + 1).to(self._device))[0].log_softmax(-1)
-                    for hidden in self._held
-                )
-                terms = dense.exp() * (dense - renewed)
-                total += float(torch.where(dense.isneginf(), 0.0, terms).double().sum())
-                tokens += ids.shape[1]
-        return total / tokens
+        renewed, dense = self._held
+        return divergence(self._skeleton, self._held_ids, renewed, dense, self._device)
 
     def close(self) -> None:
         """Give up the hidden states."""
@@ -191,7 +176,24 @@ class LayerStream:
         if self._dense is not None:
             self._dense.close()
 
+    def stored(self, index: int, name: str) -> torch.Tensor:
+        """Return a tensor of a layer that is done."""
+        return self._finished.read(index, name)
+
     # ---- one layer -----------------------------------------------------------------------------
+
+    def _restored(self, index: int) -> dict[str, torch.Tensor] | None:
+        """Return a layer that an earlier run with the same input and options finished."""
+        found = self._finished.load(index)
+        if found is None:
+            return None
+        kept, errors = found
+        self.errors |= errors
+        if self._quantizer is not None:
+            for name in [name for name in kept if codes_of(name) in kept]:
+                codes, steps = kept[codes_of(name)].numpy(), kept[steps_of(name)].numpy()
+                self._quantizer.adopt(name, size_bits(codes, steps))
+        return kept
 
     def _prune(self, index: int, layer: nn.Module, matrices: LayerMatrices) -> None:
         if self._dense is not None:
@@ -224,21 +226,12 @@ class LayerStream:
             matrix.weight.copy_(torch.where(rounded == 0, 0.0, rounded))
 
     def _quantize(
-        self, index: int, layer: nn.Module, matrices: LayerMatrices
+        self, index: int, layer: nn.Module, matrices: LayerMatrices, quantizer: LayerQuantizer
     ) -> dict[str, torch.Tensor]:
         """Quantise all matrices and return codes and steps as they are stored."""
-        quantizer = self._quantizer
-        assert quantizer is not None
-        found: dict[str, list[tuple[Matrix, Coded]]] = {}
-
-        def solve(matrix: Matrix, gram: torch.Tensor) -> torch.Tensor:
-            weight, dtype = matrix.weight.contiguous(), self._dtype(matrix.name)
-            one = quantizer.quantize(matrix.name, weight, gram, dtype)
-            found.setdefault(matrix.name, []).append((matrix, one))
-            return one.values
-
+        coder = LayerCoder(self._source, quantizer)
         errors = matrices.rewrite(
-            solve,
+            coder.solve,
             "gram",
             lambda: self._batches(layer, index, self._hidden),
             self._room,
@@ -246,16 +239,7 @@ class LayerStream:
         )
         for name, error in errors.items():
             self.errors[name] = self.errors.get(name, 0.0) + error
-        stored = {}
-        for name, parts in found.items():
-            parts.sort(key=lambda one: one[0].part.expert or 0)
-            turned = parts[0][0].transposed
-            codes = [one.codes.T if turned else one.codes for _, one in parts]
-            steps = torch.stack([one.steps for _, one in parts])
-            shape = self._source.tensors[name].shape
-            stored[codes_of(name)] = torch.stack(codes).reshape(shape).cpu().contiguous()
-            stored[steps_of(name)] = (steps.reshape(-1, 1) if turned else steps).cpu()
-        return stored
+        return coder.stored()
 
     def _batches(
         self, layer: nn.Module, index: int, hidden: Activations
@@ -289,25 +273,6 @@ class LayerStream:
         return torch_dtype(self._source.tensors[name].dtype)
 
     # ---- before the first ----------------------------------------------------------------------
-
-    def _pruned_names(self, selected: frozenset[str]) -> dict[str, int]:
-        names = {}
-        for index in range(len(self._skeleton.layers)):
-            for parts in self._skeleton.parts(index).values():
-                for part in parts:
-                    if part.name in selected and self._options.selects(part.name):
-                        names[part.name] = index
-        stray = sorted(name for name in selected - names.keys() if self._options.selects(name))
-        asked = [name for name in stray if not is_linear(self._source.tensors[name])]
-        if asked or not names:
-            name = (asked or stray or ["nothing chosen"])[0]
-            raise PruningError(
-                f"{name}: lies outside the decoder layers, where calibration does not reach; "
-                f"leave it out (--exclude '{name}'), or prune with magnitude"
-            )
-        # A tower for images, say: calibrated by text, the language model is renewed.
-        self.left = tuple(stray)
-        return names
 
     def _embed(self, ids: torch.Tensor) -> tuple[Activations, list[Call]]:
         stored: list[Activations] = []
@@ -350,123 +315,28 @@ class LayerStream:
         hidden.close()
         return shares
 
-    # ---- finished layers -----------------------------------------------------------------------
 
-    def _fingerprint(self, ids: torch.Tensor) -> str:
-        """Return a hash of everything that decides the result."""
-        fields = asdict(self._options)
-        # Which windows there are is hashed below.
-        for key in (
-            "device",
-            "memory_bytes",
-            "scratch",
-            "calibration",
-            "chat_template",
-            "samples",
-            "trust_remote_code",
-        ):
-            del fields[key]
-        digest = hashlib.sha256(repr(sorted(fields.items())).encode())
-        digest.update(self._source.fingerprint().encode())
-        digest.update(ids.numpy().tobytes())
-        digest.update("\0".join(sorted(self._names)).encode())
-        if self._quantizer is not None:
-            digest.update(self._quantizer.identity.encode())
-        return digest.hexdigest()
+def _renewed(
+    skeleton: Skeleton, source: CheckpointSource, options: PruneOptions, selected: frozenset[str]
+) -> tuple[dict[str, int], tuple[str, ...]]:
+    """Return the layer of each tensor that is renewed, and selected ones outside of all layers.
 
-    def path_of(self, index: int) -> Path:
-        """Return where a finished layer is kept."""
-        return self._scratch / f"layer-{index:05d}.safetensors"
-
-    def _keep(self, index: int, tensors: dict[str, torch.Tensor]) -> None:
-        from safetensors.torch import save_file
-
-        errors = {name: self.errors[name] for name in tensors if name in self.errors}
-        said = {"run": self.fingerprint, "errors": json.dumps(errors)}
-        # A new name: a folder that others may write to could hold a link of any expected one.
-        handle, partial = tempfile.mkstemp(dir=self._scratch)
-        os.close(handle)
-        save_file(tensors, partial, metadata=said)
-        Path(partial).replace(self.path_of(index))
-
-    def _kept(self, index: int) -> dict[str, torch.Tensor] | None:
-        """Return a layer that an earlier run with the same input and options finished."""
-        from safetensors import SafetensorError, safe_open
-
-        path = self.path_of(index)
-        try:
-            found = path.lstat()
-        except FileNotFoundError:
-            return None
-        if not stat.S_ISREG(found.st_mode) or found.st_uid != os.geteuid():
-            return None
-        try:
-            with safe_open(path, framework="pt") as file:
-                said = file.metadata() or {}
-                if said.get("run") != self.fingerprint:
-                    return None
-                kept = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-                self.errors |= json.loads(said.get("errors", "{}"))
-        except SafetensorError:
-            return None
-        if self._quantizer is not None:
-            for name in [name for name in kept if codes_of(name) in kept]:
-                codes, steps = kept[codes_of(name)].numpy(), kept[steps_of(name)].numpy()
-                self._quantizer.adopt(name, size_bits(codes, steps))
-        return kept
-
-    def _announce(self) -> None:
-        """Say how long it will take, by what this processor computes; a device is not known."""
-        if self._device.type != "cpu":
-            return
-        found = machine.arithmetic()
-        gflops = found.gflops if self._method.finetune else found.float32_gflops
-        seconds = self.layers * self._layer_flops() / gflops / 1e9
-        self._progress(0, self.layers, f"about {duration(seconds)} at {gflops:.0f} Gflop/s")
-
-    def _layer_flops(self) -> float:
-        """Return the operations that a layer takes, about: its products, and those of ADMM."""
-        shapes = [self._source.tensors[name].shape for name in self._names]
-        weights = sum(math.prod(shape) for shape in shapes) / max(1, self.layers)
-        forwards = 3.5 if self._options.sequential else 2.0
-        if self._method.finetune:
-            forwards += 1 + 3 * self._options.passes
-        flops = 2.0 * self.windows * self._tokens * weights * forwards
-        if self._method.statistics == "gram":
-            solved = sum(math.prod(shape) * shape[-1] for shape in shapes) / max(1, self.layers)
-            flops += 2.0 * SOLVER_PRODUCTS * solved
-        return flops
-
-    def _report(self) -> None:
-        spent = time.perf_counter() - self._began
-        left = spent / self.done * (self.layers - self.done)
-        done = {name for name, at in self._names.items() if at == self.done - 1}
-        mine = [self.errors[name] for name in done & self.errors.keys()]
-        error = f", output error {max(mine):.3f}" if mine else ""
-        self._progress(self.done, self.layers, f"{duration(left)} left{error}")
-
-
-def duration(seconds: float) -> str:
-    """Return a time for a reader."""
-    return f"{seconds:.0f} s" if seconds < 90 else f"{seconds / 60:.1f} min"
-
-
-def codes_of(name: str) -> str:
-    """Return the name of the codes, int16 of the tensor's shape, of a quantised tensor."""
-    return f"{name}:codes"
-
-
-def steps_of(name: str) -> str:
-    """Return the name of the steps, float32, laid out as `codecs.integer.encode` takes them."""
-    return f"{name}:steps"
-
-
-def _device(name: str) -> torch.device:
-    chosen = ("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name
-    try:
-        device = torch.device(chosen)
-    except RuntimeError as error:
-        raise BackendError(f"device {name!r}: {error}") from None
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise BackendError(f"device {name!r}: torch sees no CUDA device; use --device cpu")
-    return device
+    Raises:
+        PruningError: There are none, or one outside was asked for by name.
+    """
+    names = {
+        part.name: index
+        for index in range(len(skeleton.layers))
+        for parts in skeleton.parts(index).values()
+        for part in parts
+        if part.name in selected and options.selects(part.name)
+    }
+    stray = sorted(name for name in selected - names.keys() if options.selects(name))
+    asked = [name for name in stray if not is_linear(source.tensors[name])]
+    if asked or not names:
+        name = (asked or stray or ["nothing chosen"])[0]
+        raise PruningError(
+            f"{name}: lies outside the decoder layers, where calibration does not reach; "
+            f"leave it out (--exclude '{name}'), or prune with magnitude"
+        )
+    return names, tuple(stray)

@@ -12,7 +12,8 @@ from endor.checkpoint.sources.contract import CheckpointSource
 from endor.codecs.rounding import LEAST_BITS, MOST_BITS
 from endor.errors import ConfigError
 from endor.pruning.contract import PruneOptions
-from endor.pruning.stream import LayerStream, Progress
+from endor.pruning.estimate import Progress
+from endor.pruning.stream import LayerStream
 from endor.quantization.contract import QuantizeOptions
 from endor.quantization.quantizer import EcqQuantizer
 from endor.quantization.source import check_quantizable

@@ -13,8 +13,8 @@ from endor.codecs import integer
 from endor.codecs.rounding import floats_of, round_to_bits
 from endor.errors import ConfigError, DTypeError, QuantizationError
 from endor.pruning.contract import PruneOptions, WeightPruner
+from endor.pruning.estimate import Progress
 from endor.pruning.source import PrunedSource
-from endor.pruning.stream import Progress
 from endor.quantization.contract import QuantizeOptions
 from endor.quantization.quantizer import EcqQuantizer, array_bits
 

@@ -30,7 +30,7 @@ from endor.errors import (
     PruningError,
 )
 from endor.pruning.contract import PruneOptions
-from endor.pruning.magnitude import Magnitude
+from endor.pruning.methods.magnitude import Magnitude
 from endor.storage import FileLayout
 
 from .conftest import (

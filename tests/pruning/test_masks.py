@@ -21,9 +21,9 @@ from endor.checkpoint.select import select
 from endor.errors import CheckpointError, ConfigError, OutputExistsError
 from endor.pruning import METHODS, PruneOptions, describe_masks, hold_masks, load_masks
 from endor.pruning.calibration import shipped_texts
-from endor.pruning.magnitude import Magnitude
 from endor.pruning.mask_writer import write_masks
 from endor.pruning.masks import bitmask_shape, to_bitmask
+from endor.pruning.methods.magnitude import Magnitude
 from endor.pruning.source import PrunedSource
 
 SCRIPT = Path(__file__).parents[2] / "scripts" / "finetune_sparse.py"

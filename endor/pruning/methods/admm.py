@@ -9,7 +9,7 @@ import torch
 
 from endor.pruning.contract import PruneOptions
 from endor.pruning.linalg import ScaledProblem
-from endor.pruning.splitting import SplitIteration
+from endor.pruning.methods.splitting import SplitIteration
 
 STEPS = 20
 MASK_STEPS = 15

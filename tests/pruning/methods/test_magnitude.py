@@ -7,8 +7,8 @@ import torch
 from endor.codecs import dtype
 from endor.errors import DTypeError, PruningError
 from endor.pruning.contract import METHODS, Pattern, PruneOptions
-from endor.pruning.magnitude import Magnitude, magnitudes, prune_smallest, zero_count
-from endor.pruning.nm import nm_mask
+from endor.pruning.methods.magnitude import Magnitude, magnitudes, prune_smallest, zero_count
+from endor.pruning.methods.nm import nm_mask
 from endor.pruning.select import keep_mask, keep_mask_rows, row_zero_counts
 
 TYPES = [torch.bfloat16, torch.float16, torch.float32, torch.float8_e4m3fn, torch.float8_e5m2]

@@ -5,9 +5,9 @@ import torch
 
 from endor.errors import PruningError
 from endor.pruning import METHODS, PruneOptions
-from endor.pruning.alps import fit_survivors
 from endor.pruning.layer import relative_error
 from endor.pruning.linalg import damped_cholesky
+from endor.pruning.methods.alps import fit_survivors
 
 CALIBRATED = ["wanda", "sparsegpt", "admm", "alps"]
 SPARSITIES = [0.0, 0.3, 0.5, 0.6, 0.9]

@@ -4,7 +4,7 @@ import torch
 
 from endor.pruning.contract import Pattern
 from endor.pruning.linalg import ScaledProblem
-from endor.pruning.nm import nm_mask
+from endor.pruning.methods.nm import nm_mask
 from endor.pruning.select import keep_mask, zero_count
 
 

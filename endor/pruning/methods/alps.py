@@ -8,7 +8,7 @@ import torch
 
 from endor.pruning.contract import PruneOptions
 from endor.pruning.linalg import ScaledProblem
-from endor.pruning.splitting import SplitIteration
+from endor.pruning.methods.splitting import SplitIteration
 
 PENALTY = 0.1
 EVERY = 3

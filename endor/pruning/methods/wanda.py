@@ -3,7 +3,7 @@
 import torch
 
 from endor.pruning.contract import PruneOptions
-from endor.pruning.nm import nm_mask
+from endor.pruning.methods.nm import nm_mask
 from endor.pruning.select import keep_mask_rows, row_zero_counts
 
 

@@ -1,0 +1,79 @@
+"""What is said of a calibrated run: how long it takes, about, and how far it is."""
+
+import math
+import time
+from collections.abc import Callable, Sequence
+
+from endor import machine
+from endor.pruning.contract import Method, PruneOptions
+
+Progress = Callable[[int, int, str], None]
+"""Called with layers done, layers in all, and what goes on."""
+
+SOLVER_PRODUCTS = 20
+"""Products with the Gram matrix that a solver takes: those of ADMM."""
+
+
+class Teller:
+    """Tells the caller how a run goes.
+
+    Args:
+        layers: In all.
+        progress: Who is told; None for nobody.
+    """
+
+    def __init__(self, layers: int, progress: Progress | None) -> None:
+        self._layers = layers
+        self._progress = progress or (lambda done, total, what: None)
+        self._began = time.perf_counter()
+
+    def announce(
+        self,
+        shapes: Sequence[tuple[int, ...]],
+        tokens: int,
+        options: PruneOptions,
+        method: Method,
+    ) -> None:
+        """Say how long it will take, by what this processor computes; see `model_flops`."""
+        found = machine.arithmetic()
+        gflops = found.gflops if method.finetune else found.float32_gflops
+        seconds = model_flops(shapes, self._layers, tokens, options, method) / gflops / 1e9
+        self._progress(0, self._layers, f"about {duration(seconds)} at {gflops:.0f} Gflop/s")
+
+    def report(self, done: int, errors: Sequence[float]) -> None:
+        """Say that a layer is done, and the worst of its output errors."""
+        left = (time.perf_counter() - self._began) / done * (self._layers - done)
+        error = f", output error {max(errors):.3f}" if errors else ""
+        self._progress(done, self._layers, f"{duration(left)} left{error}")
+
+
+def model_flops(
+    shapes: Sequence[tuple[int, ...]],
+    layers: int,
+    tokens: int,
+    options: PruneOptions,
+    method: Method,
+) -> float:
+    """Return the operations that a run takes, about: its products, and those of ADMM.
+
+    Args:
+        shapes: Of the matrices that are renewed, in all layers.
+        layers: Decoder layers.
+        tokens: Of all calibration windows.
+        options: Of the run.
+        method: That it prunes by.
+    """
+    weights = sum(math.prod(shape) for shape in shapes) / max(1, layers)
+    forwards = 3.5 if options.sequential else 2.0
+    if method.finetune:
+        forwards += 1 + 3 * options.passes
+    flops = 2.0 * tokens * weights * forwards
+    if method.statistics == "gram":
+        solved = sum(math.prod(shape) * shape[-1] for shape in shapes) / max(1, layers)
+        flops += 2.0 * SOLVER_PRODUCTS * solved
+    return layers * flops
+
+
+def duration(seconds: float) -> str:
+    """Return a time for a reader."""
+    return f"{seconds:.0f} s" if seconds < 90 else f"{seconds / 60:.1f} min"

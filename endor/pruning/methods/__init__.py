@@ -1,0 +1,1 @@
+"""The ways to prune: one module a method. `endor.pruning.contract.METHODS` names them."""
