@@ -318,10 +318,10 @@ def test_expanded_units_keep_no_packed_bytes(layout, tensors):
 
 def test_a_placement_is_checked(layout):
     units = collect_units([layout], [spec for spec, _ in whole(layout)])
-    with pytest.raises(ConfigError, match="must be one of"):
-        Placement({}, 0).check(units)
+    with pytest.raises(ConfigError, match="must be vram-dense"):
+        Placement({}, 0).check(units, on_device=True)
     with pytest.raises(ConfigError, match="at least one device slot"):
-        Placement({unit.name: "resident" for unit in units}, 0, slots=0).check(units)
+        Placement({unit.name: "resident" for unit in units}, 0, slots=0).check(units, on_device=True)
 
 
 def test_the_callers_device_and_pending_work_are_left_alone(layout, tensors, monkeypatch):
