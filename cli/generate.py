@@ -103,7 +103,7 @@ def generate_command(
             "doubt": doubt(plan, store, result),
         }
     if report is not None and store is not None:
-        from endor.offload.report import write_report
+        from endor.bench.timeline_page import write_report
 
         write_report(
             report,

@@ -15,7 +15,7 @@ from endor.hf.linear import fast_product
 from endor.hf.packed_layer import initialised, refuse_conversion, refuse_packed_keys
 from endor.hf.routing import Router, routers
 from endor.offload.state import State
-from endor.offload.store import Weight
+from endor.offload.weight import Weight
 from endor.packed import map_nested
 from endor.planning.products import NEVER
 
@@ -184,23 +184,23 @@ class EndorExperts(nn.Module):
         try:
             return super().forward(*args, **kwargs)
         finally:
-            self._stacks[0].weights[0].engine.drop()
+            self._stacks[0].weights[0].mover.drop()
 
     def _routed(self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, *rest: Any) -> Any:
         stacks = self._stacks
         run = eager_forward(type(self).__mro__[2])
-        engine = stacks[0].weights[0].engine
-        if not engine.streams:
+        mover = stacks[0].weights[0].mover
+        if not mover.streams:
             return run(self, hidden_states, top_k_index, *rest)
-        engine.hint(self._states(top_k_index), group=stacks[0].weights[0].states[0].unit.index)
+        mover.hint(self._states(top_k_index), group=stacks[0].weights[0].states[0].unit.index)
         following = self.__dict__.get("_endor_next")
         if following is not None and not torch.is_grad_enabled():
             guess = following.choose(hidden_states)
-            engine.warm(following.experts._states(guess, by_count=True))
+            mover.warm(following.experts._states(guess, by_count=True))
         try:
             return run(self, hidden_states, top_k_index, *rest)
         finally:
-            engine.drop()
+            mover.drop()
 
     def _states(self, top_k_index: torch.Tensor, *, by_count: bool = False) -> list[State]:
         """Return the units of the chosen experts in the order of use, or the most chosen first."""

@@ -1,7 +1,7 @@
 """A transformers cache whose keys and values stay in host memory or in a file.
 
 Each layer's are loaded while the layers before it run, and saved behind; see
-`endor.offload.kv_store`. Attention gets the very tensors that transformers' `DynamicCache` gives.
+`endor.offload.kv.store`. Attention gets the very tensors that transformers' `DynamicCache` gives.
 """
 
 import inspect
@@ -22,10 +22,9 @@ from endor.dependencies import changed
 from endor.errors import ConfigError, ShapeError
 from endor.hf.model import OwnedMethod
 from endor.offload.device import CudaDevice, Device
-from endor.offload.device_group import DeviceGroup
-from endor.offload.device_store import DeviceStore
-from endor.offload.kv_homes import FileAccess
-from endor.offload.kv_store import KVStore
+from endor.offload.device_mover import DeviceMover
+from endor.offload.kv.media import FileAccess
+from endor.offload.kv.store import KVStore
 from endor.offload.store import Store
 from endor.planning.kv import KVSetting, check_kv
 
@@ -331,7 +330,7 @@ def refuse_kv(model: "PreTrainedModel") -> str | None:
 
     Asked before weights are loaded, too: nothing of the model's store is used but its kind.
     """
-    if isinstance(getattr(model, "endor", None), DeviceGroup):
+    if len(getattr(getattr(model, "endor", None), "shares", ())) > 1:
         return "the model is on several devices, each of which keeps what its layers need"
     if not hasattr(model, "can_generate") or not model.can_generate():
         return f"{type(model).__name__} does not generate"
@@ -359,7 +358,7 @@ def new_cache(
     access: FileAccess | None = None,
     whole: bool = False,
 ) -> EndorCache:
-    """Return an empty cache for a model with packed weights, on its engine's threads.
+    """Return an empty cache for a model with packed weights, on its mover's threads.
 
     Args:
         model: The model.
@@ -369,9 +368,9 @@ def new_cache(
     """
     weights: Store = model.endor
     device: Device | None = None
-    engine = weights.engine
-    if isinstance(weights, DeviceStore):
-        device, engine = weights.device, weights.device_engine.host
+    (mover,) = weights.movers
+    if isinstance(mover, DeviceMover):
+        device = mover.device
         if isinstance(device, CudaDevice):
             device = CudaDevice(device.device)  # a copy stream beside that of the weights
     config = model.config.get_text_config(decoder=True)
@@ -379,7 +378,7 @@ def new_cache(
         config.num_hidden_layers,
         device=device,
         ram_bytes=ram_bytes,
-        post=engine.post,
+        post=mover.post,
         ledger=weights.ledger,
         access=access,
     )

@@ -9,7 +9,7 @@ from torch import nn
 from endor import kernels
 from endor.hf.compiling import outside_graphs
 from endor.hf.packed_layer import PackedLayer, refuse_write
-from endor.offload.store import Weight
+from endor.offload.weight import Weight
 from endor.packed import bits_of, plain_matrix
 
 _HEAD_DTYPES = (torch.bfloat16, torch.float16, torch.float32)

@@ -132,7 +132,7 @@ def num_parameters(
 def get_memory_footprint(self: "PreTrainedModel", return_buffers: bool = True) -> int:
     """Return the bytes of memory that the weights take: unpacked, packed, staging and scratch."""
     unpacked: int = type(self).get_memory_footprint(self, return_buffers)
-    return unpacked + int(self.endor.held_nbytes) + int(self.endor.scratch.nbytes)
+    return unpacked + int(self.endor.held_nbytes) + int(self.endor.scratch_nbytes)
 
 
 def save_pretrained(

@@ -15,11 +15,9 @@ from endor.hf.kv_cache import refuse_kv
 from endor.hf.model import parameter_bytes
 from endor.hf.names import Assignment
 from endor.hf.outline import model_shape, most_common
-from endor.offload import Store
 from endor.offload.device import Device
-from endor.offload.device_group import DeviceGroup
-from endor.offload.device_store import DeviceStore
 from endor.offload.ledger import Ledger
+from endor.offload.store import Share, Store, open_share
 from endor.planning import machine as hardware
 from endor.planning.cost import ModelShape, unit_costs
 from endor.planning.fill import share_host_bytes
@@ -119,7 +117,7 @@ class Opener:
             products = planned.products
         reader = open_reader_for(config.reader, "cpu", self.layouts)
         try:
-            store = Store(
+            store = Store.open(
                 self.layouts,
                 units,
                 self.specs,
@@ -156,26 +154,25 @@ class Opener:
         devices = {prefix: opened[name].device for prefix, name in homes.items()}
         ranges.place_parameters(self.model, devices)
         ledger = Ledger()
-        stores: list[DeviceStore] = []
+        shares: list[Share] = []
         try:
             for name in used:
                 placement = self.config.placement or plans[name].placement
-                stores.append(
-                    self._open_store(
+                shares.append(
+                    self._open_share(
                         opened[name], name, units[name], specs[name], placement, ledger
                     )
                 )
         except BaseException:
-            for store in stores:
-                store.close()
+            for share in shares:
+                share.mover.close()
             raise
         if len(used) > 1:
             ranges.move_between(self.model, devices)
-        single = len(stores) == 1
-        whole = stores[0] if single else DeviceGroup(self.layouts, stores, ledger)
-        return Opened(whole, combine(list(plans.values())) if plans else None, devices)
+        store = Store(self.layouts, shares, unpacked=self.assignment.dense)
+        return Opened(store, combine(list(plans.values())) if plans else None, devices)
 
-    def _open_store(
+    def _open_share(
         self,
         device: Device,
         name: str,
@@ -183,10 +180,10 @@ class Opener:
         specs: Sequence[WeightType],
         placement: Placement,
         ledger: Ledger,
-    ) -> DeviceStore:
+    ) -> Share:
         reader = open_reader_for(self.config.reader, name, self.layouts)
         try:
-            return DeviceStore(
+            return open_share(
                 self.layouts,
                 units,
                 specs,
@@ -195,7 +192,6 @@ class Opener:
                 device=device,
                 verify=self.config.verify,
                 threads=self.config.threads,
-                unpacked=self.assignment.dense,
                 ledger=ledger,
             )
         except BaseException:

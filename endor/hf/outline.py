@@ -13,13 +13,13 @@ from endor.hf.load import model_class
 from endor.hf.loading import open_layouts
 from endor.hf.model import is_packed, parameter_bytes, read_config, refuse_quantized
 from endor.hf.names import Assignment, assign
-from endor.offload.store import scratch_bytes
 from endor.packed import torch_dtype
 from endor.planning import available_bytes
 from endor.planning import machine as hardware
 from endor.planning.cost import ModelShape
 from endor.planning.machine import Disk, Machine
 from endor.planning.plan import Plan, plan
+from endor.planning.scratch import scratch_bytes
 from endor.planning.units import Unit, WeightSpec, collect_units
 from endor.storage import FileLayout
 from endor.trust import one_line_errors, read_model_config

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from endor.errors import BackendError, ConfigError
-from endor.offload.store import Weight
+from endor.offload.weight import Weight
 
 _CPU = torch.device("cpu")
 

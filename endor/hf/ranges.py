@@ -140,8 +140,8 @@ def stay_on_device(model: nn.Module) -> None:
         if following is None:
             continue
         both: tuple[Any, Any] = (module, following.experts)
-        engines = [experts._stacks[0].weights[0].engine for experts in both]
-        if engines[0] is not engines[1]:
+        movers = [experts._stacks[0].weights[0].mover for experts in both]
+        if movers[0] is not movers[1]:
             del module.__dict__["_endor_next"]
 
 

@@ -18,9 +18,7 @@ rules make every order of takes end, with any number of slots from one up:
 
 import threading
 import time
-from collections.abc import Hashable, Iterable, Sequence
-from dataclasses import dataclass, field
-from enum import Enum, auto
+from collections.abc import Iterable, Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -29,7 +27,8 @@ import torch
 from endor.errors import BackendError, ConfigError, EndorError
 from endor.offload.device import Device
 from endor.offload.schedule import Schedule
-from endor.offload.threads import join_all, start_all
+from endor.offload.slots import CopyCounters, Slot, SlotPhase
+from endor.threads import join_all, start_all
 
 
 class Source(Protocol):
@@ -51,63 +50,6 @@ class Source(Protocol):
         """Read such a unit into device memory, wait until it is there, and return its bytes."""
 
 
-class Phase(Enum):
-    """See the module's text."""
-
-    EMPTY = auto()
-    QUEUED = auto()
-    LOADING = auto()
-    READY = auto()
-
-
-@dataclass(eq=False, slots=True)
-class Slot:
-    """A piece of device memory that holds one unit at a time.
-
-    Attributes:
-        index: Position among the slots.
-        buffer: Device memory.
-        ready: Recorded behind the copy.
-        unit: The unit that is or will be in it.
-        phase: How far it is.
-        holders: Takes that were not given back.
-        uses: Event per compute stream, recorded behind its last use since the copy.
-    """
-
-    index: int
-    buffer: torch.Tensor
-    ready: Any
-    unit: int | None = None
-    phase: Phase = Phase.EMPTY
-    holders: list[int] = field(default_factory=list)
-    uses: dict[Hashable, Any] = field(default_factory=dict)
-
-
-@dataclass(slots=True)
-class CopyCounters:
-    """What the copier did.
-
-    Attributes:
-        copies: Units copied.
-        copy_bytes: Their bytes.
-        hits: Takes that found the copy issued.
-        late: Takes that found it under way.
-        misses: Takes that nobody had foreseen.
-        revoked: Speculative copies, done or queued, that were given up unused for a demand.
-        failures: Units that did not come.
-        stall_s: Time that takers waited for a copy to be issued.
-    """
-
-    copies: int = 0
-    copy_bytes: int = 0
-    hits: int = 0
-    late: int = 0
-    misses: int = 0
-    revoked: int = 0
-    failures: int = 0
-    stall_s: float = 0.0
-
-
 class Copier:
     """Brings units into device slots.
 
@@ -115,7 +57,7 @@ class Copier:
         device: Where to.
         source: Where from.
         buffers: Device memory of each slot; every unit fits each.
-        order: Units in the order of their use, a cycle: a first guess, corrected by what is taken.
+        schedule: Predicts the units that come next; learns from what is taken.
         workers: Threads that acquire and copy; more than one when acquiring takes long.
     """
 
@@ -124,7 +66,7 @@ class Copier:
         device: Device,
         source: Source,
         buffers: Sequence[torch.Tensor],
-        order: Sequence[int],
+        schedule: Schedule,
         *,
         workers: int = 1,
     ) -> None:
@@ -134,7 +76,7 @@ class Copier:
         self._device = device
         self._source = source
         self._slots = [Slot(at, buffer, device.event()) for at, buffer in enumerate(buffers)]
-        self._schedule = Schedule(order)
+        self._schedule = schedule
         self._hinted: list[int] = []
         self._awaited: dict[int, int] = {}
         self._errors: dict[int, EndorError] = {}
@@ -213,6 +155,11 @@ class Copier:
             self._hinted = list(dict.fromkeys(units))
             self._work.notify_all()
 
+    def forget(self, units: Iterable[int]) -> None:
+        """Copy units no more ahead of their use."""
+        with self._lock:
+            self._schedule.forget(units)
+
     def close(self) -> None:
         """Stop copying; later takes are errors. May be called twice.
 
@@ -234,7 +181,7 @@ class Copier:
         slot = self._slot_of(unit)
         if slot is None:
             self.counters.misses += 1
-        elif slot.phase is Phase.READY:
+        elif slot.phase is SlotPhase.READY:
             self.counters.hits += 1
         else:
             self.counters.late += 1
@@ -244,7 +191,7 @@ class Copier:
 
     def _ready(self, unit: int) -> Slot | None:
         slot = self._slot_of(unit)
-        return slot if slot is not None and slot.phase is Phase.READY else None
+        return slot if slot is not None and slot.phase is SlotPhase.READY else None
 
     def _demand(self, unit: int, me: int) -> None:
         """See that `unit` is loaded next; does nothing while no slot can be had."""
@@ -259,7 +206,7 @@ class Copier:
                     )
                 return
             self._assign(slot, unit)
-        if slot.phase is Phase.QUEUED and slot not in self._demands:
+        if slot.phase is SlotPhase.QUEUED and slot not in self._demands:
             self._demands.append(slot)
             self._work.notify_all()
 
@@ -278,7 +225,7 @@ class Copier:
         best: Slot | None = None
         best_rank = -1
         for slot in self._slots:
-            if slot.holders or slot.phase is Phase.LOADING or slot.unit in self._awaited:
+            if slot.holders or slot.phase is SlotPhase.LOADING or slot.unit in self._awaited:
                 continue
             if slot.unit is None:
                 return slot
@@ -288,15 +235,15 @@ class Copier:
         return best
 
     def _assign(self, slot: Slot, unit: int) -> None:
-        if slot.unit is not None and (slot.phase is Phase.QUEUED or not slot.uses):
+        if slot.unit is not None and (slot.phase is SlotPhase.QUEUED or not slot.uses):
             self.counters.revoked += 1
-        slot.unit, slot.phase = unit, Phase.QUEUED
+        slot.unit, slot.phase = unit, SlotPhase.QUEUED
 
     def _next(self) -> Slot | None:
         """The slot to load now: for a demand, else the most urgent unit that is not there."""
         while self._demands:
             slot = self._demands.pop(0)
-            if slot.phase is Phase.QUEUED:
+            if slot.phase is SlotPhase.QUEUED:
                 return slot
         if any(self._slot_of(unit) is None for unit in self._awaited):
             return None  # the next free slot is for a taker
@@ -330,12 +277,12 @@ class Copier:
                 error.__cause__ = found
             with self._lock:
                 if error is None:
-                    slot.phase = Phase.READY
+                    slot.phase = SlotPhase.READY
                     self._failed.discard(unit)
                     self.counters.copies += 1
                     self.counters.copy_bytes += nbytes
                 else:
-                    slot.unit, slot.phase = None, Phase.EMPTY
+                    slot.unit, slot.phase = None, SlotPhase.EMPTY
                     self.counters.failures += 1
                     self._failed.add(unit)
                     if unit in self._awaited:
@@ -347,7 +294,7 @@ class Copier:
             while not self._closed:
                 slot = self._next()
                 if slot is not None:
-                    slot.phase = Phase.LOADING
+                    slot.phase = SlotPhase.LOADING
                     return slot
                 self._work.wait()
             return None

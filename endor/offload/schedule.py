@@ -1,6 +1,7 @@
 """The order in which streamed units are used, learned from what was used last."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Self
 
 
 class Schedule:
@@ -10,13 +11,27 @@ class Schedule:
     the prediction crosses the token boundary. It starts as the order of the file and is corrected
     by every step; a graph that takes another path once (an encoder before the first token, say)
     costs one wrong guess there and back.
+
+    Args:
+        order: Units in the order of the file.
     """
 
-    __slots__ = ("_last", "_next")
+    __slots__ = ("_last", "_learns", "_next")
 
     def __init__(self, order: Sequence[int]) -> None:
         self._next = dict(zip(order, [*order[1:], *order[:1]], strict=True))
         self._last: int | None = None
+        self._learns = True
+
+    def follower(self) -> Self:
+        """Return a place of its own in this order, which learns nothing.
+
+        For who fetches units ahead: what it does next is this order's prediction, so observing it
+        says nothing of what is really used next. It may be read on another thread.
+        """
+        other = type(self)(())
+        other._next, other._learns = self._next, False
+        return other
 
     @property
     def last(self) -> int | None:
@@ -31,8 +46,20 @@ class Schedule:
         if last is None:
             return True
         expected = self._next[last]
-        self._next[last] = unit
+        if self._learns:
+            self._next[last] = unit
         return expected == unit
+
+    def forget(self, units: Iterable[int]) -> None:
+        """Expect units no more until they are used again."""
+        gone = set(units) & self._next.keys()
+        if len(gone) == len(self._next):
+            return
+        for unit in self._next.keys() - gone:
+            following = self._next[unit]
+            while following in gone:
+                following = self._next[following]
+            self._next[unit] = following
 
     def ahead(self) -> Iterator[int]:
         """Yield the units predicted to follow, nearest first, each once."""

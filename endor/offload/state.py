@@ -5,7 +5,7 @@ from enum import Enum, auto
 
 from endor.codecs import Encoded
 from endor.errors import EndorError
-from endor.offload.memory import Range
+from endor.offload.staging import Range
 from endor.planning.units import Unit
 
 Bound = Mapping[str, Encoded]
@@ -17,7 +17,7 @@ and values; comes next by the schedule; a guess at the next router's choice; for
 
 
 class Phase(Enum):
-    """See `endor.offload.engine`."""
+    """See `endor.offload.host_mover`."""
 
     ABSENT = auto()
     QUEUED = auto()

@@ -57,11 +57,10 @@ class Placement:
         return max((unit.nbytes for unit in self.outside(units)), default=0)
 
     def check(self, units: Sequence[Unit], *, on_device: bool = False) -> None:
-        """Raise unless every unit has a tier and what it passes through holds it.
+        """Raise unless every unit has a tier, and a slot to pass through where it needs one.
 
         Raises:
             ConfigError: A unit has no tier, or one that is not to be had there, or no slot.
-            BudgetError: The staging area is too small.
         """
         known = DEVICE_TIERS if on_device else HOST_TIERS
         for unit in units:
@@ -72,10 +71,18 @@ class Placement:
                     f"placement: unit {unit.name} must be {', '.join(known[:-1])} or {known[-1]} "
                     f"{at}, got {tier!r}"
                 )
-            if tier in ("dense", "disk") and not on_device and unit.nbytes > self.staging_bytes:
+        if on_device and self.outside(units) and self.slots < 1:
+            raise ConfigError("placement: units outside VRAM need at least one device slot, got 0")
+
+    def check_staging(self, units: Sequence[Unit]) -> None:
+        """Raise unless the staging area holds any of the units that pass through it.
+
+        Raises:
+            BudgetError: It is too small.
+        """
+        for unit in units:
+            if self.tiers[unit.name] != "resident" and unit.nbytes > self.staging_bytes:
                 raise BudgetError(
                     f"placement: staging must hold {unit.name} ({unit.nbytes} bytes), "
                     f"got {self.staging_bytes} bytes"
                 )
-        if on_device and self.outside(units) and self.slots < 1:
-            raise ConfigError("placement: units outside VRAM need at least one device slot, got 0")

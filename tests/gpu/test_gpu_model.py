@@ -93,7 +93,7 @@ def test_every_placement_gives_the_bits_of_the_dense_model(checkpoint):
         assert tiers <= set(report["tiers"])
         assert report["pageable_bytes"] == 0
         assert report["copier"]["failures"] == 0
-        assert model.endor.device_engine.vram_bytes <= vram
+        assert model.endor.movers[0].vram_bytes <= vram
         model.endor.close()
 
 

@@ -15,8 +15,8 @@ import endor
 from endor.errors import BudgetError, ConfigError, DependencyError, ShapeError
 from endor.hf.kv_cache import CACHE_ARGUMENT as CACHE
 from endor.hf.kv_cache import EndorCache, EndorCacheLayer, keep_kv, new_cache
-from endor.offload.kv_homes import FileAccess
-from endor.offload.kv_store import KVStore
+from endor.offload.kv.media import FileAccess
+from endor.offload.kv.store import KVStore
 
 from ..support.fake_device import FakeDevice
 from .conftest import config_of, least, prompt

@@ -122,7 +122,7 @@ def test_counts(pair, model):
     held = sum(
         unit.dense_nbytes if tiers[unit.name] == "dense" else unit.nbytes for unit in store.units
     )
-    passing = store.engine.staging_bytes + store.scratch.nbytes
+    passing = store.staging_bytes + store.scratch_nbytes
     assert footprint == parameter_bytes(model) + held + passing
     assert str(model.device) == "cpu"
     assert model.dtype == torch.bfloat16

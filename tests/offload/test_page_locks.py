@@ -7,10 +7,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from endor.offload import arena as arenas
-from endor.offload.arena import PinnedArena
+from endor.offload import pinned
 from endor.offload.device import allocate_for_copies
 from endor.offload.page_locks import PAGE_BYTES
+from endor.offload.pinned import PinnedArena
 from endor.storage import HostBuffer
 
 from ..support.fake_device import FakeDevice
@@ -43,7 +43,7 @@ def test_copies_from_anywhere_in_an_arena(chunk: int, limit: int, start: int, le
     device = FakeDevice(pinnable_bytes=limit * PAGE_BYTES)
     with pytest.MonkeyPatch.context() as patch, warnings.catch_warnings():
         warnings.simplefilter("ignore", RuntimeWarning)  # of what could not be locked
-        patch.setattr(arenas, "CHUNK_BYTES", chunk * PAGE_BYTES)
+        patch.setattr(pinned, "CHUNK_BYTES", chunk * PAGE_BYTES)
         arena = PinnedArena(device, [buffer])
     start = min(start, buffer.nbytes - 1)
     copied(device, buffer.array[start : start + length])

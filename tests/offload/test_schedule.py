@@ -2,7 +2,7 @@
 
 from itertools import islice
 
-from endor.offload import Schedule
+from endor.offload.schedule import Schedule
 
 
 def ahead(schedule, count):

@@ -80,7 +80,7 @@ def test_a_weight_of_several_parts(packed):
     specs = [(below, torch.bfloat16), (middle, torch.bfloat16)]
     units = collect_units([packed.layout], [below, middle])
     placement = Placement({unit.name: "disk" for unit in units}, packed.largest)
-    store = Store([packed.layout], units, specs, placement, open_reader())
+    store = Store.open([packed.layout], units, specs, placement, open_reader())
     stacked = np.concatenate([packed.dense["w0"], packed.dense["w4"]])
     np.testing.assert_array_equal(bits_of(store.weights["below"].dense()), stacked)
     np.testing.assert_array_equal(
@@ -183,7 +183,7 @@ def test_integers_are_refused(tmp_path):
     units = collect_units([layout], [spec])
     placement = Placement({"w": "resident"}, 0)
     with open_reader() as reader, pytest.raises(DTypeError, match="I8"):
-        Store([layout], units, [(spec, torch.bfloat16)], placement, reader)
+        Store.open([layout], units, [(spec, torch.bfloat16)], placement, reader)
 
 
 def test_dense_stored_tensors_work_too(tmp_path):

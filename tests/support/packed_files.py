@@ -14,7 +14,8 @@ import torch
 
 from endor import kernels
 from endor.codecs import DTYPES
-from endor.offload import Engine, Store
+from endor.offload import Store
+from endor.offload.host_mover import HostMover
 from endor.planning import Part, Placement, Unit, WeightSpec, collect_units
 from endor.storage import FileLayout, FileWriter, header_capacity, largest_spec, open_reader
 
@@ -72,14 +73,14 @@ class Packed:
         tiers = {unit.name: "resident" if unit.index in resident else "disk" for unit in self.units}
         return Placement(tiers, self.largest if staging is None else staging)
 
-    def engine(self, placement: Placement | None = None, **options) -> Engine:
+    def mover(self, placement: Placement | None = None, **options) -> HostMover:
         reader = open_reader("buffered", preadv=self.disk)
-        return Engine(self.units, placement or self.placement(), reader, **options)
+        return HostMover(self.units, placement or self.placement(), reader, **options)
 
     def store(self, placement: Placement | None = None, dtype=torch.bfloat16, **options) -> Store:
         reader = open_reader("buffered", preadv=self.disk)
         specs = [(spec, dtype) for spec in self.specs]
-        return Store(
+        return Store.open(
             [self.layout], self.units, specs, placement or self.placement(), reader, **options
         )
 

@@ -151,7 +151,7 @@ def _trusts(job: Job) -> bool:
 def _endor(job: Job) -> tuple[Any, Callable[[], dict[str, Any]]]:
     """Load a packed checkpoint with the placement `tiers` and `staging_bytes`."""
     import endor
-    from endor.offload.report import write_report
+    from endor.bench.timeline_page import write_report
     from endor.planning import Placement
 
     model = endor.load_model(

@@ -10,7 +10,7 @@ import torch
 
 from endor.errors import ConfigError
 from endor.hf.routing import Router, routers
-from endor.offload.expert_cache import Popularity
+from endor.offload.experts import Popularity
 
 WINDOW = 512
 """Tokens of one forward when a trace is recorded."""
@@ -20,7 +20,7 @@ POLICIES: dict[PolicyName, str] = {
     "lru": "least recently used gives way",
     "lfu": "least often used since the start gives way",
     "static": "the experts used most in the first half of the trace stay",
-    "endor": "uses fade with age (endor.offload.expert_cache)",
+    "endor": "uses fade with age (endor.offload.experts)",
     "belady": "oracle: the one used again last gives way (Belady 1966)",
 }
 

@@ -13,9 +13,10 @@ from endor.codecs import CodecChoice
 from endor.errors import EndorError
 from endor.kernels import gpu
 from endor.kernels.gpu import DeviceEncoded
-from endor.offload.arena import PinnedArena
 from endor.offload.copier import Copier
 from endor.offload.device import CudaDevice, allocate_for_copies
+from endor.offload.pinned import PinnedArena
+from endor.offload.schedule import Schedule
 from endor.storage import HostBuffer
 
 LINK_SIZES = (1 << 20, 4 << 20, 64 << 20)
@@ -102,7 +103,7 @@ class _Stream:
         self._arena = PinnedArena(device, [self._home])
         slots = [allocate_for_copies(device, host.nbytes) for _ in range(3)]
         self.copier = Copier(
-            device, _Resident(self._home.array, host.nbytes), slots, range(self.count)
+            device, _Resident(self._home.array, host.nbytes), slots, Schedule(range(self.count))
         )
         self._scratch = [torch.empty_like(like) for _ in range(2)]
         self._prepared: dict[tuple[int, int], gpu.Expansion] = {}

@@ -197,10 +197,10 @@ def _load(system: str, case: ModelCase, folder: Path) -> Any:
 
 
 def _copied(model: Any) -> int | None:
-    engine = getattr(getattr(model, "endor", None), "device_engine", None)
-    if engine is None:
+    store = getattr(model, "endor", None)
+    if store is None:
         return None
-    return int(engine.report().get("copier", {}).get("copy_bytes", 0))
+    return int(store.report().get("copier", {}).get("copy_bytes", 0))
 
 
 def _child(job: Mapping[str, Any], seconds: float) -> dict[str, Any]:

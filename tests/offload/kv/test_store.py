@@ -14,13 +14,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from endor.errors import BackendError, EndorError, ReadError, ShapeError
-from endor.offload.kv_homes import BLOCK_BYTES, FileAccess, FileHome, RamHome
-from endor.offload.kv_store import KVStore
-from endor.offload.kv_tasks import Task
+from endor.offload.kv.media import BLOCK_BYTES, FileAccess, FileMedium, RamMedium
+from endor.offload.kv.store import KVStore
+from endor.offload.kv.tasks import Task
 from endor.planning.kv import SLOTS, choose_kv, kv_bytes
 
-from ..support.fake_device import FakeDevice
-from ..support.packed_files import finishes, wait_until
+from ...support.fake_device import FakeDevice
+from ...support.packed_files import finishes, wait_until
 
 LAYERS, RECORD = 5, 48
 
@@ -193,7 +193,7 @@ def test_layers_beyond_the_limit_go_to_files_spread_through_depth(tmp_path):
     assert store.file_layers == 4
     store.append(0, records(2, 9))
     assert store.file_layers == 4
-    spilled = [at for at, layer in enumerate(store._layers) if isinstance(layer.home, FileHome)]
+    spilled = [at for at, layer in enumerate(store._layers) if isinstance(layer.medium, FileMedium)]
     assert spilled == [0, 2, 4, 6]
     for index in range(1, 8):
         assert torch.equal(content(store, index), records(2, index))
@@ -202,7 +202,7 @@ def test_layers_beyond_the_limit_go_to_files_spread_through_depth(tmp_path):
 
 
 def test_too_many_waiting_records_are_saved_at_once(tmp_path, monkeypatch):
-    monkeypatch.setattr("endor.offload.kv_store.PENDING_BYTES", 3 * RECORD)
+    monkeypatch.setattr("endor.offload.kv.store.PENDING_BYTES", 3 * RECORD)
     store = KVStore(3, ram_bytes=0, access=FileAccess(tmp_path))
     store.append(0, records(2))
     assert store.ledger.counters.kv_saves == 0
@@ -222,7 +222,7 @@ def test_errors_name_what_to_do(tmp_path):
     disk.failures = 1
     with pytest.raises(ReadError, match="could not be read back"):
         store.take(0)
-    os.ftruncate(store._layers[0].home._file, 5)
+    os.ftruncate(store._layers[0].medium._file, 5)
     with pytest.raises(ReadError, match="cut off"):
         store.take(0)
     with pytest.raises(ShapeError, match="48 bytes as before, got 16"):
@@ -263,18 +263,18 @@ def test_a_task_is_done_once():
 
 
 def test_ram_in_blocks():
-    home = RamHome(RECORD)
+    medium = RamMedium(RECORD)
     per_block = BLOCK_BYTES // RECORD
     data = np.arange(3 * per_block * RECORD, dtype=np.uint32).astype(np.uint8)
-    home.write(0, data)
-    views = home.views(per_block - 1, 2 * per_block + 1)
+    medium.write(0, data)
+    views = medium.views(per_block - 1, 2 * per_block + 1)
     assert [view.nbytes for view in views] == [RECORD, per_block * RECORD, RECORD]
     assert np.array_equal(
         np.concatenate(views),
         data[(per_block - 1) * RECORD :][: sum(view.nbytes for view in views)],
     )
-    home.truncate(1)
-    assert home.ram_bytes == per_block * RECORD
+    medium.truncate(1)
+    assert medium.ram_bytes == per_block * RECORD
 
 
 def test_memory_of_a_setting():
@@ -304,10 +304,10 @@ def test_the_setting_that_fits(compute, ram, expected):
 
 
 def test_a_file_home_reads_any_part(tmp_path):
-    home = FileHome(4, FileAccess(tmp_path))
-    home.write(0, np.arange(40, dtype=np.uint8))
+    medium = FileMedium(4, FileAccess(tmp_path))
+    medium.write(0, np.arange(40, dtype=np.uint8))
     out = np.empty(8, dtype=np.uint8)
-    home.read(3, out)
+    medium.read(3, out)
     assert out.tolist() == list(range(12, 20))
-    home.close()
-    home.close()
+    medium.close()
+    medium.close()

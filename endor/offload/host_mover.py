@@ -18,34 +18,43 @@ import heapq
 import os
 import threading
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
 
 from endor.errors import BackendError, EndorError, ReadError
 from endor.kernels.dispatch import check_threads
 from endor.offload.ledger import Ledger
-from endor.offload.memory import Range
-from endor.offload.room import Room
+from endor.offload.reading import read_unit
+from endor.offload.residency import Residency
+from endor.offload.schedule import Schedule
+from endor.offload.staging import Range
 from endor.offload.state import AHEAD, DEMAND, FILL, HINT, WARM, Bound, Phase, State
-from endor.offload.threads import join_all, start_all
 from endor.planning.tiers import Placement
 from endor.planning.units import Unit
-from endor.storage import HostBuffer, RecordReader, check_again, check_record
+from endor.storage import HostBuffer, RecordReader
+from endor.threads import join_all, start_all
 
 
-class Engine:
-    """Brings units into memory when they are needed, and before.
+class HostMover:
+    """A `Mover` into host memory.
+
+    Beside a device it moves what passes through host memory on its way there: copies are then what
+    takes units, and the device's units are not its own.
 
     Args:
-        units: All units, in execution order.
+        units: Units, in execution order.
         placement: Their tiers; checked.
-        reader: Reads records; the engine closes it.
+        reader: Reads records; the mover closes it.
         verify: Check each unit's checksum whenever it is read, and its structure the first time.
         threads: Reads in flight.
-        ledger: Where to count.
+        ledger: Where to count; one of its own when omitted.
+        schedule: The order in which a device uses units; without one, it is learned here.
+        on_device: Whether units go on to a device.
 
     Attributes:
-        states: State per unit name.
         ledger: Where it counts.
+        states: State per unit name.
+        cache_bytes: Memory in which a changing part of the experts stays.
     """
 
     def __init__(
@@ -57,23 +66,27 @@ class Engine:
         verify: bool = True,
         threads: int = 2,
         ledger: Ledger | None = None,
+        schedule: Schedule | None = None,
+        on_device: bool = False,
     ) -> None:
-        placement.check(units)
+        placement.check(units, on_device=on_device)
+        placement.check_staging(units)
         check_threads(threads)
         self.ledger = ledger or Ledger()
         cached = _cached(units, placement)
-        self.states = {
+        self.states: Mapping[str, State] = {
             unit.name: State(
                 unit, placement.tiers[unit.name] == "resident" and unit.name not in cached
             )
             for unit in units
         }
-        self._by_index = list(self.states.values())
+        self._by_index = {state.unit.index: state for state in self.states.values()}
         self.cache_bytes = sum(self.states[name].unit.nbytes for name in cached)
-        self._room = Room(
-            self._by_index,
+        self._residency = Residency(
+            list(self.states.values()),
             placement.staging_bytes,
             self.ledger.counters,
+            schedule=schedule,
             cache_bytes=self.cache_bytes,
         )
         self._reader = reader
@@ -86,10 +99,10 @@ class Engine:
         self._closed = False
         self._pid = os.getpid()
         with self._lock:
-            self._home = self._place_residents()
+            self._residents = self._place_residents()
             for name in cached:
                 state = self.states[name]
-                if self._room.make(state, force=False):
+                if self._residency.make(state, force=False):
                     self._queue(state, FILL)
             self._read_ahead()
         self._threads = [
@@ -101,28 +114,26 @@ class Engine:
     @property
     def streams(self) -> bool:
         """Whether any unit is not resident."""
-        return self._room.nbytes > 0
+        return self._residency.nbytes > 0
 
     @property
     def staging_bytes(self) -> int:
         """Bytes of the staging area, beside the cache of experts."""
-        return max(0, self._room.nbytes - self.cache_bytes)
+        return max(0, self._residency.nbytes - self.cache_bytes)
+
+    @property
+    def held_nbytes(self) -> int:
+        """Bytes of memory for packed units: those that stay, the cache, and staging."""
+        stays = sum(state.unit.nbytes for state in self.states.values() if state.resident)
+        return stays + self.cache_bytes + self.staging_bytes
 
     @property
     def buffers(self) -> list[HostBuffer]:
         """The memory that units stay in or pass through; it never moves."""
-        return [item for item in (self._home, self._room.buffer) if item is not None]
+        return [item for item in (self._residents, self._residency.buffer) if item is not None]
 
     def take(self, state: State) -> Bound:
-        """Return the tensors of a unit, waiting for it if need be; they hold until `drop`.
-
-        A thread holds one unit: taking the next drops the last.
-
-        Raises:
-            ReadError: The bytes did not come.
-            FormatError: They are damaged.
-            BackendError: The engine is closed, or this is a forked child.
-        """
+        """Return the tensors of a unit, waiting for it if need be; see `Mover.take`."""
         fixed = state.fixed
         if fixed is not None:
             return fixed
@@ -133,42 +144,42 @@ class Engine:
             )
         me = threading.get_ident()
         with self._lock:
-            if self._room.release(me):
+            if self._residency.release(me):
                 self._done.notify_all()
             self._check_open()
             self._count(state)
             self._await(state)
             assert state.bound is not None
             if not state.resident:
-                self._room.hold(me, state)
+                self._residency.hold(me, state)
                 self._read_ahead()
             return state.bound
+
+    def release(self, held: Bound, *, hold: bool = False) -> None:
+        """Give back the unit that this thread holds, unless it is to be kept."""
+        if not hold:
+            self.drop()
 
     def drop(self) -> None:
         """Give back the unit that this thread holds, if any."""
         with self._lock:
-            if self._room.release(threading.get_ident()):
+            if self._residency.release(threading.get_ident()):
                 self._done.notify_all()
                 if not self._closed:
                     self._read_ahead()
 
     def hint(self, states: Iterable[State], *, group: int = 0) -> None:
-        """Ask for units that will be taken at once, in this order, as far as there is room.
-
-        Args:
-            states: The experts that a router chose.
-            group: Names the router's layer.
-        """
+        """Read units that will be taken at once; see `Mover.hint`."""
         with self._lock:
             chosen = list(dict.fromkeys(states))
-            self._room.route(group, chosen)
+            self._residency.route(group, chosen)
             for state in chosen:
                 if self._closed:
                     return
                 if state.resident:
                     continue
                 if state.phase is Phase.ABSENT:
-                    if not self._room.make(state, force=False):
+                    if not self._residency.make(state, force=False):
                         return
                     self._queue(state, HINT)
                 elif state.phase is Phase.QUEUED and state.priority > HINT:
@@ -182,43 +193,49 @@ class Engine:
         """
         with self._lock:
             chosen = list(dict.fromkeys(states))
-            self._room.guessed = {state.unit.index for state in chosen}
+            self._residency.guessed = {state.unit.index for state in chosen}
             for state in chosen:
                 if self._closed:
                     return
                 if state.resident or state.phase is not Phase.ABSENT:
                     continue
-                if not self._room.make(state, force=False):
+                if not self._residency.make(state, force=False):
                     return
                 state.warm = True
                 self._queue(state, WARM)
 
     def post(self, priority: int, run: Callable[[], None]) -> None:
-        """Have a task that is no unit's read run on a loader thread, in its turn.
-
-        It handles its errors itself. A closed engine runs nothing.
-        """
+        """Have a task run on a loader thread, in its turn; see `Mover.post`."""
         with self._lock:
             if not self._closed and os.getpid() == self._pid:
                 self._tickets += 1
                 heapq.heappush(self._jobs, (priority, self._tickets, run))
                 self._work.notify()
 
+    def forget(self, states: Iterable[State]) -> None:
+        """Read units no more ahead of their use."""
+        with self._lock:
+            self._residency.schedule.forget(state.unit.index for state in states)
+
     def preload(self) -> None:
         """Wait until every resident unit is in memory, and the cache of experts is filled.
 
         Errors as for `take`.
         """
-        for state in self._by_index:
+        for state in self.states.values():
             if state.resident:
                 self.take(state)
         with self._lock:
             while any(
                 state.priority == FILL and state.phase in (Phase.QUEUED, Phase.READING)
-                for state in self._by_index
+                for state in self.states.values()
             ):
                 self._check_open()
                 self._done.wait()
+
+    def report(self) -> dict[str, Any]:
+        """Return nothing: all of it is said of every mover."""
+        return {}
 
     def close(self) -> None:
         """Stop reading and let go of all memory; taking afterwards is an error."""
@@ -229,13 +246,13 @@ class Engine:
                 return
             self._closed = True
             self._jobs.clear()
-            for state in self._by_index:
+            for state in self.states.values():
                 state.fixed = state.bound = None
             self._work.notify_all()
             self._done.notify_all()
         self._reader.close()
         join_all(self._threads)
-        self._home = None
+        self._residents = None
 
     # ---- under the lock ------------------------------------------------------------------------
 
@@ -244,7 +261,7 @@ class Engine:
             raise BackendError("the weights of this model were closed; load it again")
 
     def _place_residents(self) -> HostBuffer | None:
-        residents = [state for state in self._by_index if state.resident]
+        residents = [state for state in self.states.values() if state.resident]
         if not residents:
             return None
         home, at = HostBuffer(sum(state.unit.nbytes for state in residents)), 0
@@ -273,7 +290,7 @@ class Engine:
             if state.phase is Phase.FAILED:
                 error = state.error
                 assert error is not None
-                self._room.forget(state)  # the next take reads it again
+                self._residency.forget(state)  # the next take reads it again
                 raise error
             self._demand(state)
             start = start or time.perf_counter()
@@ -295,7 +312,7 @@ class Engine:
             if state.priority != DEMAND:
                 self._queue(state, DEMAND)
         elif state.phase is Phase.ABSENT and (
-            state.place is not None or self._room.make(state, force=True)
+            state.place is not None or self._residency.make(state, force=True)
         ):
             self._queue(state, DEMAND)
 
@@ -307,9 +324,9 @@ class Engine:
         self._work.notify()
 
     def _read_ahead(self) -> None:
-        for state in self._room.window():
+        for state in self._residency.window():
             if state.phase is Phase.ABSENT:
-                if not self._room.make(state, force=False):
+                if not self._residency.make(state, force=False):
                     return
                 self._queue(state, AHEAD)
 
@@ -323,7 +340,7 @@ class Engine:
             bound: Bound | None = None
             error: EndorError | None = None
             try:
-                bound = self._load(state)
+                bound = read_unit(state, self._reader, self.ledger, self._lock, verify=self._verify)
             except EndorError as found:
                 error = found
             except BaseException as found:  # whatever it is, a taker must not wait for ever
@@ -353,33 +370,6 @@ class Engine:
                         return state
                 self._work.wait()
             return None
-
-    def _load(self, state: State) -> Bound:
-        unit, place = state.unit, state.place
-        assert place is not None
-        start = time.perf_counter()
-        stat = self._reader.read(unit.record, place.array)
-        stop = time.perf_counter()
-        self.ledger.note("read", unit.name, start, stop, unit.nbytes)
-        check_s = 0.0
-        if self._verify:
-            if state.checked:
-                check_again(unit.record, place.array)
-            else:
-                check_record(unit.layout, unit.record.name, place.array)
-            state.checked = True
-            check_s = time.perf_counter() - stop
-            self.ledger.note("check", unit.name, stop, stop + check_s, unit.nbytes)
-        with self._lock:
-            counters = self.ledger.counters
-            counters.reads += 1
-            counters.read_bytes += stat.nbytes
-            counters.read_s += stop - start
-            counters.warm_reads += state.warm
-            counters.retries += stat.retries
-            counters.checks += check_s > 0
-            counters.check_s += check_s
-        return {name: unit.layout.bind(name, place.array) for name in unit.tensors}
 
 
 def _cached(units: Sequence[Unit], placement: Placement) -> list[str]:

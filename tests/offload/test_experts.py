@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from endor.offload import Phase
-from endor.offload.expert_cache import Popularity
+from endor.offload.experts import Popularity
+from endor.offload.state import Phase
 from endor.planning import Placement
 
 from ..support.packed_files import make_packed, wait_until
@@ -50,122 +50,122 @@ def experts(tmp_path):
     return make_packed(tmp_path / "a.safetensors", shapes, routed=range(EXPERTS))
 
 
-def use(engine, *names, group=0):
+def use(mover, *names, group=0):
     """Route to units, as a layer of experts does."""
-    states = [engine.states[name] for name in names]
-    engine.hint(states, group=group)
+    states = [mover.states[name] for name in names]
+    mover.hint(states, group=group)
     for state in states:
-        engine.take(state)
-    engine.drop()
+        mover.take(state)
+    mover.drop()
 
 
-def in_memory(engine):
-    return {name for name, state in engine.states.items() if state.phase is Phase.READY}
+def in_memory(mover):
+    return {name for name, state in mover.states.items() if state.phase is Phase.READY}
 
 
 def test_the_least_used_expert_gives_way(experts):
-    engine = experts.engine(experts.placement(3 * experts.largest, resident=[6]))
+    mover = experts.mover(experts.placement(3 * experts.largest, resident=[6]))
     for name in ("w0", "w1", "w0", "w1", "w2", "w3"):
-        use(engine, name)
+        use(mover, name)
     # least recently used are w0 and w1, but they were used twice
-    assert {"w0", "w1", "w3"} <= in_memory(engine)
-    assert engine.states["w2"].phase is Phase.ABSENT
-    counters = engine.ledger.counters
+    assert {"w0", "w1", "w3"} <= in_memory(mover)
+    assert mover.states["w2"].phase is Phase.ABSENT
+    counters = mover.ledger.counters
     assert (counters.expert_uses, counters.expert_hits, counters.evicted) == (6, 2, 1)
-    engine.close()
+    mover.close()
 
 
 def test_resident_experts_are_the_start_of_a_cache(experts):
     placement = experts.placement(experts.largest, resident=[0, 1, 6])
-    engine = experts.engine(placement)
-    engine.preload()
-    assert {"w0", "w1", "w6"} <= in_memory(engine)
-    assert engine.cache_bytes == 2 * experts.units[0].nbytes
-    assert engine.staging_bytes == experts.largest
+    mover = experts.mover(placement)
+    mover.preload()
+    assert {"w0", "w1", "w6"} <= in_memory(mover)
+    assert mover.cache_bytes == 2 * experts.units[0].nbytes
+    assert mover.staging_bytes == experts.largest
     for _ in range(2):
-        use(engine, "w2", "w3")
-    assert {"w2", "w3"} <= in_memory(engine), "what is used displaces what was only placed"
-    assert engine.ledger.counters.expert_hits == 2
-    engine.close()
+        use(mover, "w2", "w3")
+    assert {"w2", "w3"} <= in_memory(mover), "what is used displaces what was only placed"
+    assert mover.ledger.counters.expert_hits == 2
+    mover.close()
 
 
 def test_experts_that_all_fit_are_fixed(experts):
-    engine = experts.engine(experts.placement(experts.largest, resident=range(EXPERTS)))
-    engine.preload()
-    assert engine.cache_bytes == 0
-    assert all(engine.states[f"w{at}"].fixed is not None for at in range(EXPERTS))
-    engine.close()
+    mover = experts.mover(experts.placement(experts.largest, resident=range(EXPERTS)))
+    mover.preload()
+    assert mover.cache_bytes == 0
+    assert all(mover.states[f"w{at}"].fixed is not None for at in range(EXPERTS))
+    mover.close()
 
 
 def test_a_right_guess_is_there_when_it_is_chosen(experts):
-    engine = experts.engine(experts.placement(experts.nbytes))
-    engine.warm([engine.states["w2"], engine.states["w4"]])
-    wait_until(lambda: {"w2", "w4"} <= in_memory(engine))
-    use(engine, "w2", "w5")
-    counters = engine.ledger.counters
+    mover = experts.mover(experts.placement(experts.nbytes))
+    mover.warm([mover.states["w2"], mover.states["w4"]])
+    wait_until(lambda: {"w2", "w4"} <= in_memory(mover))
+    use(mover, "w2", "w5")
+    counters = mover.ledger.counters
     assert (counters.guesses, counters.guessed_uses, counters.right_guesses) == (2, 2, 1)
     assert (counters.warm_reads, counters.warm_used, counters.warm_wasted) == (2, 1, 0)
     assert (counters.expert_uses, counters.expert_hits) == (2, 1)
     for name in ("w0", "w1", "w3", "w5"):
-        use(engine, name)
-    engine.close()
+        use(mover, name)
+    mover.close()
 
 
 def test_a_wrong_guess_is_given_up_first(experts):
-    engine = experts.engine(experts.placement(2 * experts.largest, resident=[6]))
-    use(engine, "w0")
-    engine.warm([engine.states["w1"]])
-    wait_until(lambda: "w1" in in_memory(engine))
-    use(engine, "w2")
-    assert engine.states["w1"].phase is Phase.ABSENT
-    assert "w0" in in_memory(engine)
-    assert engine.ledger.counters.warm_wasted == 1
-    engine.close()
+    mover = experts.mover(experts.placement(2 * experts.largest, resident=[6]))
+    use(mover, "w0")
+    mover.warm([mover.states["w1"]])
+    wait_until(lambda: "w1" in in_memory(mover))
+    use(mover, "w2")
+    assert mover.states["w1"].phase is Phase.ABSENT
+    assert "w0" in in_memory(mover)
+    assert mover.ledger.counters.warm_wasted == 1
+    mover.close()
 
 
 def test_a_guess_whose_read_has_not_begun_is_taken_back(experts):
     experts.disk.gate = threading.Event()
-    engine = experts.engine(experts.placement(experts.nbytes, resident=[6]), threads=1)
+    mover = experts.mover(experts.placement(experts.nbytes, resident=[6]), threads=1)
     wait_until(lambda: experts.disk.calls > 0)  # the resident is being read
-    engine.warm([engine.states["w1"], engine.states["w2"]])
-    engine.hint([engine.states["w2"]])
-    assert engine.states["w1"].phase is Phase.ABSENT
-    assert engine.states["w2"].phase is Phase.QUEUED
-    counters = engine.ledger.counters
+    mover.warm([mover.states["w1"], mover.states["w2"]])
+    mover.hint([mover.states["w2"]])
+    assert mover.states["w1"].phase is Phase.ABSENT
+    assert mover.states["w2"].phase is Phase.QUEUED
+    counters = mover.ledger.counters
     assert (counters.warm_revoked, counters.right_guesses, counters.expert_late) == (1, 1, 1)
     experts.disk.gate.set()
-    engine.take(engine.states["w2"])
-    engine.close()
+    mover.take(mover.states["w2"])
+    mover.close()
 
 
 def test_a_demand_goes_before_guesses(experts):
     """The area is full of guesses that wait to be read; a demand is served all the same."""
     experts.disk.gate = threading.Event()
-    engine = experts.engine(experts.placement(2 * experts.largest, resident=[6]), threads=1)
+    mover = experts.mover(experts.placement(2 * experts.largest, resident=[6]), threads=1)
     wait_until(lambda: experts.disk.calls > 0)
-    engine.warm([engine.states["w1"], engine.states["w2"]])
-    taker = threading.Thread(target=engine.take, args=(engine.states["w5"],), daemon=True)
+    mover.warm([mover.states["w1"], mover.states["w2"]])
+    taker = threading.Thread(target=mover.take, args=(mover.states["w5"],), daemon=True)
     taker.start()
-    wait_until(lambda: engine.states["w5"].waiters > 0)
+    wait_until(lambda: mover.states["w5"].waiters > 0)
     experts.disk.gate.set()
     taker.join(60)
     assert not taker.is_alive()
-    reads = [event.name for event in engine.ledger.events if event.kind == "read"]
+    reads = [event.name for event in mover.ledger.events if event.kind == "read"]
     assert reads[:2] == ["w6", "w5"]
-    assert engine.ledger.counters.warm_revoked > 0
-    engine.close()
+    assert mover.ledger.counters.warm_revoked > 0
+    mover.close()
 
 
 def test_guesses_leave_room_for_nothing_they_displace_in_use(experts):
     """Guesses neither take what a thread holds nor what was announced for the present layer."""
-    engine = experts.engine(experts.placement(2 * experts.largest, resident=[6]))
-    engine.hint([engine.states["w0"], engine.states["w1"]])
-    engine.take(engine.states["w0"])
-    engine.warm([engine.states["w2"], engine.states["w3"]])
-    assert engine.states["w2"].phase is Phase.ABSENT
-    engine.take(engine.states["w1"])
-    engine.drop()
-    engine.close()
+    mover = experts.mover(experts.placement(2 * experts.largest, resident=[6]))
+    mover.hint([mover.states["w0"], mover.states["w1"]])
+    mover.take(mover.states["w0"])
+    mover.warm([mover.states["w2"], mover.states["w3"]])
+    assert mover.states["w2"].phase is Phase.ABSENT
+    mover.take(mover.states["w1"])
+    mover.drop()
+    mover.close()
 
 
 def test_experts_of_uneven_size_replace_each_other(tmp_path):
@@ -173,10 +173,10 @@ def test_experts_of_uneven_size_replace_each_other(tmp_path):
     shapes = [(64, 96 + 2 * at) for at in range(8)]
     packed = make_packed(tmp_path / "a.safetensors", shapes, routed=range(8))
     sizes = {unit.nbytes for unit in packed.units}
-    engine = packed.engine(
+    mover = packed.mover(
         Placement(dict.fromkeys((u.name for u in packed.units), "disk"), 3 * max(sizes))
     )
     for at in range(64):
-        use(engine, f"w{at * 5 % 8}")
-        assert len(in_memory(engine)) == min(at + 1, 3)
-    engine.close()
+        use(mover, f"w{at * 5 % 8}")
+        assert len(in_memory(mover)) == min(at + 1, 3)
+    mover.close()

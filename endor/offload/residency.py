@@ -1,12 +1,12 @@
-"""Which streamed units have memory in the staging area, and which one gives way."""
+"""Which streamed units are in the staging area, and which one gives way."""
 
 import heapq
 from collections.abc import Iterable, Sequence
 
-from endor.offload.expert_cache import Popularity
+from endor.offload.experts import Popularity
 from endor.offload.ledger import Counters
-from endor.offload.memory import Staging
 from endor.offload.schedule import Schedule
+from endor.offload.staging import Staging
 from endor.offload.state import Phase, State
 from endor.storage import HostBuffer
 
@@ -17,17 +17,18 @@ SLOT_SHARE = 0.875
 """Experts at least so large, compared with the largest, get its room: any then replaces any."""
 
 
-class Room:
-    """The staging area and its occupants; guarded by the engine's lock.
+class Residency:
+    """The staging area and its occupants; guarded by the mover's lock.
 
     Reads ahead are placed from its beginning, experts from its end. Experts stay after their use
     until the memory is needed; then the one of least value gives way (see `Popularity`).
 
     Args:
-        states: All units, by index.
+        states: All units.
         staging_bytes: Memory that reads pass through.
         cache_bytes: Memory beside it in which experts are kept.
         counters: Where to count.
+        schedule: Predicts the units that come next; learned here when omitted.
 
     Attributes:
         schedule: Predicts the streamed units that come next.
@@ -43,11 +44,12 @@ class Room:
         staging_bytes: int,
         counters: Counters,
         *,
+        schedule: Schedule | None = None,
         cache_bytes: int = 0,
     ) -> None:
         streamed = [state for state in states if not state.resident]
         routed = [state.unit.nbytes for state in streamed if not state.unit.scheduled]
-        self._states = states
+        self._states = {state.unit.index: state for state in states}
         self._counters = counters
         self._staging = Staging(staging_bytes + cache_bytes if streamed else 0)
         self._slot_bytes = max(routed, default=0)
@@ -56,7 +58,8 @@ class Room:
         self._placed: dict[int, State] = {}
         self._used: dict[int, int] = {}
         self._clock = 0
-        self.schedule = Schedule([state.unit.index for state in streamed if state.unit.scheduled])
+        order = [state.unit.index for state in streamed if state.unit.scheduled]
+        self.schedule = schedule or Schedule(order)
         self.popularity = Popularity()
         self.hinted: set[int] = set()
         self.guessed: set[int] = set()
@@ -75,7 +78,9 @@ class Room:
         """Return the streamed units that come next and fit the read-ahead together."""
         out, total = [], 0
         for index in self.schedule.ahead():
-            state = self._states[index]
+            state = self._states.get(index)
+            if state is None or state.resident:
+                continue
             total += state.unit.nbytes
             if total > self._ahead_bytes:
                 break

@@ -54,7 +54,7 @@ class FileAccess:
             ) from None
 
 
-class RamHome:
+class RamMedium:
     """Records in host memory.
 
     Args:
@@ -117,7 +117,7 @@ class RamHome:
         self.truncate(0)
 
 
-class FileHome:
+class FileMedium:
     """Records in a file that vanishes with this.
 
     Args:

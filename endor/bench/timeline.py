@@ -3,7 +3,6 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import pairwise
-from pathlib import Path
 from statistics import median
 from typing import Any
 
@@ -196,28 +195,3 @@ def _uses(weight: Any, unit: str) -> bool:
 
 def _ms(event: Event) -> float:
     return 1e3 * (event.stop_s - event.start_s)
-
-
-def write_report(
-    path: Path,
-    store: Store,
-    *,
-    seconds: tuple[float, float],
-    predicted: Mapping[str, Any] | None = None,
-    title: str = "Endor",
-) -> Summary:
-    """Write a self-contained HTML page about a generation, and return its figures.
-
-    Args:
-        path: The page; replaced.
-        store: The model's store (`model.endor`).
-        seconds: When the generation began and ended, on the clock of `time.perf_counter`.
-        predicted: `decode_s` and `prefill_s` of the plan, to stand beside what came.
-        title: Heading.
-    """
-    from endor.offload.report_html import page
-
-    summary = summarise(store, seconds)
-    events = timeline(within(store.ledger.events, *seconds))
-    path.write_text(page(summary, events, predicted or {}, title), encoding="utf-8")
-    return summary

@@ -9,13 +9,12 @@ import pytest
 import torch
 
 import endor
+from endor.bench.timeline import summarise
+from endor.bench.timeline_page import TIERS, write_report
 from endor.errors import BackendError, ChecksumError, ConfigError
-from endor.offload import arena as arenas
-from endor.offload.device_group import DeviceGroup
-from endor.offload.device_store import DeviceStore
+from endor.offload import pinned
 from endor.offload.ledger import Ledger
-from endor.offload.report import summarise, write_report
-from endor.offload.report_html import TIERS
+from endor.offload.store import Store
 from endor.planning import Part, Unit, WeightSpec, collect_units
 from endor.planning.tiers import Placement
 from endor.storage import FileLayout, open_reader
@@ -61,11 +60,11 @@ def whole(layout: FileLayout) -> list[tuple[WeightSpec, torch.dtype]]:
     ]
 
 
-def open_store(layout, placement, specs=None, **options) -> DeviceStore:
+def open_store(layout, placement, specs=None, **options) -> Store:
     device = options.pop("device", None) or FakeDevice(bytes_per_s=1e6)
     specs = specs or whole(layout)
     units = collect_units([layout], [spec for spec, _ in specs])
-    return DeviceStore(
+    return Store.open(
         [layout],
         units,
         specs,
@@ -108,7 +107,7 @@ def test_every_tier_gives_the_same_bits(layout, tensors, placement):
             for name, weight in store.weights.items():
                 assert torch.equal(weight.dense(), tensors[name])
                 assert torch.equal(weight.fresh(), tensors[name])
-        device = store.device
+        device = store.movers[0].device
         assert isinstance(device, FakeDevice)
         assert device.errors == []
         report = store.report()
@@ -140,7 +139,7 @@ def test_a_report_on_several_devices_says_one_tier_of_a_unit(layout):
     specs, ledger = whole(layout), Ledger()
     halves = (specs[:4], tiers("vram", "disk")), (specs[4:], tiers("resident", "vram-dense"))
     stores = [open_store(layout, place, half, ledger=ledger) for half, place in halves]
-    group = DeviceGroup([layout], stores, ledger)
+    group = Store([layout], [store.shares[0] for store in stores])
     try:
         summary = summarise(group, (0.0, 1.0))
     finally:
@@ -202,13 +201,13 @@ def test_parts_of_tensors_are_placed(layout, tensors):
 
 def test_a_held_unit_is_copied_once(layout, tensors):
     store = open_store(layout, tiers("resident", slots=1))
-    engine = store.device_engine
+    (mover,) = store.movers
     weight = store.weights["layers.4.weight"]
     for _ in range(5):
         assert torch.equal(weight.dense(hold=True), tensors["layers.4.weight"])
-    copies = engine.report()["copier"]
+    copies = mover.report()["copier"]
     assert copies["hits"] + copies["late"] + copies["misses"] == 1
-    engine.drop()
+    mover.drop()
     assert torch.equal(store.weights["layers.0.weight"].dense(), tensors["layers.0.weight"])
     store.close()
 
@@ -244,7 +243,7 @@ def test_a_direct_reader_fills_slots_without_host_memory(layout, tensors):
         for name, weight in store.weights.items():
             assert torch.equal(weight.dense(), tensors[name])
     assert reader.device_reads
-    assert store.device_engine.staging_bytes == 0
+    assert store.staging_bytes == 0
     store.close()
 
 
@@ -273,7 +272,7 @@ def test_a_deleted_store_is_freed_at_once(layout):
     store = open_store(layout, tiers("disk", "vram-dense", "resident", "vram"))
     for weight in store.weights.values():
         weight.dense()
-    device = store.device
+    device = store.movers[0].device
     threads = set(threading.enumerate()) - others
     assert threads
     assert device.allocated_bytes
@@ -297,22 +296,22 @@ def test_a_closed_store_gives_its_memory_back(layout):
     for name in names:
         with pytest.raises(BackendError, match="were closed"):
             store.weights[name].dense()
-    scratch = store.device_scratch.nbytes
-    assert store.device.allocated_bytes == scratch
+    scratch = store.scratch_nbytes
+    assert store.movers[0].device.allocated_bytes == scratch
     store.close()
 
 
 def test_expanded_units_keep_no_packed_bytes(layout, tensors):
     """An expanded unit passes through a slot once; its memory is then the dense weight's alone."""
     store = open_store(layout, tiers("vram-dense"))
-    engine = store.device_engine
+    (mover,) = store.movers
     store.preload()
-    copies = engine.report()["copier"]["copies"]
+    copies = mover.report()["copier"]["copies"]
     for name, weight in store.weights.items():
         assert torch.equal(weight.dense(), tensors[name])
-    assert engine.report()["copier"]["copies"] <= copies + engine.report()["slots"]
-    assert store.device.allocated_bytes == engine.slot_bytes
-    assert engine.vram_bytes == engine.slot_bytes
+    assert mover.report()["copier"]["copies"] <= copies + mover.report()["slots"]
+    assert store.movers[0].device.allocated_bytes == mover.slot_bytes
+    assert mover.vram_bytes == mover.slot_bytes
     store.close()
 
 
@@ -321,13 +320,15 @@ def test_a_placement_is_checked(layout):
     with pytest.raises(ConfigError, match="must be vram-dense"):
         Placement({}, 0).check(units, on_device=True)
     with pytest.raises(ConfigError, match="at least one device slot"):
-        Placement({unit.name: "resident" for unit in units}, 0, slots=0).check(units, on_device=True)
+        Placement({unit.name: "resident" for unit in units}, 0, slots=0).check(
+            units, on_device=True
+        )
 
 
 def test_the_callers_device_and_pending_work_are_left_alone(layout, tensors, monkeypatch):
     """A store on device 1, loaded while device 0 is current and device 1 still computes; and
     locked memory in many registrations, whose borders lie inside units."""
-    monkeypatch.setattr(arenas, "CHUNK_BYTES", 4096)
+    monkeypatch.setattr(pinned, "CHUNK_BYTES", 4096)
     device = FakeDevice(bytes_per_s=1e6, index=1)
     device.compute(1.0, lambda: None, lambda: None)
     store = open_store(layout, tiers("vram", "resident", "disk"), device=device)

@@ -9,7 +9,7 @@ import torch
 
 from endor.errors import BackendError, EndorError
 from endor.offload.device import Device
-from endor.offload.kv_homes import FileHome, RamHome
+from endor.offload.kv.media import FileMedium, RamMedium
 from endor.storage import HostBuffer
 
 
@@ -104,18 +104,18 @@ class Layer:
 
     Attributes:
         index: Number of the layer.
-        home: Where saved records are; None before the first.
+        medium: Where saved records are; None before the first.
         tokens: Records in all.
-        saved: Of these, at home.
+        saved: Of these, at medium.
         pending: The others, as (records, when they were made on the device).
-        lock: Guards home, `saved` and `pending`.
+        lock: Guards medium, `saved` and `pending`.
         slot: Where a load is or was put, until it is used.
         copied: Recorded behind copies from the home's memory.
     """
 
     def __init__(self, index: int, device: Device | None) -> None:
         self.index = index
-        self.home: RamHome | FileHome | None = None
+        self.medium: RamMedium | FileMedium | None = None
         self.tokens = 0
         self.saved = 0
         self.pending: deque[tuple[torch.Tensor, Any]] = deque()

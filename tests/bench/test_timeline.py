@@ -8,8 +8,9 @@ from xml.etree import ElementTree
 
 import pytest
 
+from endor.bench.timeline import covered, step_times, summarise, timeline, within
+from endor.bench.timeline_page import write_report
 from endor.offload.ledger import Counters, Ledger
-from endor.offload.report import covered, step_times, summarise, timeline, within, write_report
 
 
 def make_store(steps=3, *, name="a<b"):

@@ -9,8 +9,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from endor.errors import BackendError, ConfigError, ReadError
-from endor.offload.arena import PinnedArena
-from endor.offload.copier import Copier, Phase
+from endor.offload.copier import Copier
+from endor.offload.pinned import PinnedArena
+from endor.offload.schedule import Schedule
+from endor.offload.slots import SlotPhase
 from endor.storage import HostBuffer
 
 from ..support.fake_device import FakeDevice
@@ -79,7 +81,9 @@ class Bench:
         if not gate:
             self.source.gate.clear()
         buffers = [self.device.allocate(SLOT_BYTES) for _ in range(slots)]
-        self.copier = Copier(self.device, self.source, buffers, range(units), workers=workers)
+        self.copier = Copier(
+            self.device, self.source, buffers, Schedule(range(units)), workers=workers
+        )
         self.wrong: list[str] = []
 
     def use(self, unit: int, seconds: float) -> None:
@@ -100,7 +104,9 @@ class Bench:
     def idle(self) -> bool:
         """Whether every slot holds what it should, so that the copier's thread sleeps."""
         phases = {slot.phase for slot in self.copier._slots}
-        return phases == {Phase.READY} and self.copier.counters.copies >= len(self.copier._slots)
+        return phases == {SlotPhase.READY} and self.copier.counters.copies >= len(
+            self.copier._slots
+        )
 
     def finish(self) -> None:
         self.copier.close()
@@ -298,7 +304,7 @@ def test_a_closed_copier_refuses_and_frees_waiters():
 def test_no_slots_is_an_error():
     device = FakeDevice()
     with pytest.raises(ConfigError, match="at least one slot"):
-        Copier(device, Bytes(device, 1), [], [0])
+        Copier(device, Bytes(device, 1), [], Schedule([0]))
 
 
 @pytest.mark.parametrize("forgotten", ["await_in_copy", "await_in_compute", "synchronize"])

@@ -19,8 +19,8 @@ import torch
 
 from endor.errors import EndorError, ShapeError
 from endor.offload.device import Device
-from endor.offload.kv_homes import FileAccess, FileHome, RamHome
-from endor.offload.kv_tasks import Layer, Slot, Task
+from endor.offload.kv.media import FileAccess, FileMedium, RamMedium
+from endor.offload.kv.tasks import Layer, Slot, Task
 from endor.offload.ledger import Ledger
 from endor.offload.state import AHEAD, KEYS
 from endor.planning.kv import SLOTS
@@ -71,12 +71,12 @@ class KVStore:
     @property
     def ram_bytes(self) -> int:
         """Host memory in which records stay."""
-        return sum(layer.home.ram_bytes for layer in self._layers if layer.home is not None)
+        return sum(layer.medium.ram_bytes for layer in self._layers if layer.medium is not None)
 
     @property
     def file_layers(self) -> int:
         """Layers whose records stay in a file."""
-        return sum(isinstance(layer.home, FileHome) for layer in self._layers)
+        return sum(isinstance(layer.medium, FileMedium) for layer in self._layers)
 
     def tokens(self, index: int) -> int:
         """Return the number of records that a layer has."""
@@ -95,11 +95,11 @@ class KVStore:
             BackendError: They could not be saved.
         """
         layer, made = self._layers[index], None
-        if layer.home is None:
-            layer.home = self._home(records.shape[1])
-        if records.shape[1] != layer.home.record_bytes:
+        if layer.medium is None:
+            layer.medium = self._medium(records.shape[1])
+        if records.shape[1] != layer.medium.record_bytes:
             raise ShapeError(
-                f"layer {index}: keys and values of a token must have {layer.home.record_bytes} "
+                f"layer {index}: keys and values of a token must have {layer.medium.record_bytes} "
                 f"bytes as before, got {records.shape[1]}: clear the cache first"
             )
         self._give_up(layer)
@@ -111,7 +111,7 @@ class KVStore:
         layer.tokens += len(records)
         self._spill(layer)
         waiting = sum(item.numel() for one in self._layers for item, _ in one.pending)
-        at_once = self._device is None and isinstance(layer.home, RamHome)
+        at_once = self._device is None and isinstance(layer.medium, RamMedium)
         if at_once or waiting > PENDING_BYTES:
             self._save(layer)
         else:
@@ -140,16 +140,16 @@ class KVStore:
         layer = self._layers[index]
         if not layer.tokens:
             return []
-        assert layer.home is not None
-        shape = (-1, layer.home.record_bytes)
+        assert layer.medium is not None
+        shape = (-1, layer.medium.record_bytes)
         if not self._passes_slot(layer):
             self._save(layer)
-            assert isinstance(layer.home, RamHome)
+            assert isinstance(layer.medium, RamMedium)
             return [
-                torch.from_numpy(view).view(shape) for view in layer.home.views(0, layer.tokens)
+                torch.from_numpy(view).view(shape) for view in layer.medium.views(0, layer.tokens)
             ]
         slot = self._loaded(layer)
-        nbytes = layer.tokens * layer.home.record_bytes
+        nbytes = layer.tokens * layer.medium.record_bytes
         if self._device is not None:
             self._device.await_in_compute(slot.ready)
             assert slot.buffer is not None
@@ -174,11 +174,11 @@ class KVStore:
             return
         self._settle(layer)  # what was loaded begins with the records that stay
         self._save(layer)
-        assert layer.home is not None
+        assert layer.medium is not None
         if layer.copied is not None and self._device is not None:
             self._device.synchronize(layer.copied)
         with layer.lock:
-            layer.home.truncate(tokens)
+            layer.medium.truncate(tokens)
             layer.tokens = layer.saved = tokens
 
     def clear(self, index: int) -> None:
@@ -190,9 +190,9 @@ class KVStore:
         with layer.lock:
             layer.pending.clear()
             layer.tokens = layer.saved = 0
-            if layer.home is not None:
-                layer.home.close()
-                layer.home = None
+            if layer.medium is not None:
+                layer.medium.close()
+                layer.medium = None
 
     def close(self) -> None:
         """Forget everything and give all memory back; the store can be used again."""
@@ -208,20 +208,20 @@ class KVStore:
         """Bring a layer's pending records home; what fails stays pending."""
         device = self._device
         with layer.lock, self._entered():
-            home = layer.home
-            while layer.pending and home is not None:
+            medium = layer.medium
+            while layer.pending and medium is not None:
                 records, made = layer.pending[0]
                 start, count = time.perf_counter(), len(records)
                 if device is None:
-                    home.write(layer.saved, records.numpy().reshape(-1))
+                    medium.write(layer.saved, records.numpy().reshape(-1))
                 else:
                     device.await_in_copy(made)
-                    if isinstance(home, RamHome):
-                        self._copy_back(home.views(layer.saved, layer.saved + count), records)
+                    if isinstance(medium, RamMedium):
+                        self._copy_back(medium.views(layer.saved, layer.saved + count), records)
                     else:
                         passage = HostBuffer(records.numel())
                         self._copy_back([passage.array], records)
-                        home.write(layer.saved, passage.array)
+                        medium.write(layer.saved, passage.array)
                 layer.saved += count
                 layer.pending.popleft()
                 self._count("kv save", layer, start, records.numel())
@@ -243,18 +243,18 @@ class KVStore:
     def _fill(self, layer: Layer, slot: Slot, tokens: int) -> None:
         """Load a layer's first `tokens` into a slot."""
         self._save(layer)
-        device, home = self._device, layer.home
-        assert home is not None
-        start, nbytes = time.perf_counter(), tokens * home.record_bytes
+        device, medium = self._device, layer.medium
+        assert medium is not None
+        start, nbytes = time.perf_counter(), tokens * medium.record_bytes
         with layer.lock, self._entered():
-            if isinstance(home, FileHome):
+            if isinstance(medium, FileMedium):
                 assert slot.host is not None
                 if device is not None:
                     device.synchronize(slot.ready)  # the last copy from this memory
-                home.read(0, slot.host.array[:nbytes])
+                medium.read(0, slot.host.array[:nbytes])
                 views = [slot.host.array[:nbytes]]
             else:
-                views = home.views(0, tokens)
+                views = medium.views(0, tokens)
             if device is not None:
                 assert slot.buffer is not None
                 device.await_in_copy(slot.granted)
@@ -282,17 +282,17 @@ class KVStore:
 
     def _passes_slot(self, layer: Layer) -> bool:
         """Whether records are moved before they are used: all but those in RAM on a processor."""
-        return self._device is not None or isinstance(layer.home, FileHome)
+        return self._device is not None or isinstance(layer.medium, FileMedium)
 
-    def _home(self, record_bytes: int) -> RamHome | FileHome:
+    def _medium(self, record_bytes: int) -> RamMedium | FileMedium:
         if self._ram_limit == 0:
-            return FileHome(record_bytes, self._access)
-        return RamHome(record_bytes, self._device)
+            return FileMedium(record_bytes, self._access)
+        return RamMedium(record_bytes, self._device)
 
     def _load(self, layer: Layer, slot: Slot) -> None:
-        assert layer.home is not None
+        assert layer.medium is not None
         tokens = layer.tokens
-        slot.reserve(tokens * layer.home.record_bytes, host=isinstance(layer.home, FileHome))
+        slot.reserve(tokens * layer.medium.record_bytes, host=isinstance(layer.medium, FileMedium))
         slot.layer, layer.slot = layer, slot
         slot.task = Task(lambda: self._fill(layer, slot, tokens))
         self._post(KEYS, slot.task.run)
@@ -350,26 +350,28 @@ class KVStore:
     def _spill(self, growing: Layer) -> None:
         """Move layers to files until all fit the limit, the one that grows included."""
         limit = self._ram_limit
-        while limit and isinstance(growing.home, RamHome):
-            if self.ram_bytes + growing.home.growth_bytes(growing.tokens) <= limit:
+        while limit and isinstance(growing.medium, RamMedium):
+            if self.ram_bytes + growing.medium.growth_bytes(growing.tokens) <= limit:
                 return
-            index = next(at for at in self._spilling if isinstance(self._layers[at].home, RamHome))
+            index = next(
+                at for at in self._spilling if isinstance(self._layers[at].medium, RamMedium)
+            )
             layer = self._layers[index]
-            assert isinstance(layer.home, RamHome)
-            self._move(layer, layer.home)
+            assert isinstance(layer.medium, RamMedium)
+            self._move(layer, layer.medium)
 
-    def _move(self, layer: Layer, old: RamHome) -> None:
+    def _move(self, layer: Layer, old: RamMedium) -> None:
         self._give_up(layer)
         self._save(layer)
         if layer.copied is not None and self._device is not None:
             self._device.synchronize(layer.copied)
-        home, at = FileHome(old.record_bytes, self._access), 0
+        medium, at = FileMedium(old.record_bytes, self._access), 0
         start = time.perf_counter()
         with layer.lock:
             for view in old.views(0, layer.saved):
-                home.write(at, view)
+                medium.write(at, view)
                 at += view.nbytes // old.record_bytes
-            layer.home = home
+            layer.medium = medium
         old.close()
         self._count("kv save", layer, start, at * old.record_bytes)
 

@@ -1,16 +1,10 @@
-"""The engine's memory: one staging area that reads pass through, and the dense scratch."""
+"""The staging area: host memory that reads pass through, cut into ranges."""
 
-import threading
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TypeVar
 
 import numpy as np
-import torch
 
 from endor.storage import ALIGN, HostBuffer
-
-T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,37 +88,3 @@ class Staging:
             at -= 1
             start = self._free.pop(at)[0]
         self._free.insert(at, (start, stop))
-
-
-class Scratch:
-    """A dense buffer per thread, reused for every weight that the thread multiplies by.
-
-    One buffer is enough where expansion and product run in turn, as on the CPU; a device engine
-    keeps two and alternates. Threads do not share it, so that two of them may run one model.
-    """
-
-    __slots__ = ("_local", "nbytes")
-
-    def __init__(self, nbytes: int) -> None:
-        self.nbytes = nbytes
-        self._local = threading.local()
-
-    def view(self, key: int, make: Callable[[torch.Tensor], T]) -> T:
-        """Return `make(buffer)`, remembered per thread and `key`.
-
-        Args:
-            key: Names the view.
-            make: Gets the thread's buffer, u8 of `nbytes`, and returns views of it.
-        """
-        local = self._local
-        try:
-            found: T = local.views[key]
-            return found
-        except AttributeError:
-            local.views = {}
-            local.buffer = torch.empty(self.nbytes, dtype=torch.uint8)
-        except KeyError:
-            pass
-        view = make(local.buffer)
-        local.views[key] = view
-        return view

@@ -1,8 +1,8 @@
 """Packed units on a device: some live there, the others are copied into slots before their use."""
 
 import threading
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
@@ -10,19 +10,21 @@ import torch
 
 from endor.errors import BackendError
 from endor.kernels import gpu_plan
-from endor.offload.arena import PinnedArena
-from endor.offload.copier import Copier, Slot
+from endor.offload.copier import Copier
 from endor.offload.device import Device, allocate_for_copies
-from endor.offload.engine import Engine
+from endor.offload.host_mover import HostMover
 from endor.offload.ledger import Ledger
+from endor.offload.pinned import PinnedArena
+from endor.offload.schedule import Schedule
+from endor.offload.slots import Slot
 from endor.offload.state import State
-from endor.planning.tiers import Placement, Tier
+from endor.planning.tiers import Placement
 from endor.planning.units import Unit
 from endor.storage import HostBuffer, RecordReader, check_record
 
 
 @dataclass(frozen=True, slots=True)
-class Held:
+class OnDevice:
     """A unit on the device, for the caller until it is given back.
 
     Attributes:
@@ -38,17 +40,17 @@ class Held:
     segments: dict[str, int] = field(default_factory=dict)
 
 
-class DeviceEngine:
-    """Owns device memory, locked host memory and everything that moves bytes between them.
+class DeviceMover:
+    """A `Mover` onto a device: some units live there, the others come through host memory.
 
-    Host residents and disk reads are an `Engine`'s, whose memory is page-locked. With a reader that
-    reads into device memory (`cufile`), disk units go straight to the slots.
+    Host residents and disk reads are a `HostMover`'s, whose memory is page-locked. With a reader
+    that reads into device memory (`cufile`), disk units go straight to the slots.
 
     Args:
         device: Where the units are used.
         units: All units, in execution order.
         placement: Their tiers; checked.
-        reader: Reads records; closed with the engine.
+        reader: Reads records; closed with the mover.
         verify: Check each record whenever it is read into host memory.
         threads: Disk reads in flight.
         ledger: Where to count.
@@ -73,25 +75,31 @@ class DeviceEngine:
         self._reader = reader
         self._verify = verify
         self._direct = bool(getattr(reader, "reads_device", False))
-        self._home: dict[int, Held] = {}
+        self._lives_here: dict[int, OnDevice] = {}
         self._local = threading.local()
-        self._load_home([unit for unit in units if placement.tiers[unit.name] == "vram"])
+        self._load_packed([unit for unit in units if placement.tiers[unit.name] == "vram"])
         slots = placement.slots if placement.outside(units) else 0
         slot_bytes = placement.slot_bytes(units)
         self.slot_bytes = slots * slot_bytes
-        host_units, host_placement = _host_side(placement, units)
+        passing = [unit for unit in units if placement.tiers[unit.name] != "vram"]
         if self._direct:
-            self._check_direct(host_units, host_placement.tiers)
-            host_units, host_placement = _residents_only(placement, units)
-        self.host = Engine(
-            host_units,
-            host_placement,
+            self._check_direct([u for u in passing if placement.tiers[u.name] != "resident"])
+            passing = [unit for unit in passing if placement.tiers[unit.name] == "resident"]
+        schedule = Schedule([unit.index for unit in placement.outside(units) if unit.scheduled])
+        self.host = HostMover(
+            passing,
+            placement,
             reader,
             verify=verify,
             threads=threads,
             ledger=self.ledger,
+            schedule=schedule.follower(),
+            on_device=True,
         )
-        self.states = {unit.name: State(unit, unit.index in self._home) for unit in units}
+        self.states: Mapping[str, State] = {
+            unit.name: self.host.states.get(unit.name) or State(unit, resident=False)
+            for unit in units
+        }
         self._arena = PinnedArena(device, self.host.buffers)
         self._copier: Copier | None = None
         if slots:
@@ -99,11 +107,7 @@ class DeviceEngine:
                 device,
                 _HostSource(self),
                 [allocate_for_copies(device, slot_bytes) for _ in range(slots)],
-                [
-                    unit.index
-                    for unit in placement.outside(units)
-                    if unit.scheduled and placement.tiers[unit.name] != "vram-dense"
-                ],
+                schedule,
                 workers=2 if self._direct else 1,
             )
         self._closed = False
@@ -119,24 +123,24 @@ class DeviceEngine:
         return self.host.staging_bytes
 
     @property
+    def held_nbytes(self) -> int:
+        """Bytes that packed units take: on the device, in slots, in RAM and staging."""
+        return self.vram_bytes + self.host.held_nbytes
+
+    @property
     def vram_bytes(self) -> int:
         """Device memory that packed units and slots take."""
-        return sum(held.unit.nbytes for held in self._home.values()) + self.slot_bytes
+        return sum(held.unit.nbytes for held in self._lives_here.values()) + self.slot_bytes
 
-    def take(self, state: State) -> Held:
+    def take(self, state: State) -> OnDevice:
         """Return a unit on the device; the caller's current stream waits for its copy.
 
-        Give it back with `release` once everything that reads it was enqueued. Taking a unit gives
-        back what the thread kept, unless it is the same.
-
-        Raises:
-            ReadError, FormatError: Its bytes did not come, or are damaged.
-            BackendError: The engine is closed.
+        See `Mover.take`.
         """
-        held = self._home.get(state.unit.index)
+        held = self._lives_here.get(state.unit.index)
         if held is not None:
             return held
-        kept: Held | None = getattr(self._local, "kept", None)
+        kept: OnDevice | None = getattr(self._local, "kept", None)
         if kept is not None:
             if kept.unit is state.unit:
                 self._local.kept = None
@@ -145,25 +149,20 @@ class DeviceEngine:
         if self._copier is None:
             raise BackendError("the weights of this model were closed; load it again")
         slot = self._copier.take(state.unit.index)
-        return Held(state.unit, slot.buffer, slot)
+        return OnDevice(state.unit, slot.buffer, slot)
 
-    def release(self, held: Held, *, hold: bool = False) -> None:
-        """Give a unit back; work enqueued so far on the caller's current stream still uses it.
-
-        Args:
-            held: From `take`.
-            hold: Keep it for this thread's next `take`, or until `drop`.
-        """
+    def release(self, held: OnDevice, *, hold: bool = False) -> None:
+        """Give a unit back; work enqueued so far on the caller's current stream still uses it."""
         if held.slot is None:
             return
         if hold:
             self._local.kept = held
-        elif self._copier is not None:  # else the engine was closed meanwhile
+        elif self._copier is not None:  # else the mover was closed meanwhile
             self._copier.release(held.slot)
 
     def drop(self) -> None:
         """Give back what this thread kept, if anything."""
-        kept: Held | None = getattr(self._local, "kept", None)
+        kept: OnDevice | None = getattr(self._local, "kept", None)
         if kept is not None:
             self._local.kept = None
             self.release(kept)
@@ -174,16 +173,24 @@ class DeviceEngine:
             states = list(states)
             self.host.hint(self._on_host(states), group=group)
             self._copier.hint(
-                state.unit.index for state in states if state.unit.index not in self._home
+                state.unit.index for state in states if state.unit.index not in self._lives_here
             )
 
     def warm(self, states: Iterable[State]) -> None:
-        """Read units from disk that the next `hint` may ask for; see `Engine.warm`."""
+        """Read units from disk that the next `hint` may ask for; see `Mover.warm`."""
         self.host.warm(self._on_host(states))
 
     def _on_host(self, states: Iterable[State]) -> list[State]:
-        found = (self.host.states.get(state.unit.name) for state in states)
-        return [state for state in found if state is not None]
+        return [state for state in states if state.unit.name in self.host.states]
+
+    def forget(self, states: Iterable[State]) -> None:
+        """Copy units no more ahead of their use."""
+        if self._copier is not None:
+            self._copier.forget(state.unit.index for state in states)
+
+    def post(self, priority: int, run: Callable[[], None]) -> None:
+        """Have a task run on a thread that reads for the host; see `Mover.post`."""
+        self.host.post(priority, run)
 
     def preload(self) -> None:
         """Wait until every host resident is in memory; errors as for `take`."""
@@ -192,6 +199,7 @@ class DeviceEngine:
     def report(self) -> dict[str, Any]:
         """Return memory in use and what the copier did."""
         out: dict[str, Any] = {
+            "device": str(self.device.device),
             "vram_packed_bytes": self.vram_bytes - self.slot_bytes,
             "slot_bytes": self.slot_bytes,
             "slots": self._copier.slots if self._copier else 0,
@@ -213,15 +221,15 @@ class DeviceEngine:
         self.device.drain()
         self._arena.close()
         self.host.close()
-        self._home.clear()
+        self._lives_here.clear()
         self._local = threading.local()
-        self._copier = None  # it refers to the slots, and through its source to this engine
+        self._copier = None  # it refers to the slots, and through its source to this mover
 
-    def _load_home(self, units: Sequence[Unit]) -> None:
+    def _load_packed(self, units: Sequence[Unit]) -> None:
         """Read the units that live on the device through two buffers, one being copied from."""
         if not units:
             return
-        home = allocate_for_copies(self.device, sum(unit.nbytes for unit in units))
+        memory = allocate_for_copies(self.device, sum(unit.nbytes for unit in units))
         largest = max(unit.nbytes for unit in units)
         buffers = [HostBuffer(largest) for _ in range(min(2, len(units)))]
         events = [self.device.event() for _ in buffers]
@@ -234,17 +242,16 @@ class DeviceEngine:
                 self._reader.read(unit.record, data)
                 if self._verify:
                     check_record(unit.layout, unit.record.name, data)
-                storage = home[at : at + unit.nbytes]
+                storage = memory[at : at + unit.nbytes]
                 self.device.copy(storage, data)
                 self.device.record_copy(event)
-                self._home[unit.index] = Held(unit, storage, None, _segments(unit, data))
+                self._lives_here[unit.index] = OnDevice(unit, storage, None, _segments(unit, data))
                 at += unit.nbytes
         for event in events:
             self.device.synchronize(event)
 
-    def _check_direct(self, units: Sequence[Unit], tiers: Mapping[str, str]) -> None:
+    def _check_direct(self, chosen: Sequence[Unit]) -> None:
         """Look once at what will be read past the host, where nothing can check it."""
-        chosen = [unit for unit in units if tiers[unit.name] == "disk"]
         if not self._verify or not chosen:
             return
         buffer = HostBuffer(max(unit.nbytes for unit in chosen))
@@ -255,55 +262,37 @@ class DeviceEngine:
 
 
 class _HostSource:
-    """Units from the host's engine, or from a reader that writes device memory."""
+    """Units from host memory, or from a reader that writes device memory."""
 
-    def __init__(self, engine: DeviceEngine) -> None:
-        self._engine = engine
+    def __init__(self, mover: DeviceMover) -> None:
+        self._mover = mover
         self._local = threading.local()
 
     def acquire(self, unit: int) -> np.ndarray:
-        name = self._engine.units[unit].name
-        host = self._engine.host
-        state = host.states[name]
+        state = self._state(unit)
         if not state.resident:
             # Taking it gives back this thread's last one, whose copy may still read it.
             pending = getattr(self._local, "pending", None)
             if pending is not None:
-                self._engine.device.synchronize(pending)
-        host.take(state)
+                self._mover.device.synchronize(pending)
+        self._mover.host.take(state)
         assert state.place is not None
         return state.place.array
 
     def issued(self, unit: int, event: Any) -> None:
-        if not self._engine.host.states[self._engine.units[unit].name].resident:
+        if not self._state(unit).resident:
             self._local.pending = event
 
     def reads_directly(self, unit: int) -> bool:
-        return self._engine.units[unit].name not in self._engine.host.states
+        return self._mover.units[unit].name not in self._mover.host.states
 
     def read_into(self, unit: int, buffer: torch.Tensor) -> int:
-        item = self._engine.units[unit]
-        stat = self._engine._reader.read(item.record, buffer[: item.nbytes])  # type: ignore[arg-type]
+        item = self._mover.units[unit]
+        stat = self._mover._reader.read(item.record, buffer[: item.nbytes])  # type: ignore[arg-type]
         return stat.nbytes
 
-
-def _residents_only(
-    placement: Placement, units: Sequence[Unit]
-) -> tuple[tuple[Unit, ...], Placement]:
-    """The host's side when disk units never touch host memory."""
-    tiers: dict[str, Tier] = dict.fromkeys(placement.tiers, "vram")
-    tiers |= {name: tier for name, tier in placement.tiers.items() if tier == "resident"}
-    return _host_side(Placement(tiers, 0, placement.slots), units)
-
-
-def _host_side(placement: Placement, units: Sequence[Unit]) -> tuple[tuple[Unit, ...], Placement]:
-    """Return the host's units, numbered anew, and their placement, as `Engine` takes them."""
-    outside = tuple(replace(unit, index=at) for at, unit in enumerate(placement.outside(units)))
-    tiers: dict[str, Tier] = {
-        unit.name: "resident" if placement.tiers[unit.name] == "resident" else "disk"
-        for unit in outside
-    }
-    return outside, Placement(tiers, placement.staging_bytes)
+    def _state(self, unit: int) -> State:
+        return self._mover.host.states[self._mover.units[unit].name]
 
 
 def _segments(unit: Unit, data: np.ndarray) -> dict[str, int]:

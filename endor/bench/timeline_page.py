@@ -3,10 +3,12 @@
 import json
 from collections.abc import Mapping, Sequence
 from html import escape
+from pathlib import Path
 from typing import Any
 
+from endor.bench.timeline import Summary, summarise, timeline, within
 from endor.offload.ledger import Event
-from endor.offload.report import Summary
+from endor.offload.store import Store
 from endor.planning.plan import size
 
 COLOURS = {
@@ -269,3 +271,26 @@ def _rect(x: float, y: float, width: float, height: float, colour: str, text: st
 
 def _svg(height: float, parts: Sequence[str]) -> str:
     return f'<svg viewBox="0 0 {WIDTH} {height:.0f}">{"".join(parts)}</svg>'
+
+
+def write_report(
+    path: Path,
+    store: Store,
+    *,
+    seconds: tuple[float, float],
+    predicted: Mapping[str, Any] | None = None,
+    title: str = "Endor",
+) -> Summary:
+    """Write a self-contained HTML page about a generation, and return its figures.
+
+    Args:
+        path: The page; replaced.
+        store: The model's store (`model.endor`).
+        seconds: When the generation began and ended, on the clock of `time.perf_counter`.
+        predicted: `decode_s` and `prefill_s` of the plan, to stand beside what came.
+        title: Heading.
+    """
+    summary = summarise(store, seconds)
+    events = timeline(within(store.ledger.events, *seconds))
+    path.write_text(page(summary, events, predicted or {}, title), encoding="utf-8")
+    return summary

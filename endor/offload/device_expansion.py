@@ -1,0 +1,215 @@
+"""Weights on a device: expanded into scratch memory there, or multiplied where they lie packed."""
+
+import threading
+from collections.abc import Sequence
+
+import torch
+
+from endor.codecs import DType, TensorSpec
+from endor.errors import BackendError
+from endor.kernels import gpu, gpu_plan
+from endor.kernels.gpu import DeviceEncoded
+from endor.offload.device import Device, Runnable
+from endor.offload.device_mover import DeviceMover, OnDevice
+from endor.offload.expansion import Expansion
+from endor.offload.state import State
+from endor.packed import torch_dtype
+from endor.planning.scratch import align_view
+from endor.planning.units import Part, WeightSpec
+
+
+class DeviceScratch:
+    """Two dense buffers per thread, used in turn, on the stream that the thread computes on.
+
+    In one stream a buffer is free again when the next expansion into it runs. A thread that changes
+    its stream makes the new one wait for the old.
+    """
+
+    def __init__(self, device: Device, nbytes: int) -> None:
+        self.each = -(-nbytes // 256) * 256
+        self.nbytes = 2 * self.each
+        self._device = device
+        self._local = threading.local()
+
+    def next(self) -> torch.Tensor:
+        """Return the other buffer, u8, `each` bytes."""
+        local = self._local
+        if not hasattr(local, "buffers"):
+            both = self._device.allocate(self.nbytes)
+            local.buffers = (both[: self.each], both[self.each :])
+            local.turn, local.stream = 0, self._device.compute_stream()
+            local.event = self._device.event()
+        stream = self._device.compute_stream()
+        if stream != local.stream:
+            self._device.await_in_compute(local.event)
+            local.stream = stream
+        local.turn ^= 1
+        buffer: torch.Tensor = local.buffers[local.turn]
+        return buffer
+
+    def expanded(self) -> None:
+        """Note that an expansion was enqueued; uses of it come behind."""
+        self._device.record_compute(self._local.event)
+
+
+class DeviceExpansion(Expansion):
+    """The parts of one weight, as records on a device.
+
+    What is returned was written, and is to be read, on the caller's current stream.
+
+    Args:
+        mover: Brings its units onto the device.
+        scratch: Shared by all weights on the device.
+
+    The others are those of `Expansion`.
+    """
+
+    mover: DeviceMover
+
+    def __init__(
+        self,
+        mover: DeviceMover,
+        spec: WeightSpec,
+        states: Sequence[State],
+        item: DType,
+        dtype: torch.dtype,
+        *,
+        scratch: DeviceScratch,
+    ) -> None:
+        super().__init__(mover, spec, states, item, dtype)
+        self._scratch = scratch
+        self._prepared: dict[tuple[int, int, int], Runnable] = {}
+        groups: dict[State, list[Part]] = {}
+        for part, state in self.parts:
+            groups.setdefault(state, []).append(part)
+        self._groups = tuple(groups.items())
+        self._taken = all(
+            gpu_plan.product_refusal(_spec(state, part)) is None for part, state in self.parts
+        )
+
+    @property
+    def device(self) -> torch.device:
+        return self.mover.device.device
+
+    @property
+    def multiplies(self) -> bool:
+        """Whether `product` applies: rows of whole stored matrices that the kernel takes."""
+        return super().multiplies and self._taken
+
+    def scratch(self, *, hold: bool) -> torch.Tensor:
+        """Return the matrix in scratch memory: valid until the thread's next but one expansion."""
+        buffer = self._scratch.next()
+        nbytes = self.numel * self.item.itemsize
+        matrix = buffer[:nbytes].view(torch_dtype(self.item)).view(self.shape)
+        self._expand(matrix, cache=True, hold=hold)
+        if self.converts:
+            start = align_view(nbytes)
+            stop = start + self.numel * self.dtype.itemsize
+            matrix = buffer[start:stop].view(self.dtype).view(self.shape).copy_(matrix)
+        self._scratch.expanded()
+        return matrix
+
+    def fresh(self, *, hold: bool) -> torch.Tensor:
+        matrix = torch.empty(self.shape, dtype=torch_dtype(self.item), device=self.device)
+        self._expand(matrix, cache=False, hold=hold)
+        return matrix.to(self.dtype)
+
+    def forget(self) -> None:
+        self._prepared.clear()
+
+    def product(self, inputs: torch.Tensor, *, hold: bool) -> torch.Tensor:
+        out = torch.empty(
+            (inputs.shape[0], self.shape[0]), dtype=torch.float32, device=inputs.device
+        )
+        mover, cols = self.mover, self.shape[1]
+        for part, state in self.parts:
+            held = mover.take(state)
+            try:
+                packed = _bind(held, part.tensor)
+                if len(self.parts) == 1:
+                    gpu.product(packed, inputs, out)
+                else:
+                    at = part.offset // cols
+                    rows = packed.spec.shape[0]
+                    piece = torch.empty(
+                        (inputs.shape[0], rows), dtype=torch.float32, device=inputs.device
+                    )
+                    out[:, at : at + rows] = gpu.product(packed, inputs, piece)
+            finally:
+                mover.release(held, hold=hold)
+        counters = mover.ledger.counters
+        counters.products += 1
+        counters.packed_bytes += self.packed_nbytes
+        return out
+
+    def panels(self, inputs: torch.Tensor, *, hold: bool) -> torch.Tensor:
+        raise BackendError(f"{self.name}: products in panels are for processors, not {self.device}")
+
+    def _expand(self, matrix: torch.Tensor, *, cache: bool, hold: bool) -> None:
+        """Enqueue the expansion of all parts; one launch per unit that holds any."""
+        mover = self.mover
+        for at, (state, parts) in enumerate(self._groups):
+            held = mover.take(state)
+            try:
+                key = (at, held.storage.data_ptr(), matrix.data_ptr())
+                expansion = self._prepared.get(key) if cache else None
+                if expansion is None:
+                    expansion, whole = self._prepare(held, parts, matrix.view(-1))
+                    if cache and whole:
+                        self._prepared[key] = expansion
+                expansion.run()
+            finally:
+                mover.release(held, hold=hold)
+        counters = mover.ledger.counters
+        counters.expands += 1
+        counters.packed_bytes += self.packed_nbytes
+        counters.dense_bytes += matrix.numel() * matrix.element_size()
+
+    def _prepare(
+        self, held: OnDevice, parts: Sequence[Part], flat: torch.Tensor
+    ) -> tuple[Runnable, bool]:
+        """Return the expansion of `parts`, and whether it may be kept.
+
+        A part that is not a whole tensor, or lands at an address that kernels do not write to, is
+        expanded beside and copied.
+        """
+        items: list[tuple[DeviceEncoded, torch.Tensor]] = []
+        copies: list[tuple[torch.Tensor, torch.Tensor]] = []
+        for part in parts:
+            packed = _bind(held, part.tensor)
+            out = flat[part.offset : part.offset + part.stop - part.start]
+            if out.numel() == packed.spec.numel and out.data_ptr() % 16 == 0:
+                items.append((packed, out.view(packed.spec.shape)))
+                continue
+            beside = torch.empty(packed.spec.shape, dtype=flat.dtype, device=flat.device)
+            items.append((packed, beside))
+            copies.append((out, beside.view(-1)[part.start : part.stop]))
+        prepared = self.mover.device.prepare(items)
+        return (_Copying(prepared, copies), False) if copies else (prepared, True)
+
+
+class _Copying:
+    """An expansion beside the destination, then copies of the ranges that are wanted."""
+
+    def __init__(
+        self, inner: Runnable, copies: Sequence[tuple[torch.Tensor, torch.Tensor]]
+    ) -> None:
+        self._inner = inner
+        self._copies = copies
+
+    def run(self) -> None:
+        self._inner.run()
+        for out, wanted in self._copies:
+            out.copy_(wanted)
+
+
+def _spec(state: State, part: Part) -> TensorSpec:
+    return state.unit.layout.tensors[part.tensor].spec
+
+
+def _bind(held: OnDevice, tensor: str) -> DeviceEncoded:
+    """Return a stored tensor as views of its unit's record on the device."""
+    entry = held.unit.layout.tensors[tensor]
+    offsets = {array.suffix: array.start for array in entry.arrays}
+    segment = held.segments.get(tensor, gpu_plan.SEGMENT)
+    return DeviceEncoded(entry.spec, held.storage, offsets, segment)

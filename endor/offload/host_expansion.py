@@ -1,0 +1,216 @@
+"""Weights on the processor: expanded into scratch memory, or multiplied where they lie packed."""
+
+import threading
+import time
+from collections.abc import Callable, Sequence
+from typing import TypeVar
+
+import numpy as np
+import torch
+
+from endor import kernels
+from endor.codecs import DType
+from endor.offload.expansion import Expansion
+from endor.offload.mover import Mover
+from endor.offload.state import Bound, State
+from endor.packed import bits_of, tensor_of, torch_dtype
+from endor.planning.products import PANEL
+from endor.planning.scratch import align_view
+from endor.planning.units import Part, WeightSpec
+
+T = TypeVar("T")
+
+_CPU = torch.device("cpu")
+
+
+class Scratch:
+    """A dense buffer per thread, reused for every weight that the thread multiplies by.
+
+    One buffer is enough where expansion and product run in turn, as on the CPU; on a device two
+    alternate. Threads do not share it, so that two of them may run one model.
+    """
+
+    __slots__ = ("_local", "nbytes")
+
+    def __init__(self, nbytes: int) -> None:
+        self.nbytes = nbytes
+        self._local = threading.local()
+
+    def view(self, key: int, make: Callable[[torch.Tensor], T]) -> T:
+        """Return `make(buffer)`, remembered per thread and `key`.
+
+        Args:
+            key: Names the view.
+            make: Gets the thread's buffer, u8 of `nbytes`, and returns views of it.
+        """
+        local = self._local
+        try:
+            found: T = local.views[key]
+            return found
+        except AttributeError:
+            local.views = {}
+            local.buffer = torch.empty(self.nbytes, dtype=torch.uint8)
+        except KeyError:
+            pass
+        view = make(local.buffer)
+        local.views[key] = view
+        return view
+
+
+class HostExpansion(Expansion):
+    """The parts of one weight, as arrays in host memory.
+
+    Args:
+        mover: Brings its units into host memory.
+        scratch: Shared by all weights of the model.
+        key: Names this weight there.
+
+    The others are those of `Expansion`.
+    """
+
+    def __init__(
+        self,
+        mover: Mover[Bound],
+        spec: WeightSpec,
+        states: Sequence[State],
+        item: DType,
+        dtype: torch.dtype,
+        *,
+        scratch: Scratch,
+        key: int,
+    ) -> None:
+        super().__init__(mover, spec, states, item, dtype)
+        self._scratch = scratch
+        self._key = key
+        self._call: Callable[[int, int, int], None] | None = None
+
+    @property
+    def device(self) -> torch.device:
+        return _CPU
+
+    def scratch(self, *, hold: bool) -> torch.Tensor:
+        flat, matrix, converted = self._scratch.view(self._key, self._views)
+        self._expand(flat, hold)
+        return matrix if converted is None else converted.copy_(matrix)
+
+    def fresh(self, *, hold: bool) -> torch.Tensor:
+        matrix = torch.empty(self.shape, dtype=torch_dtype(self.item))
+        self._expand(bits_of(matrix).reshape(-1), hold)
+        return matrix.to(self.dtype)
+
+    def forget(self) -> None:
+        self._call = None
+
+    def product(self, inputs: torch.Tensor, *, hold: bool) -> torch.Tensor:
+        out = torch.empty((inputs.shape[0], self.shape[0]), dtype=torch.float32)
+        start = time.perf_counter()
+        part, state = self.parts[0]
+        fixed = state.fixed
+        if len(self.parts) > 1:
+            self._multiply_parts(inputs, out, hold)
+        elif fixed is None:
+            self._multiply(part, state, bits_of(inputs), out.numpy(), hold)
+        else:
+            if self._call is None:
+                self._call = kernels.prepared_matvec(fixed[part.tensor])
+            if self._call is None:
+                kernels.matvec(fixed[part.tensor], bits_of(inputs), out.numpy())
+            else:
+                self._call(inputs.data_ptr(), inputs.shape[0], out.data_ptr())
+        stop = time.perf_counter()
+        ledger = self.mover.ledger
+        counters = ledger.counters
+        counters.products += 1
+        counters.packed_bytes += self.packed_nbytes
+        counters.product_s += stop - start
+        ledger.note("product", self.name, start, stop, self.packed_nbytes)
+        return out
+
+    def panels(self, inputs: torch.Tensor, *, hold: bool) -> torch.Tensor:
+        rows, cols = self.shape
+        x = inputs.float()
+        out = torch.empty((inputs.shape[0], rows), dtype=torch.float32)
+        step = panel_rows(cols)
+        panel = torch.empty(min(step, rows), cols, dtype=torch.float32)
+        narrow = torch.empty(panel.shape, dtype=self.dtype)
+        flat = bits_of(narrow).reshape(-1)
+        began, spent = time.perf_counter(), 0.0
+        for part, state in self.parts:
+            fixed, mover = state.fixed, self.mover
+            bound = mover.take(state) if fixed is None else fixed
+            try:
+                for first in range(part.start, part.stop, step * cols):
+                    start = time.perf_counter()
+                    last = min(first + step * cols, part.stop)
+                    kernels.decode(bound[part.tensor], flat, start=first, stop=last)
+                    spent += time.perf_counter() - start
+                    count = (last - first) // cols
+                    at = (part.offset + first - part.start) // cols
+                    wide = panel[:count].copy_(narrow[:count])
+                    torch.mm(x, wide.T, out=out[:, at : at + count])
+            finally:
+                if fixed is None:
+                    mover.release(bound, hold=hold)
+        self._count_expansion(began, began + spent, self.numel * self.item.itemsize)
+        return out
+
+    def _multiply_parts(self, inputs: torch.Tensor, out: torch.Tensor, hold: bool) -> None:
+        x, cols = bits_of(inputs), self.shape[1]
+        for part, state in self.parts:
+            rows = (part.stop - part.start) // cols
+            piece = np.empty((inputs.shape[0], rows), dtype=np.float32)
+            self._multiply(part, state, x, piece, hold)
+            at = part.offset // cols
+            out[:, at : at + rows] = torch.from_numpy(piece)
+
+    def _multiply(
+        self, part: Part, state: State, x: np.ndarray, out: np.ndarray, hold: bool
+    ) -> None:
+        fixed = state.fixed
+        if fixed is not None:
+            kernels.matvec(fixed[part.tensor], x, out)
+            return
+        bound = self.mover.take(state)
+        try:
+            kernels.matvec(bound[part.tensor], x, out)
+        finally:
+            self.mover.release(bound, hold=hold)
+
+    def _expand(self, flat: np.ndarray, hold: bool) -> None:
+        start = time.perf_counter()
+        for part, state in self.parts:
+            out = flat[part.offset : part.offset + part.stop - part.start]
+            fixed = state.fixed
+            if fixed is not None:
+                kernels.decode(fixed[part.tensor], out, start=part.start, stop=part.stop)
+                continue
+            bound = self.mover.take(state)
+            try:
+                kernels.decode(bound[part.tensor], out, start=part.start, stop=part.stop)
+            finally:
+                self.mover.release(bound, hold=hold)
+        self._count_expansion(start, time.perf_counter(), flat.nbytes)
+
+    def _count_expansion(self, start: float, stop: float, dense_nbytes: int) -> None:
+        ledger = self.mover.ledger
+        counters = ledger.counters
+        counters.expands += 1
+        counters.packed_bytes += self.packed_nbytes
+        counters.dense_bytes += dense_nbytes
+        counters.expand_s += stop - start
+        ledger.note("expand", self.name, start, stop, self.packed_nbytes)
+
+    def _views(self, buffer: torch.Tensor) -> tuple[np.ndarray, torch.Tensor, torch.Tensor | None]:
+        nbytes = self.numel * self.item.itemsize
+        flat = buffer[:nbytes].numpy().view(self.item.uint)
+        matrix = tensor_of(flat, self.item).reshape(self.shape)
+        if not self.converts:
+            return flat, matrix, None
+        start = align_view(nbytes)
+        stop = start + self.numel * self.dtype.itemsize
+        return flat, matrix, buffer[start:stop].view(self.dtype).reshape(self.shape)
+
+
+def panel_rows(cols: int) -> int:
+    """Return how many rows of so many columns are widened at a time."""
+    return max(1, PANEL // cols)
