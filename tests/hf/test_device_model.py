@@ -94,8 +94,8 @@ def check(model, dense) -> None:
             assert torch.equal(model(ids).logits, expected)
     text = model.generate(ids, max_new_tokens=6, do_sample=False)
     assert torch.equal(text, dense.generate(ids, max_new_tokens=6, do_sample=False))
-    for store in getattr(model.endor, "stores", [model.endor]):
-        assert store.device.errors == []
+    for mover in model.endor.movers:
+        assert mover.device.errors == []
 
 
 def least(path, **budgets) -> int:
@@ -207,7 +207,7 @@ def test_ranges_of_layers_on_several_devices(devices, checkpoint, mode):
         assert len(model.endor.shares) in (1, 2)
     else:
         assert len(model.endor.shares) > 1
-        owners = {name: at for at, store in enumerate(model.endor.stores) for name in store.weights}
+        owners = {name: at for at, share in enumerate(model.endor.shares) for name in share.weights}
         order = [owners[name] for name in sorted(owners, key=lambda name: name.split(".")[2])]
         assert order == sorted(order)
         assert set(order) == {0, 1, 2}
@@ -232,7 +232,7 @@ def test_a_map_over_several_devices(devices, checkpoint):
         quantization_config=endor.hf.EndorConfig(context=64, prompt=16),
         experts_implementation="eager",
     )
-    first, second = model.endor.stores
+    first, second = model.endor.shares
     assert {name.split(".")[2] for name in first.weights} == {"0", "2"}
     assert {name.split(".")[2] for name in second.weights} == {"1"}
     assert set(second.placement.tiers.values()) == {"vram"}

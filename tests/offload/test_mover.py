@@ -2,6 +2,7 @@
 
 import threading
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -120,15 +121,17 @@ def test_threads_share_a_mover(opened: Opened) -> None:
     def walk(order: list[State]) -> Callable[[], None]:
         def run() -> None:
             for state in order:
-                opened.mover.take(state)
-                opened.mover.drop()
+                opened.mover.release(opened.mover.take(state))
 
         return run
 
     states = opened.states
-    if opened.device is not None:
-        pytest.skip("FakeDevice simulates the streams of one computing thread at a time")
     finishes(walk(states), walk(states[::-1]), walk(states[::3] * 3))
+
+
+def use_all(opened: Opened, states: list[State]) -> None:
+    for state in states:
+        opened.use(state)
 
 
 def test_a_failed_read_is_raised_once_and_tried_again(kind: str, packed: Packed) -> None:
@@ -139,8 +142,7 @@ def test_a_failed_read_is_raised_once_and_tried_again(kind: str, packed: Packed)
         wait_until(lambda: packed.disk.calls > 0)
         packed.disk.failures = 1000
         with pytest.raises(ReadError):
-            for other in (*opened.states[1:4], *opened.states[1:4]):
-                opened.use(other)
+            use_all(opened, [*opened.states[1:4], *opened.states[1:4]])
         packed.disk.failures = 0
         for _ in range(2):
             for other in opened.states[1:4]:
@@ -159,10 +161,7 @@ def test_damage_is_raised(kind: str, tmp_path: Any) -> None:
     record = packed.units[1].record
     data[record.offset + 5] ^= 4
     packed.path.write_bytes(data)
-    damaged = Packed(
-        packed.path, FileLayout.read(packed.path), packed.dense, packed.specs, packed.units
-    )
-    opened = Opened(kind, damaged)
+    opened = Opened(kind, replace(packed, layout=FileLayout.read(packed.path)))
     try:
         with pytest.raises(ChecksumError, match=packed.units[1].name):
             opened.use(opened.states[1])
