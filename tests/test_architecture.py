@@ -25,7 +25,7 @@ ROOMS = [
     "storage",
     "checkpoint",
 ]
-ROOMS += ["planning", "pruning", "quantization", "offload", "hf", "bench", "cli"]
+ROOMS += ["planning", "models", "pruning", "quantization", "offload", "hf", "bench", "cli"]
 UPWARD = {("checkpoint", "pruning")}
 """Weight-only pruners are called by the conversion, calibrated ones drive it: a two-way door."""
 

@@ -22,9 +22,10 @@ from endor.hf import model as behaviour
 from endor.hf.device import Wanted, host_reader, read_device_map
 from endor.hf.linear import pack_linear
 from endor.hf.loading import PlainFile, check_taken, open_layouts, plain_file
-from endor.hf.names import Assignment, is_linear
 from endor.hf.opening import Opener
 from endor.hf.quantizer import EndorConfig
+from endor.models.assignment import Assignment
+from endor.models.layers import is_linear
 from endor.planning.units import Part, WeightSpec
 from endor.storage import FileLayout, open_reader
 

@@ -13,8 +13,8 @@ from endor.hf.config import workload
 from endor.hf.device import Wanted, device_budget, open_reader_for
 from endor.hf.kv_cache import refuse_kv
 from endor.hf.model import parameter_bytes
-from endor.hf.names import Assignment
 from endor.hf.outline import model_shape, most_common
+from endor.models.assignment import Assignment
 from endor.offload.device import Device
 from endor.offload.ledger import Ledger
 from endor.offload.store import Share, Store, open_share

@@ -12,7 +12,7 @@ from endor.hf.config import Loading, settled, spelled_out, workload
 from endor.hf.load import model_class
 from endor.hf.loading import open_layouts
 from endor.hf.model import is_packed, parameter_bytes, read_config, refuse_quantized
-from endor.hf.names import Assignment, assign
+from endor.models.assignment import Assignment, assign
 from endor.packed import torch_dtype
 from endor.planning import available_bytes
 from endor.planning import machine as hardware

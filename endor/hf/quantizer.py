@@ -27,11 +27,11 @@ from endor.hf.experts import (
 from endor.hf.kv_cache import keep_kv
 from endor.hf.linear import FastHead, pack_linear
 from endor.hf.loading import PlainFile, check_taken, open_layouts, plain_file
-from endor.hf.names import Assignment, assign
 from endor.hf.opening import Opener
 from endor.hf.packed_layer import PackedLayer
 from endor.hf.packed_module import pack_module
 from endor.hf.ranges import stay_on_device
+from endor.models.assignment import Assignment, assign
 from endor.offload.store import Store
 from endor.storage import FileLayout, open_reader
 from endor.storage.layout import FORMAT_VERSION, VERSIONS

@@ -1,11 +1,18 @@
 """The matrices of one layer in codes, gathered as they are stored."""
 
+import math
+from collections.abc import Sequence
+
 import torch
 
 from endor.checkpoint.sources.contract import CheckpointSource
+from endor.errors import QuantizationError
 from endor.packed import torch_dtype
 from endor.pruning.contract import Coded, LayerQuantizer
-from endor.pruning.layer import Matrix
+from endor.pruning.layer import LayerMatrices, Matrix
+
+LEAST_ROWS = 64
+"""Rows that share a step at least, where a stored tensor holds matrices of unequal size."""
 
 
 class LayerCoder:
@@ -33,13 +40,8 @@ class LayerCoder:
         """Return codes and steps of each tensor, on the CPU, by `codes_of` and `steps_of`."""
         stored = {}
         for name, parts in self._found.items():
-            parts.sort(key=lambda one: one[0].part.expert or 0)
-            turned = parts[0][0].transposed
-            codes = [one.codes.T if turned else one.codes for _, one in parts]
-            steps = torch.stack([one.steps for _, one in parts])
-            shape = self._source.tensors[name].shape
-            stored[codes_of(name)] = torch.stack(codes).reshape(shape).cpu().contiguous()
-            stored[steps_of(name)] = (steps.reshape(-1, 1) if turned else steps).cpu()
+            codes, steps = assemble(parts, self._source.tensors[name].shape)
+            stored[codes_of(name)], stored[steps_of(name)] = codes.cpu(), steps.cpu()
         return stored
 
 
@@ -51,3 +53,60 @@ def codes_of(name: str) -> str:
 def steps_of(name: str) -> str:
     """Return the name of the steps, float32, laid out as `codecs.integer.encode` takes them."""
     return f"{name}:steps"
+
+
+def assemble(
+    parts: Sequence[tuple[Matrix, Coded]], shape: tuple[int, ...]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return codes and steps of a stored tensor of `shape`.
+
+    Args:
+        parts: All matrices in it. A step is for an input of one of them: for a column of the
+            stored matrix, or for a row where that is transposed.
+
+    Raises:
+        QuantizationError: The matrices lie so that too many steps would have to be stored.
+    """
+    device = parts[0][1].codes.device
+    codes = torch.empty(shape, dtype=torch.int16, device=device)
+    rows, cols = math.prod(shape[:-1]), shape[-1]
+    by_row = {matrix.turns for matrix, _ in parts} == {True}
+    each = 1 if by_row else block_rows([matrix for matrix, _ in parts])
+    steps = torch.empty(rows // each, 1 if by_row else cols, device=device)
+    for matrix, one in parts:
+        piece = matrix.piece
+        piece.stored(codes).copy_(one.codes.T if matrix.transposed else one.codes)
+        if by_row:
+            count = len(one.steps)
+            steps[piece.start : piece.start + count, 0] = one.steps
+        else:
+            steps[piece.start // each : (piece.start + piece.rows) // each] = one.steps
+    return codes, steps
+
+
+def check_codable(matrices: LayerMatrices) -> None:
+    """Raise `QuantizationError` where a tensor's matrices lie so that `assemble` refuses them."""
+    for parts in matrices.by_name().values():
+        if any(matrix.piece.step > 1 for matrix in parts) or not any(m.turns for m in parts):
+            block_rows(parts)
+
+
+def block_rows(matrices: Sequence[Matrix]) -> int:
+    """Return how many rows of a stored tensor share a step of a column.
+
+    Raises:
+        QuantizationError: As for `assemble`.
+    """
+    pieces = [matrix.piece for matrix in matrices]
+    if any(piece.step > 1 for piece in pieces):
+        raise QuantizationError(
+            f"{matrices[0].name}: holds the rows of several matrices by turns, which have steps of "
+            "their own; leave it out (--exclude)"
+        )
+    each = math.gcd(*(piece.start for piece in pieces), *(piece.rows for piece in pieces))
+    if each < LEAST_ROWS and any(piece.rows != each for piece in pieces):
+        raise QuantizationError(
+            f"{matrices[0].name}: holds matrices of unequal size, whose steps would take too much "
+            f"(one for {each} rows); leave it out (--exclude)"
+        )
+    return each

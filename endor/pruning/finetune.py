@@ -166,6 +166,6 @@ def _masks(parameters: Sequence[nn.Parameter], matrices: Sequence[Matrix]) -> li
         id(parameter): torch.zeros_like(parameter, dtype=torch.bool) for parameter in parameters
     }
     for matrix in matrices:
-        view = matrix.part.view(masks[id(matrix.parameter)])
-        view.copy_(matrix.part.view(matrix.parameter) != 0)
+        view = matrix.piece.view(masks[id(matrix.parameter)])
+        view.copy_(matrix.piece.view(matrix.parameter) != 0)
     return [masks[id(parameter)] for parameter in parameters]

@@ -9,10 +9,11 @@ import torch
 from torch import nn
 
 from endor.errors import PruningError, QuantizationError
+from endor.models.layers import is_own
+from endor.models.pieces import Piece, Pieces, count, is_whole
 from endor.pruning import stacks
 from endor.pruning.contract import Statistics
 from endor.pruning.moe import RoutedTokens, is_plain, renew_experts
-from endor.pruning.names import Part
 from endor.pruning.statistics import collect, input_groups, neutral
 
 Batches = Callable[[], Iterator[Callable[[], None]]]
@@ -26,20 +27,30 @@ class Matrix:
     Attributes:
         name: The stored tensor.
         parameter: The parameter that holds it.
-        part: Where in the parameter.
-        transposed: Whether rows are inputs (GPT-2's Conv1D).
+        piece: Where in the parameter, and where in the stored tensor.
+        transposed: Whether rows of the parameter are inputs (GPT-2's Conv1D).
     """
 
     name: str
     parameter: nn.Parameter
-    part: Part
+    piece: Piece
     transposed: bool
 
     @property
     def weight(self) -> torch.Tensor:
         """The matrix `(outputs, inputs)`, a view of the parameter."""
-        view = self.part.view(self.parameter)
+        view = self.piece.view(self.parameter)
         return view.T if self.transposed else view
+
+    @property
+    def turns(self) -> bool:
+        """Whether rows of the stored tensor are inputs."""
+        return self.transposed != self.piece.turned
+
+    @property
+    def expert(self) -> int:
+        """The expert whose matrix this is, or a part of, in a parameter of three dimensions."""
+        return self.piece.at // self.parameter.shape[-2]
 
 
 class LayerMatrices:
@@ -47,36 +58,42 @@ class LayerMatrices:
 
     Args:
         layer: The layer.
-        parts: Stored parts of its parameters, by name inside the layer.
+        parameters: The pieces of its parameters, by name inside the layer.
         selected: Names of the stored tensors to prune.
+        shapes: Of the stored tensors.
 
     Raises:
         PruningError: a selected tensor is no matrix of a linear layer or of fused experts.
     """
 
     def __init__(
-        self, layer: nn.Module, parts: Mapping[str, tuple[Part, ...]], selected: frozenset[str]
+        self,
+        layer: nn.Module,
+        parameters: Mapping[str, Pieces],
+        selected: frozenset[str],
+        shapes: Mapping[str, tuple[int, ...]],
     ) -> None:
         from transformers.pytorch_utils import Conv1D
 
         self._layer = layer
+        self._shapes = shapes
         self.linears: dict[str, list[Matrix]] = {}
         self.experts: dict[str, dict[str, list[Matrix]]] = {}
         self.stacks: dict[str, list[Matrix]] = {}
-        for name, stored in parts.items():
-            wanted = [part for part in stored if part.name in selected]
+        for name, pieces in parameters.items():
+            wanted = [piece for piece in pieces if piece.name in selected]
             if not wanted:
                 continue
             module_name, _, leaf = name.rpartition(".")
             module = layer.get_submodule(module_name)
             parameter = getattr(module, leaf)
             conv = isinstance(module, Conv1D)
-            matrices = [Matrix(part.name, parameter, part, conv) for part in wanted]
+            matrices = [Matrix(piece.name, parameter, piece, conv) for piece in wanted]
             if leaf == "weight" and (conv or isinstance(module, nn.Linear)):
                 self.linears[module_name] = matrices
             elif leaf in ("gate_up_proj", "down_proj") and is_plain(module):
                 self.experts.setdefault(module_name, {})[leaf] = matrices
-            elif parameter.dim() == 3 and not type(module).__module__.startswith("torch."):
+            elif parameter.dim() == 3 and is_own(module):
                 self.stacks[name] = matrices
             else:
                 raise PruningError(
@@ -84,6 +101,21 @@ class LayerMatrices:
                     "calibrated pruning does not know; leave it out (--exclude), or prune with "
                     "magnitude"
                 )
+
+        for name, matrices in self.by_name().items():
+            covered = sum(matrix.piece.rows * matrix.piece.width for matrix in matrices)
+            if covered != count(shapes[name]):
+                raise PruningError(
+                    f"{name}: is only in part of the matrices of one layer, which calibrated "
+                    "pruning does not follow; leave it out (--exclude), or prune with magnitude"
+                )
+
+    def by_name(self) -> dict[str, list[Matrix]]:
+        """Return the matrices of each stored tensor."""
+        found: dict[str, list[Matrix]] = {}
+        for matrix in self.all:
+            found.setdefault(matrix.name, []).append(matrix)
+        return found
 
     @property
     def all(self) -> list[Matrix]:
@@ -93,22 +125,23 @@ class LayerMatrices:
             found += [matrix for matrices in parameters.values() for matrix in matrices]
         return found + [matrix for matrices in self.stacks.values() for matrix in matrices]
 
-    def tensors(self) -> dict[str, torch.Tensor]:
-        """Return the stored tensors with their present values, float32, by name."""
-        parts: dict[str, list[torch.Tensor]] = {}
-        for matrix in self.all:
-            parts.setdefault(matrix.name, []).append(matrix.part.view(matrix.parameter.data))
-        return {
-            name: views[0] if len(views) == 1 else torch.stack(views)
-            for name, views in parts.items()
-        }
+    def tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """Yield the stored tensors with their present values, float32, by name."""
+        for name, matrices in self.by_name().items():
+            shape, parameter = self._shapes[name], matrices[0].parameter.data
+            if is_whole([matrix.piece for matrix in matrices], parameter.shape, self._shapes):
+                yield name, parameter
+                continue
+            stored = torch.empty(shape, device=parameter.device)
+            for matrix in matrices:
+                matrix.piece.stored(stored).copy_(matrix.piece.view(matrix.parameter.data))
+            yield name, stored
 
     def load(self, tensors: Mapping[str, torch.Tensor]) -> None:
         """Set all matrices from stored tensors."""
         for matrix in self.all:
-            stored = tensors[matrix.name]
-            view = matrix.part.view(matrix.parameter.data)
-            view.copy_(stored if stored.dim() == view.dim() else stored[matrix.part.expert])
+            view = matrix.piece.view(matrix.parameter.data)
+            view.copy_(matrix.piece.stored(tensors[matrix.name]))
 
     def rewrite(
         self,
@@ -186,8 +219,7 @@ class LayerMatrices:
         for use in stacks.uses(self._layer, list(self.stacks), next(batches())):
             by_expert: dict[int, list[Matrix]] = {}
             for matrix in self.stacks[use.name]:
-                assert matrix.part.expert is not None
-                by_expert.setdefault(matrix.part.expert, []).append(
+                by_expert.setdefault(matrix.expert, []).append(
                     replace(matrix, transposed=use.turned)
                 )
 
@@ -212,8 +244,7 @@ class LayerMatrices:
         }
         for leaf, matrices in self.experts[name].items():
             for matrix in matrices:
-                assert matrix.part.expert is not None
-                found[leaf][matrix.part.expert].append(matrix)
+                found[leaf][matrix.expert].append(matrix)
         return found
 
 

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 
-from endor.errors import CheckpointError, ConfigError
+from endor.errors import CheckpointError, ConfigError, PruningError, ShapeError
 from endor.jsontext import parse_object
 
 if TYPE_CHECKING:
@@ -194,25 +194,28 @@ def hold_masks(model: "nn.Module", masks: "Mapping[str, torch.Tensor]") -> HeldM
     """
     import torch
 
-    from endor.pruning.names import map_parts
+    from endor.models.mapping import map_parameters
 
     parameters = dict(model.named_parameters())
     shapes = {name: tuple(mask.shape) for name, mask in masks.items()}
-    parts = map_parts(model, shapes) if masks else {}
-    placed = {part.name for name in parts.keys() & parameters.keys() for part in parts[name]}
-    missing = sorted(masks.keys() - placed)
+    try:
+        mapped = map_parameters(model, shapes)
+    except ShapeError as error:
+        raise CheckpointError(str(error)) from None
+    pieces = {name: mapped.pieces[name] for name in sorted(mapped.pieces.keys() & parameters)}
+    for name in sorted(mapped.otherwise.keys() & parameters):
+        raise PruningError(f"{name}: {mapped.otherwise[name]}, through which masks cannot pass")
+    missing = sorted(masks.keys() - {piece.name for each in pieces.values() for piece in each})
     if missing or not masks:
         raise ConfigError(
             f"{missing[0] if missing else 'masks'}: no parameter of {type(model).__name__} has "
             "this name; give masks of this model, and the dense model (not a packed one)"
         )
     found = {}
-    for name in sorted(parts.keys() & parameters.keys()):
+    for name in pieces:
         parameter = parameters[name]
         whole = torch.ones(parameter.shape, dtype=torch.bool, device=parameter.device)
-        for part in parts[name]:
-            mask = masks[part.name]
-            view = part.view(whole)
-            view.copy_(mask if mask.dim() == view.dim() else mask[part.expert])
+        for piece in pieces[name]:
+            piece.view(whole).copy_(piece.stored(masks[piece.name]))
         found[parameter] = whole
     return HeldMasks(found)

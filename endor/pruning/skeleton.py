@@ -10,11 +10,12 @@ import torch
 from torch import nn
 
 from endor.checkpoint.sources.contract import CheckpointSource
-from endor.errors import BackendError, CheckpointError, PruningError
+from endor.errors import BackendError, CheckpointError, PruningError, ShapeError
+from endor.models.mapping import map_parameters
+from endor.models.pieces import Pieces, is_whole
 from endor.packed import tensor_of
 from endor.pruning.activations import batches
 from endor.pruning.heap import map_large_blocks, return_memory
-from endor.pruning.names import Part, map_parts
 from endor.trust import read_model_config
 
 
@@ -72,15 +73,21 @@ class Skeleton:
         self._model = _empty_model(source, trust_remote_code=trust_remote_code)
         self._prefix, self.layers = _decoder_layers(self._model)
         self._rest: tuple[Any, ...] | None = None  # returned besides, where layers return tuples
-        shapes = {name: tensor.shape for name, tensor in source.tensors.items()}
-        self._parts = map_parts(self._model, shapes)
+        self.shapes = {name: tensor.shape for name, tensor in source.tensors.items()}
+        try:
+            self._mapped = map_parameters(self._model, self.shapes)
+        except ShapeError as error:
+            raise CheckpointError(str(error)) from None
+        for name in self._mapped.otherwise:
+            if name.startswith(f"{self._prefix}."):
+                raise self._made_otherwise(name)
 
-    def parts(self, layer: int) -> dict[str, tuple[Part, ...]]:
-        """Return the stored parts of each parameter of a layer, by its name inside the layer."""
+    def pieces(self, layer: int) -> dict[str, Pieces]:
+        """Return the pieces of each parameter of a layer, by its name inside the layer."""
         prefix = f"{self._prefix}.{layer}."
         return {
-            name.removeprefix(prefix): parts
-            for name, parts in self._parts.items()
+            name.removeprefix(prefix): pieces
+            for name, pieces in self._mapped.pieces.items()
             if name.startswith(prefix)
         }
 
@@ -163,6 +170,12 @@ class Skeleton:
             "magnitude"
         )
 
+    def _made_otherwise(self, name: str) -> PruningError:
+        return PruningError(
+            f"{name}: {self._mapped.otherwise[name]}, which calibrated pruning cannot undo; prune "
+            "with magnitude"
+        )
+
     @contextmanager
     def head(self) -> Iterator[Callable[[torch.Tensor, torch.Tensor], torch.Tensor]]:
         """Yield a function from ids and the last layer's output to logits; `trace` was run before.
@@ -231,38 +244,37 @@ class Skeleton:
                 continue
             owner = module.get_submodule(name.rpartition(".")[0])
             leaf = name.rpartition(".")[2]
-            parts = self._parts.get(prefix + name)
+            pieces = self._mapped.pieces.get(prefix + name)
             if leaf in owner._buffers:
-                filled = value if parts is None else self._read(parts, value)
+                filled = value if pieces is None else self._read(pieces, value)
                 owner._buffers[leaf] = filled.to(self._device)
                 continue
-            if parts is None and optional:
+            if prefix + name in self._mapped.otherwise:
+                raise self._made_otherwise(prefix + name)
+            if pieces is None and optional:
                 continue
-            if parts is None:
+            if pieces is None:
                 raise CheckpointError(
                     f"{self._source.path}: lacks {prefix}{name}, which "
                     f"{type(self._model).__name__} needs; is the checkpoint complete?"
                 )
             table = isinstance(owner, nn.Embedding)
-            loaded = self._read(parts, value, keep_dtype=table).to(self._device)
+            loaded = self._read(pieces, value, keep_dtype=table).to(self._device)
             setattr(owner, leaf, nn.Parameter(loaded, requires_grad=False))
 
     def _read(
-        self, parts: tuple[Part, ...], like: torch.Tensor, *, keep_dtype: bool = False
+        self, pieces: Pieces, like: torch.Tensor, *, keep_dtype: bool = False
     ) -> torch.Tensor:
-        """Return a tensor of the shape of `like`, put together from its stored parts."""
-        out: torch.Tensor | None = None
-        last = ""
-        stored = torch.empty(0)
-        for part in parts:
-            if part.name != last:
-                stored, last = self._stored(part.name), part.name
-            if stored.shape == like.shape and part.expert in (None, 0):
-                return stored if keep_dtype else stored.to(torch.float32)
-            if out is None:
-                out = torch.empty(like.shape, dtype=torch.float32)
-            part.view(out).copy_(stored)
-        assert out is not None
+        """Return a tensor of the shape of `like`, put together from its pieces."""
+        if is_whole(pieces, like.shape, self.shapes):
+            stored = self._stored(pieces[0].name)
+            return stored if keep_dtype else stored.to(torch.float32)
+        out = torch.empty(like.shape, dtype=torch.float32)
+        last, stored = "", out
+        for piece in pieces:
+            if piece.name != last:
+                stored, last = self._stored(piece.name), piece.name
+            piece.view(out).copy_(piece.stored(stored))
         return out
 
     def _stored(self, name: str) -> torch.Tensor:

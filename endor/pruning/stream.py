@@ -21,7 +21,7 @@ from endor.packed import torch_dtype
 from endor.pruning.activations import Activations, batches
 from endor.pruning.allocation import layer_sparsities, outlier_share
 from endor.pruning.calibration import calibration_and_held_out
-from endor.pruning.coding import LayerCoder, codes_of, steps_of
+from endor.pruning.coding import LayerCoder, check_codable, codes_of, steps_of
 from endor.pruning.contract import (
     METHODS,
     NOTHING,
@@ -89,7 +89,9 @@ class LayerStream:
         # `left`: a tower for images, say; calibrated by text, the language model is renewed.
         self._names, self.left = _renewed(self._skeleton, source, options, selected)
         for index in range(self.layers):
-            self._matrices(index)  # what cannot be renewed is refused before any work
+            matrices = self._matrices(index)  # what cannot be renewed is refused before any work
+            if quantizer is not None:
+                check_codable(matrices)
         ids, self._held_ids = calibration_and_held_out(source.directory, options, held_out)
         self.windows, self._tokens = ids.shape
         self._batch = max(1, BATCH_TOKENS // self._tokens)
@@ -147,7 +149,7 @@ class LayerStream:
                 self._advance(layer, index, self._held[0])
         pruned = kept or coded | {
             name: tensor.to(self._dtype(name)).cpu().contiguous()
-            for name, tensor in matrices.tensors().items()
+            for name, tensor in matrices.tensors()
         }
         self._skeleton.drop_layer(index)
         if kept is None:
@@ -267,7 +269,8 @@ class LayerStream:
 
     def _matrices(self, index: int) -> LayerMatrices:
         names = frozenset(name for name, layer in self._names.items() if layer == index)
-        return LayerMatrices(self._skeleton.layers[index], self._skeleton.parts(index), names)
+        skeleton = self._skeleton
+        return LayerMatrices(skeleton.layers[index], skeleton.pieces(index), names, skeleton.shapes)
 
     def _dtype(self, name: str) -> torch.dtype:
         return torch_dtype(self._source.tensors[name].dtype)
@@ -325,11 +328,11 @@ def _renewed(
         PruningError: There are none, or one outside was asked for by name.
     """
     names = {
-        part.name: index
+        piece.name: index
         for index in range(len(skeleton.layers))
-        for parts in skeleton.parts(index).values()
-        for part in parts
-        if part.name in selected and options.selects(part.name)
+        for pieces in skeleton.pieces(index).values()
+        for piece in pieces
+        if piece.name in selected and options.selects(piece.name)
     }
     stray = sorted(name for name in selected - names.keys() if options.selects(name))
     asked = [name for name in stray if not is_linear(source.tensors[name])]

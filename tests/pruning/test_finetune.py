@@ -4,10 +4,10 @@ import pytest
 import torch
 from torch import nn
 
+from endor.models.pieces import Piece
 from endor.pruning.activations import Activations
 from endor.pruning.finetune import Schedule, finetune, token_loss
 from endor.pruning.layer import Matrix
-from endor.pruning.names import Part
 from endor.pruning.skeleton import Call
 
 
@@ -36,8 +36,8 @@ def problem(tmp_path):
     top = block.down.weight[:8]
     top.copy_(torch.where(torch.rand(8, 32) < 0.6, top, 0.0))
     matrices = [
-        Matrix("up", block.up.weight, Part("up", None, 0, 32), False),
-        Matrix("down", block.down.weight, Part("down", None, 0, 8), False),
+        Matrix("up", block.up.weight, Piece("up", 0, 1, 0, 32, 16), False),
+        Matrix("down", block.down.weight, Piece("down", 0, 1, 0, 8, 32), False),
     ]
     return block, inputs, targets, matrices
 

@@ -10,7 +10,7 @@ from transformers.core_model_loading import Chunk, Concatenate, Transpose, Weigh
 
 from endor.codecs import TensorSpec, dtype
 from endor.errors import ShapeError
-from endor.hf.names import assign
+from endor.models.assignment import assign
 
 
 class Model(nn.Module):

@@ -1,0 +1,1 @@
+"""A transformers model without weights: which stored tensors make which of its parameters."""
