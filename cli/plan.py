@@ -71,7 +71,7 @@ def plan_command(
 
 def summary(found: "Outline", result: "Plan") -> str:
     """Return the plan for a reader."""
-    from endor.planning.plan import size
+    from endor.sizes import size
 
     ratio = result.dense_bytes / max(1, result.packed_bytes)
     lines = [

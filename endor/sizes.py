@@ -1,4 +1,4 @@
-"""Sizes that people write."""
+"""Sizes that people write and read."""
 
 import re
 
@@ -23,3 +23,12 @@ def parse_bytes(size: int | str, what: str = "size") -> int:
     number, prefix = match.groups()
     power = " KMGT".index(prefix[0].upper()) if prefix else 0
     return int(float(number) * (1024 if len(prefix) == 2 else 1000) ** power)
+
+
+def size(nbytes: float) -> str:
+    """Return `nbytes` for a reader, in binary units as budgets are given."""
+    for unit in ("B", "KiB", "MiB"):
+        if nbytes < 1024:
+            return f"{nbytes:.0f} {unit}" if unit == "B" else f"{nbytes:.1f} {unit}"
+        nbytes /= 1024
+    return f"{nbytes:.2f} GiB"

@@ -9,7 +9,7 @@ from typing import Any
 from endor.bench.timeline import Summary, summarise, timeline, within
 from endor.offload.ledger import Event
 from endor.offload.store import Store
-from endor.planning.plan import size
+from endor.sizes import size
 
 COLOURS = {
     "read": "#e9c46a",

@@ -19,13 +19,14 @@ from endor.offload.device import Device
 from endor.offload.ledger import Ledger
 from endor.offload.store import Share, Store, open_share
 from endor.planning import machine as hardware
-from endor.planning.cost import ModelShape, unit_costs
 from endor.planning.fill import share_host_bytes
 from endor.planning.limits import available_bytes
 from endor.planning.machine import TYPICAL_LINK, Disk, Machine
 from endor.planning.plan import Plan, Workload, combine, plan
 from endor.planning.products import Products, choose
+from endor.planning.shape import ModelShape
 from endor.planning.tiers import Placement, Tier
+from endor.planning.unit_cost import unit_costs
 from endor.planning.units import Unit, WeightSpec, collect_units
 from endor.storage import FileLayout
 

@@ -16,10 +16,10 @@ from endor.models.assignment import Assignment, assign
 from endor.packed import torch_dtype
 from endor.planning import available_bytes
 from endor.planning import machine as hardware
-from endor.planning.cost import ModelShape
 from endor.planning.machine import Disk, Machine
 from endor.planning.plan import Plan, plan
 from endor.planning.scratch import scratch_bytes
+from endor.planning.shape import ModelShape
 from endor.planning.units import Unit, WeightSpec, collect_units
 from endor.storage import FileLayout
 from endor.trust import one_line_errors, read_model_config

@@ -26,14 +26,13 @@ On a CUDA device the host only moves bytes:
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
-from endor.codecs import TensorSpec
-from endor.errors import ConfigError
 from endor.planning.machine import Disk, Machine
 from endor.planning.products import head_s, multiply_s, packed_rows, packed_s
+from endor.planning.shape import ModelShape
 from endor.planning.tiers import Tier
-from endor.planning.units import Unit
+from endor.planning.unit_cost import UnitCost
 
 Product = Literal["exact", "direct"]
 """`exact`: expand, then torch's product; `direct`: whichever is fastest of that, a product from the
@@ -44,122 +43,9 @@ OPS_PER_LAYER = 200
 the interpreter between them), in small operations."""
 OPS_PER_UNIT = 8
 """What calling a layer with a packed weight costs besides the work, in small operations."""
-SMALL_WEIGHTS = 1 << 20
-"""Up to so many weights a matrix is small: its work is not shared by threads that sleep, and what a
-call costs counts. Its rates are measured on such a one."""
 LAUNCHES_PER_LAYER = 24
-PRODUCT_ROW_COST = 0.3
-"""What each further row adds to a packed product where it was not measured: unpacking is shared,
-arithmetic is not."""
 SYNC_S = 0.5e-3
 """The host samples a token and submits the next step."""
-
-
-@dataclass(frozen=True, slots=True)
-class ModelShape:
-    """What a model needs besides its units.
-
-    Attributes:
-        layers: Decoder layers.
-        hidden: Width of the residual stream.
-        heads: Attention heads.
-        kv_bytes_per_token: Keys and values of one token in all layers.
-        head_bytes: Dense output projection, multiplied once a token; 0 when it is a unit.
-        other_bytes: All dense tensors outside the units.
-        activation_bytes_per_token: Peak of intermediate results per token in flight.
-        vocab: Output width.
-        expert_use: Share of the experts that one token needs; 1 for a dense model.
-        scratch_bytes: The largest expanded weight; 0 stands for the largest expanded unit.
-        itemsize: Bytes of an element of an expanded weight; 0 stands for the stored ones.
-    """
-
-    layers: int
-    hidden: int
-    heads: int
-    kv_bytes_per_token: int
-    head_bytes: int
-    other_bytes: int
-    activation_bytes_per_token: int
-    vocab: int
-    expert_use: float = 1.0
-    scratch_bytes: int = 0
-    itemsize: int = 0
-
-    @classmethod
-    def from_config(
-        cls,
-        config: Mapping[str, Any],
-        *,
-        other_bytes: int,
-        head_packed: bool,
-        itemsize: int = 2,
-        scratch_bytes: int = 0,
-    ) -> "ModelShape":
-        """Return the shape that a Hugging Face `config.json` describes.
-
-        Args:
-            config: The parsed file; a nested `text_config` is followed.
-            other_bytes: Dense bytes of the tensors outside the units.
-            head_packed: Whether the output projection is a unit.
-            itemsize: Bytes of an activation, and of an element of an expanded weight.
-            scratch_bytes: The largest expanded weight.
-
-        Raises:
-            ConfigError: The file lacks a size that planning needs.
-        """
-        text = config.get("text_config")
-        inner = {**config, **text} if isinstance(text, Mapping) else config
-        layers = _size(inner, "num_hidden_layers", "n_layer", "n_layers", "num_layers")
-        hidden = _size(inner, "hidden_size", "n_embd", "d_model")
-        heads = _size(inner, "num_attention_heads", "n_head", "num_heads")
-        kv_heads = _most(inner.get("num_key_value_heads") or heads)
-        head_dim = inner.get("head_dim") or hidden // heads
-        vocab = _size(inner, "vocab_size")
-        wide = _most(inner.get("intermediate_size") or inner.get("ffn_dim") or 4 * hidden)
-        experts = _most(inner.get("num_local_experts") or inner.get("num_experts") or 0)
-        chosen = _most(inner.get("num_experts_per_tok") or experts)
-        return cls(
-            layers=layers,
-            hidden=hidden,
-            heads=heads,
-            kv_bytes_per_token=2 * layers * kv_heads * int(head_dim) * itemsize,
-            head_bytes=0 if head_packed else vocab * hidden * itemsize,
-            other_bytes=other_bytes,
-            activation_bytes_per_token=(8 * hidden + 3 * wide) * itemsize,
-            vocab=vocab,
-            expert_use=min(1.0, chosen / experts) if experts else 1.0,
-            scratch_bytes=scratch_bytes,
-            itemsize=itemsize,
-        )
-
-
-@dataclass(frozen=True, slots=True)
-class UnitCost:
-    """A unit as the cost model sees it: sizes, and processor seconds of one use.
-
-    Attributes:
-        name: The unit.
-        packed_bytes: Bytes that one read or copy moves.
-        dense_bytes: Bytes when expanded.
-        weights: Elements.
-        expand_s: One expansion.
-        linear_s: One dense product at batch 1.
-        product_s: One product from the packed form.
-        use: Share of decode steps that need it.
-        scheduled: Whether it can be read ahead (experts cannot).
-        row_cost: What each further row adds to a packed product, as a share of the first.
-    """
-
-    name: str
-    packed_bytes: int
-    dense_bytes: int
-    weights: int
-    expand_s: float
-    linear_s: float
-    product_s: float
-    use: float
-    scheduled: bool
-    row_cost: float = PRODUCT_ROW_COST
 
 
 @dataclass(frozen=True, slots=True)
@@ -204,53 +90,6 @@ class Prediction:
     unhidden: float
     disk_bytes: float
     link_bytes: float = 0.0
-
-
-def kind_of(spec: TensorSpec) -> str:
-    """Return the kind of stored tensor that a measured rate is of."""
-    return f"{spec.codec}+bitmap" if spec.bitmap else spec.codec
-
-
-def unit_costs(units: Sequence[Unit], machine: Machine, shape: ModelShape) -> tuple[UnitCost, ...]:
-    """Return the cost of each unit on `machine`."""
-    out = []
-    for unit in units:
-        expand = product = linear = further = 0.0
-        weights = 0
-        for name in unit.tensors:
-            spec = unit.layout.tensors[name].spec
-            weights += spec.numel
-            kind, small = kind_of(spec), spec.numel <= SMALL_WEIGHTS
-            rate = machine.small_linear_gbps if small else 0.0
-            dense_bytes = spec.numel * shape.itemsize or spec.dense_nbytes
-            linear += dense_bytes / (rate or machine.linear_gbps) / 1e9
-            if kind == "dense":  # copied to the scratch, since its record is only passing through
-                expand += spec.nbytes / machine.copy_gbps / 1e9
-                product += spec.nbytes * (1 / machine.copy_gbps + 1 / machine.linear_gbps) / 1e9
-                continue
-            expanding = machine.small_expand_gbps if small else {}
-            multiplying = machine.small_product_gbps if small else {}
-            expand_gbps = expanding.get(kind) or machine.expand_gbps[kind]
-            expand += spec.dense_nbytes / expand_gbps / 1e9
-            one = spec.nbytes / (multiplying.get(kind) or machine.product_gbps[kind]) / 1e9
-            product += one
-            further += one * machine.product_row_cost.get(kind, PRODUCT_ROW_COST)
-        dense_bytes = weights * shape.itemsize or unit.dense_nbytes
-        out.append(
-            UnitCost(
-                name=unit.name,
-                packed_bytes=unit.nbytes,
-                dense_bytes=dense_bytes,
-                weights=weights,
-                expand_s=expand,
-                linear_s=linear,
-                product_s=product,
-                use=1.0 if unit.scheduled else shape.expert_use,
-                scheduled=unit.scheduled,
-                row_cost=further / product if further else PRODUCT_ROW_COST,
-            )
-        )
-    return tuple(out)
 
 
 @dataclass(slots=True)
@@ -382,16 +221,3 @@ def _layer_ops_s(machine: Machine, shape: ModelShape, step: Step) -> float:
     """Seconds of a layer's small operations: a fixed cost each, then memory traffic per row."""
     traffic = step.rows * shape.activation_bytes_per_token * 3
     return OPS_PER_LAYER * machine.op_us / 1e6 + traffic / machine.copy_gbps / 1e9
-
-
-def _most(value: Any) -> int:
-    """Return a size that may be given for each layer: the largest."""
-    return max(map(_most, value), default=0) if isinstance(value, list | tuple) else int(value)
-
-
-def _size(config: Mapping[str, Any], *names: str) -> int:
-    for name in names:
-        value = config.get(name)
-        if isinstance(value, int) and not isinstance(value, bool) and value > 0:
-            return value
-    raise ConfigError(f"config.json: planning needs one of {', '.join(names)}, found none")

@@ -8,8 +8,8 @@ times), then everything else, evenly through the depth of the model.
 from collections.abc import Mapping, Sequence
 
 from endor.errors import BudgetError
-from endor.planning.cost import UnitCost
 from endor.planning.tiers import SLOTS, STAGING_AHEAD_BYTES, Placement, Tier
+from endor.planning.unit_cost import UnitCost
 
 STAGING_UNITS = 4
 """Largest units that the staging area holds: one in use, one being read, two for uneven reads."""

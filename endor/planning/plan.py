@@ -12,13 +12,9 @@ from dataclasses import dataclass, field, replace
 
 from endor.errors import BudgetError, ConfigError
 from endor.planning.cost import (
-    ModelShape,
     Prediction,
-    Product,
     Step,
-    UnitCost,
     predict,
-    unit_costs,
 )
 from endor.planning.fill import (
     fill_device,
@@ -26,59 +22,18 @@ from endor.planning.fill import (
     least_device_bytes,
     least_host_bytes,
 )
-from endor.planning.kv import SETTINGS, KVBytes, KVSetting, kv_bytes
+from endor.planning.kv import SETTINGS
 from endor.planning.machine import Disk, Machine
 from endor.planning.products import Products, choose
+from endor.planning.shape import ModelShape
 from endor.planning.tiers import Placement, Tier
+from endor.planning.unit_cost import UnitCost, unit_costs
 from endor.planning.units import Unit
+from endor.planning.workload import Reservation, Workload, fixed_bytes, kv_needs
+from endor.sizes import size
 
 SHARES = 20
 """Shares of expanded units that are tried, evenly spaced."""
-
-WORKSPACE_BYTES = 64 << 20
-"""Device memory for what libraries take, and for the rounding of allocations."""
-
-
-@dataclass(frozen=True, slots=True)
-class Reservation:
-    """Memory that is spoken for before any unit gets some.
-
-    Attributes:
-        what: Its purpose.
-        where: `ram` or `vram`.
-        nbytes: Its size.
-    """
-
-    what: str
-    where: str
-    nbytes: int
-
-
-@dataclass(frozen=True, slots=True)
-class Workload:
-    """What the model will be used for.
-
-    Attributes:
-        batch: Sequences at once.
-        prompt: Tokens of each prompt.
-        context: Tokens that the cache must hold, prompt included.
-        product: How weights are multiplied.
-        kv: Where keys and values are kept; `auto` takes the first place that fits.
-    """
-
-    batch: int = 1
-    prompt: int = 128
-    context: int = 1024
-    product: Product = "exact"
-    kv: KVSetting = "device"
-
-    def check(self) -> None:
-        """Raise `ConfigError` unless the numbers make sense."""
-        if min(self.batch, self.prompt) < 1 or self.context < self.prompt:
-            raise ConfigError(
-                "plan: batch and prompt must be at least 1 and the context must hold the prompt, "
-                f"got batch {self.batch}, prompt {self.prompt}, context {self.context}"
-            )
 
 
 @dataclass(frozen=True, slots=True)
@@ -227,26 +182,6 @@ def combine(plans: Sequence[Plan]) -> Plan:
     )
 
 
-def fixed_bytes(
-    shape: ModelShape, costs: Sequence[UnitCost], workload: Workload, *, on_device: bool = False
-) -> dict[str, int]:
-    """Return the memory that computing needs whatever the placement, by purpose."""
-    rows = workload.batch * workload.prompt
-    scratch = shape.scratch_bytes or max((cost.dense_bytes for cost in costs), default=0)
-    out = {
-        "cache of keys and values": _kv(shape, workload, on_device=on_device).compute,
-        "weights outside the units": shape.other_bytes,
-        "scratch for expanded units": (2 if on_device else 1) * scratch,
-        "activations": rows * shape.activation_bytes_per_token + workload.batch * shape.vocab * 8,
-    }
-    return out | ({"libraries": WORKSPACE_BYTES} if on_device else {})
-
-
-def _kv(shape: ModelShape, workload: Workload, *, on_device: bool) -> KVBytes:
-    total = shape.kv_bytes_per_token * workload.context * workload.batch
-    return kv_bytes(workload.kv, total, shape.layers, beside_device=on_device)
-
-
 class _Search:
     """One run of the planner."""
 
@@ -271,7 +206,7 @@ class _Search:
         self.wishes = wishes
         self.fixed = fixed_bytes(shape, costs, workload, on_device=vram_bytes > 0)
         # Host memory that the cache takes beside a device.
-        self.host_kv = _kv(shape, workload, on_device=vram_bytes > 0).ram
+        self.host_kv = kv_needs(shape, workload, on_device=vram_bytes > 0).ram
         self.packed_bytes = sum(cost.packed_bytes for cost in costs)
         self.dense_bytes = sum(cost.dense_bytes for cost in costs)
         self.decode_step = Step(workload.batch, 1, workload.context, workload.product)
@@ -382,13 +317,4 @@ def _computes_in(vram_bytes: int) -> str:
     return "vram" if vram_bytes else "ram"
 
 
-def size(nbytes: float) -> str:
-    """Return `nbytes` for a reader, in binary units as budgets are given."""
-    for unit in ("B", "KiB", "MiB"):
-        if nbytes < 1024:
-            return f"{nbytes:.0f} {unit}" if unit == "B" else f"{nbytes:.1f} {unit}"
-        nbytes /= 1024
-    return f"{nbytes:.2f} GiB"
-
-
-__all__ = ["Plan", "Reservation", "Workload", "combine", "fixed_bytes", "plan", "size"]
+__all__ = ["Plan", "Reservation", "Workload", "combine", "fixed_bytes", "plan"]

@@ -3,11 +3,9 @@
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    from endor.planning.cost import UnitCost
-    from endor.planning.machine import Machine
+from endor.planning.machine import Machine
+from endor.planning.unit_cost import UnitCost
 
 PRODUCT_ROWS = 8
 """Input rows up to which a product from the packed form may be used."""
@@ -44,13 +42,13 @@ class Products:
     head_rows: int = 0
 
 
-def choose(costs: "Iterable[UnitCost]", machine: "Machine") -> Products:
+def choose(costs: Iterable[UnitCost], machine: Machine) -> Products:
     """Return the faster way for every unit and number of rows, by the constants of `machine`."""
     packed = {cost.name: packed_rows(cost, machine) for cost in costs}
     return Products(packed, wide_rows(machine), head_rows(machine))
 
 
-def packed_rows(cost: "UnitCost", machine: "Machine") -> int:
+def packed_rows(cost: UnitCost, machine: Machine) -> int:
     """Return the rows up to which a unit's product from the packed form beats expanding it."""
     for rows in range(1, PRODUCT_ROWS + 1):
         expanded = cost.expand_s + multiply_s(cost, machine, rows, wide=True)
@@ -59,12 +57,12 @@ def packed_rows(cost: "UnitCost", machine: "Machine") -> int:
     return PRODUCT_ROWS
 
 
-def packed_s(cost: "UnitCost", rows: int) -> float:
+def packed_s(cost: UnitCost, rows: int) -> float:
     """Return the seconds of a product from the packed form: unpacking is shared by the rows."""
     return cost.product_s * (1 + cost.row_cost * (rows - 1))
 
 
-def multiply_s(cost: "UnitCost", machine: "Machine", rows: int, *, wide: bool) -> float:
+def multiply_s(cost: UnitCost, machine: Machine, rows: int, *, wide: bool) -> float:
     """Return the seconds of a product with an expanded unit; `wide` lets it be in float32."""
     narrow = max(cost.linear_s, 2 * rows * cost.weights / machine.gemm_gflops / 1e9)
     if not wide or rows < wide_rows(machine):
@@ -72,7 +70,7 @@ def multiply_s(cost: "UnitCost", machine: "Machine", rows: int, *, wide: bool) -
     return cost.weights * _wide_s(machine, rows)
 
 
-def head_rows(machine: "Machine") -> int:
+def head_rows(machine: Machine) -> int:
     """Return the rows up to which Endor's own product with a dense matrix beats torch's."""
     rows = 0
     while rows < PRODUCT_ROWS and plain_s(machine, rows + 1) < _narrow_s(machine, rows + 1):
@@ -80,14 +78,14 @@ def head_rows(machine: "Machine") -> int:
     return rows
 
 
-def head_s(machine: "Machine", weights: float, rows: int, *, own: bool) -> float:
+def head_s(machine: Machine, weights: float, rows: int, *, own: bool) -> float:
     """Return the seconds of a product with a dense matrix; `own` lets it be Endor's."""
     if own and rows <= head_rows(machine):
         return weights * plain_s(machine, rows)
     return weights * _narrow_s(machine, rows)
 
 
-def plain_s(machine: "Machine", rows: int) -> float:
+def plain_s(machine: Machine, rows: int) -> float:
     """Return the seconds per weight of Endor's own product with a dense matrix."""
     if not machine.plain_gbps:
         return math.inf
@@ -95,13 +93,13 @@ def plain_s(machine: "Machine", rows: int) -> float:
     return itemsize / machine.plain_gbps / 1e9 * (1 + machine.plain_row_cost * (rows - 1))
 
 
-def _narrow_s(machine: "Machine", rows: int) -> float:
+def _narrow_s(machine: Machine, rows: int) -> float:
     """Seconds per weight of torch's product."""
     moved = ITEMSIZE.get(machine.dtype, 2) / machine.linear_gbps
     return max(moved, 2 * rows / machine.gemm_gflops) / 1e9
 
 
-def wide_rows(machine: "Machine") -> int:
+def wide_rows(machine: Machine) -> int:
     """Return the rows from which expanded weights are best multiplied in float32."""
     if machine.dtype == "F32" or not machine.float32_gflops:
         return NEVER
@@ -111,7 +109,7 @@ def wide_rows(machine: "Machine") -> int:
     return NEVER
 
 
-def _wide_s(machine: "Machine", rows: int) -> float:
+def _wide_s(machine: Machine, rows: int) -> float:
     """Seconds per weight: reading it, widening it, reading it again, and its products."""
     moved = 2 / machine.read_gbps + 2 / machine.widen_gbps + 4 / machine.widen_gbps
     return (moved + 2 * rows / machine.float32_gflops) / 1e9

@@ -10,10 +10,13 @@ from hypothesis import strategies as st
 
 from endor.codecs import DTYPES, TensorSpec
 from endor.errors import BudgetError, ConfigError
-from endor.planning.cost import ModelShape, Step, predict, unit_costs
+from endor.planning.cost import Step, predict
 from endor.planning.machine import Disk, Link, Machine
-from endor.planning.plan import Workload, fixed_bytes, plan, size
+from endor.planning.plan import Workload, fixed_bytes, plan
+from endor.planning.shape import ModelShape
+from endor.planning.unit_cost import unit_costs
 from endor.planning.units import Unit
+from endor.sizes import size
 from endor.storage.layout import Record
 
 MB = 10**6

@@ -5,7 +5,6 @@ from dataclasses import replace
 import pytest
 
 from endor.planning import machine as hardware
-from endor.planning.cost import UnitCost
 from endor.planning.products import (
     MOST_ROWS,
     NEVER,
@@ -18,6 +17,7 @@ from endor.planning.products import (
     packed_s,
     wide_rows,
 )
+from endor.planning.unit_cost import UnitCost
 
 EMULATES = replace(
     hardware.typical("BF16"),

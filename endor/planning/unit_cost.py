@@ -1,0 +1,92 @@
+"""What one unit costs on one machine, whatever tier it is in."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from endor.codecs import TensorSpec
+from endor.planning.machine import Machine
+from endor.planning.shape import ModelShape
+from endor.planning.units import Unit
+
+SMALL_WEIGHTS = 1 << 20
+"""Up to so many weights a matrix is small: its work is not shared by threads that sleep, and what a
+call costs counts. Its rates are measured on such a one."""
+PRODUCT_ROW_COST = 0.3
+"""What each further row adds to a packed product where it was not measured: unpacking is shared,
+arithmetic is not."""
+
+
+@dataclass(frozen=True, slots=True)
+class UnitCost:
+    """A unit as the cost model sees it: sizes, and processor seconds of one use.
+
+    Attributes:
+        name: The unit.
+        packed_bytes: Bytes that one read or copy moves.
+        dense_bytes: Bytes when expanded.
+        weights: Elements.
+        expand_s: One expansion.
+        linear_s: One dense product at batch 1.
+        product_s: One product from the packed form.
+        use: Share of decode steps that need it.
+        scheduled: Whether it can be read ahead (experts cannot).
+        row_cost: What each further row adds to a packed product, as a share of the first.
+    """
+
+    name: str
+    packed_bytes: int
+    dense_bytes: int
+    weights: int
+    expand_s: float
+    linear_s: float
+    product_s: float
+    use: float
+    scheduled: bool
+    row_cost: float = PRODUCT_ROW_COST
+
+
+def kind_of(spec: TensorSpec) -> str:
+    """Return the kind of stored tensor that a measured rate is of."""
+    return f"{spec.codec}+bitmap" if spec.bitmap else spec.codec
+
+
+def unit_costs(units: Sequence[Unit], machine: Machine, shape: ModelShape) -> tuple[UnitCost, ...]:
+    """Return the cost of each unit on `machine`."""
+    out = []
+    for unit in units:
+        expand = product = linear = further = 0.0
+        weights = 0
+        for name in unit.tensors:
+            spec = unit.layout.tensors[name].spec
+            weights += spec.numel
+            kind, small = kind_of(spec), spec.numel <= SMALL_WEIGHTS
+            rate = machine.small_linear_gbps if small else 0.0
+            dense_bytes = spec.numel * shape.itemsize or spec.dense_nbytes
+            linear += dense_bytes / (rate or machine.linear_gbps) / 1e9
+            if kind == "dense":  # copied to the scratch, since its record is only passing through
+                expand += spec.nbytes / machine.copy_gbps / 1e9
+                product += spec.nbytes * (1 / machine.copy_gbps + 1 / machine.linear_gbps) / 1e9
+                continue
+            expanding = machine.small_expand_gbps if small else {}
+            multiplying = machine.small_product_gbps if small else {}
+            expand_gbps = expanding.get(kind) or machine.expand_gbps[kind]
+            expand += spec.dense_nbytes / expand_gbps / 1e9
+            one = spec.nbytes / (multiplying.get(kind) or machine.product_gbps[kind]) / 1e9
+            product += one
+            further += one * machine.product_row_cost.get(kind, PRODUCT_ROW_COST)
+        dense_bytes = weights * shape.itemsize or unit.dense_nbytes
+        out.append(
+            UnitCost(
+                name=unit.name,
+                packed_bytes=unit.nbytes,
+                dense_bytes=dense_bytes,
+                weights=weights,
+                expand_s=expand,
+                linear_s=linear,
+                product_s=product,
+                use=1.0 if unit.scheduled else shape.expert_use,
+                scheduled=unit.scheduled,
+                row_cost=further / product if further else PRODUCT_ROW_COST,
+            )
+        )
+    return tuple(out)
