@@ -1,6 +1,6 @@
 """Moves units between disk and memory: reader threads, staging, read-ahead that can be revoked.
 
-A unit that is not resident goes through these phases:
+A unit that is not resident goes through:
 
     ABSENT -> QUEUED -> READING -> READY -> taken, dropped -> ABSENT, or READY while it is kept
         ^____________________________/ \\-> FAILED -> error raised by the taker -> ABSENT
@@ -25,9 +25,8 @@ from endor.errors import BackendError, EndorError, ReadError
 from endor.kernels.dispatch import check_threads
 from endor.offload.ledger import Ledger
 from endor.offload.reading import read_unit
-from endor.offload.residency import Residency
+from endor.offload.residency import Residency, cached_experts, place_residents
 from endor.offload.schedule import Schedule
-from endor.offload.staging import Range
 from endor.offload.state import AHEAD, DEMAND, FILL, HINT, WARM, Bound, Phase, State
 from endor.planning.tiers import Placement
 from endor.planning.units import Unit
@@ -73,7 +72,7 @@ class HostMover:
         placement.check_staging(units)
         check_threads(threads)
         self.ledger = ledger or Ledger()
-        cached = _cached(units, placement)
+        cached = cached_experts(units, placement)
         self.states: Mapping[str, State] = {
             unit.name: State(
                 unit, placement.tiers[unit.name] == "resident" and unit.name not in cached
@@ -99,7 +98,10 @@ class HostMover:
         self._closed = False
         self._pid = os.getpid()
         with self._lock:
-            self._residents = self._place_residents()
+            self._residents = place_residents(self.states.values())
+            for state in self.states.values():
+                if state.resident:
+                    self._queue(state, FILL)
             for name in cached:
                 state = self.states[name]
                 if self._residency.make(state, force=False):
@@ -147,7 +149,7 @@ class HostMover:
             if self._residency.release(me):
                 self._done.notify_all()
             self._check_open()
-            self._count(state)
+            self._residency.count(state)
             self._await(state)
             assert state.bound is not None
             if not state.resident:
@@ -260,29 +262,6 @@ class HostMover:
         if self._closed:
             raise BackendError("the weights of this model were closed; load it again")
 
-    def _place_residents(self) -> HostBuffer | None:
-        residents = [state for state in self.states.values() if state.resident]
-        if not residents:
-            return None
-        home, at = HostBuffer(sum(state.unit.nbytes for state in residents)), 0
-        for state in residents:
-            stop = at + state.unit.nbytes
-            state.place = Range(at, stop, home.array[at:stop])
-            self._queue(state, FILL)
-            at = stop
-        return home
-
-    def _count(self, state: State) -> None:
-        if state.resident:
-            return
-        counters = self.ledger.counters
-        if state.phase is Phase.READY:
-            counters.hits += 1
-        elif state.phase in (Phase.QUEUED, Phase.READING):
-            counters.late += 1
-        else:
-            counters.misses += 1
-
     def _await(self, state: State) -> None:
         """Return when `state` is READY; raise what made it fail."""
         start = 0.0
@@ -370,11 +349,3 @@ class HostMover:
                         return state
                 self._work.wait()
             return None
-
-
-def _cached(units: Sequence[Unit], placement: Placement) -> list[str]:
-    """Return the experts whose memory is shared by all experts: none when all stay in memory."""
-    routed = [unit for unit in units if not unit.scheduled]
-    if all(placement.tiers[unit.name] != "disk" for unit in routed):
-        return []
-    return [unit.name for unit in routed if placement.tiers[unit.name] == "resident"]

@@ -6,8 +6,10 @@ from collections.abc import Iterable, Sequence
 from endor.offload.experts import Popularity
 from endor.offload.ledger import Counters
 from endor.offload.schedule import Schedule
-from endor.offload.staging import Staging
+from endor.offload.staging import Range, Staging
 from endor.offload.state import Phase, State
+from endor.planning.tiers import Placement
+from endor.planning.units import Unit
 from endor.storage import HostBuffer
 
 Rank = tuple[float, ...]
@@ -99,6 +101,18 @@ class Residency:
             self._counters.warm_used += 1
         if state.unit.scheduled:
             self.schedule.observe(index)
+
+    def count(self, state: State) -> None:
+        """Count a take, by how far the unit is."""
+        if state.resident:
+            return
+        counters = self._counters
+        if state.phase is Phase.READY:
+            counters.hits += 1
+        elif state.phase in (Phase.QUEUED, Phase.READING):
+            counters.late += 1
+        else:
+            counters.misses += 1
 
     def release(self, thread: int) -> bool:
         """Take back what a thread uses; True when that left memory for others."""
@@ -239,3 +253,24 @@ def _needed(gone: Iterable[State], start: int, stop: int, nbytes: int) -> list[S
     while len(inside) > 1 and inside[-1][0].start - start >= nbytes:
         stop = inside.pop()[0].start
     return [state for _, state in inside]
+
+
+def cached_experts(units: Sequence[Unit], placement: Placement) -> list[str]:
+    """Return the experts whose memory is shared by all experts: none when all stay in memory."""
+    routed = [unit for unit in units if not unit.scheduled]
+    if all(placement.tiers[unit.name] != "disk" for unit in routed):
+        return []
+    return [unit.name for unit in routed if placement.tiers[unit.name] == "resident"]
+
+
+def place_residents(states: Iterable[State]) -> HostBuffer | None:
+    """Give units that stay in memory their places, in one buffer; None when there are none."""
+    residents = [state for state in states if state.resident]
+    if not residents:
+        return None
+    buffer, at = HostBuffer(sum(state.unit.nbytes for state in residents)), 0
+    for state in residents:
+        stop = at + state.unit.nbytes
+        state.place = Range(at, stop, buffer.array[at:stop])
+        at = stop
+    return buffer

@@ -4,27 +4,24 @@
                   loaders        load 4 . save 3 .    load 5 . save 4 .
 
 The kinds of tasks are those of PIPO (arXiv 2504.03664): computing on the model's thread, loads of
-weights, loads and saves of keys and values on the engine's loader threads, in one queue, the most
+weights, loads and saves of keys and values on the mover's loader threads, in one queue, the most
 urgent first. A task that the model needs before a loader took it up runs on the model's thread; so
 nothing waits for what has not begun, and no order of layers blocks.
 """
 
 import time
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from collections.abc import Callable
 
-import numpy as np
 import torch
 
 from endor.errors import EndorError, ShapeError
 from endor.offload.device import Device
 from endor.offload.kv.media import FileAccess, FileMedium, RamMedium
 from endor.offload.kv.tasks import Layer, Slot, Task
+from endor.offload.kv.transfers import Transfers
 from endor.offload.ledger import Ledger
 from endor.offload.state import AHEAD, KEYS
 from endor.planning.kv import SLOTS
-from endor.storage import HostBuffer
 
 PENDING_BYTES = 64 << 20
 """Records that may wait to be saved; more are saved by the model's thread at once."""
@@ -40,7 +37,7 @@ class KVStore:
         device: Where the model computes, when that is not the processor.
         ram_bytes: Host memory for records; layers beyond it go to files, spread through the depth
             of the model. None sets no limit.
-        post: Takes tasks with a priority and runs them on other threads, `Engine.post`; without it
+        post: Takes tasks with a priority and runs them on other threads, `Mover.post`; without it
             they run when their result is needed.
         ledger: Where to count.
         access: How files are made, read and written.
@@ -58,6 +55,7 @@ class KVStore:
     ) -> None:
         self.ledger = ledger or Ledger()
         self._device = device
+        self._transfers = Transfers(device, self.ledger)
         self._ram_limit = ram_bytes
         self._post = post or (lambda priority, run: None)
         self._access = access or FileAccess()
@@ -113,9 +111,9 @@ class KVStore:
         waiting = sum(item.numel() for one in self._layers for item, _ in one.pending)
         at_once = self._device is None and isinstance(layer.medium, RamMedium)
         if at_once or waiting > PENDING_BYTES:
-            self._save(layer)
+            self._transfers.save(layer)
         else:
-            self._post(AHEAD, Task(lambda: self._save(layer)).run)
+            self._post(AHEAD, Task(lambda: self._transfers.save(layer)).run)
 
     def prefetch(self, index: int) -> None:
         """Have a layer's records loaded, unless all slots are full of what will be used."""
@@ -143,7 +141,7 @@ class KVStore:
         assert layer.medium is not None
         shape = (-1, layer.medium.record_bytes)
         if not self._passes_slot(layer):
-            self._save(layer)
+            self._transfers.save(layer)
             assert isinstance(layer.medium, RamMedium)
             return [
                 torch.from_numpy(view).view(shape) for view in layer.medium.views(0, layer.tokens)
@@ -173,7 +171,7 @@ class KVStore:
         if tokens >= layer.tokens:
             return
         self._settle(layer)  # what was loaded begins with the records that stay
-        self._save(layer)
+        self._transfers.save(layer)
         assert layer.medium is not None
         if layer.copied is not None and self._device is not None:
             self._device.synchronize(layer.copied)
@@ -202,82 +200,6 @@ class KVStore:
             slot.unpin()
             slot.buffer = None
 
-    # ---- tasks, on any thread ------------------------------------------------------------------
-
-    def _save(self, layer: Layer) -> None:
-        """Bring a layer's pending records home; what fails stays pending."""
-        device = self._device
-        with layer.lock, self._entered():
-            medium = layer.medium
-            while layer.pending and medium is not None:
-                records, made = layer.pending[0]
-                start, count = time.perf_counter(), len(records)
-                if device is None:
-                    medium.write(layer.saved, records.numpy().reshape(-1))
-                else:
-                    device.await_in_copy(made)
-                    if isinstance(medium, RamMedium):
-                        self._copy_back(medium.views(layer.saved, layer.saved + count), records)
-                    else:
-                        passage = HostBuffer(records.numel())
-                        self._copy_back([passage.array], records)
-                        medium.write(layer.saved, passage.array)
-                layer.saved += count
-                layer.pending.popleft()
-                self._count("kv save", layer, start, records.numel())
-
-    def _entered(self) -> AbstractContextManager[None]:
-        return self._device.current() if self._device is not None else nullcontext()
-
-    def _copy_back(self, views: Sequence[np.ndarray], records: torch.Tensor) -> None:
-        """Copy from the device to host memory and return when it is there."""
-        device, flat, at = self._device, records.view(-1), 0
-        assert device is not None
-        for view in views:
-            device.copy_back(view, flat[at : at + view.nbytes])
-            at += view.nbytes
-        event = device.event()
-        device.record_copy(event)
-        device.synchronize(event)
-
-    def _fill(self, layer: Layer, slot: Slot, tokens: int) -> None:
-        """Load a layer's first `tokens` into a slot."""
-        self._save(layer)
-        device, medium = self._device, layer.medium
-        assert medium is not None
-        start, nbytes = time.perf_counter(), tokens * medium.record_bytes
-        with layer.lock, self._entered():
-            if isinstance(medium, FileMedium):
-                assert slot.host is not None
-                if device is not None:
-                    device.synchronize(slot.ready)  # the last copy from this memory
-                medium.read(0, slot.host.array[:nbytes])
-                views = [slot.host.array[:nbytes]]
-            else:
-                views = medium.views(0, tokens)
-            if device is not None:
-                assert slot.buffer is not None
-                device.await_in_copy(slot.granted)
-                at = 0
-                for view in views:
-                    device.copy(slot.buffer[at : at + view.nbytes], view)
-                    at += view.nbytes
-                device.record_copy(slot.ready)
-                device.record_copy(layer.copied)
-        self._count("kv load", layer, start, nbytes)
-
-    def _count(self, kind: Any, layer: Layer, start: float, nbytes: int) -> None:
-        counters, stop = self.ledger.counters, time.perf_counter()
-        if kind == "kv load":
-            counters.kv_loads += 1
-            counters.kv_load_bytes += nbytes
-            counters.kv_load_s += stop - start
-        else:
-            counters.kv_saves += 1
-            counters.kv_save_bytes += nbytes
-            counters.kv_save_s += stop - start
-        self.ledger.note(kind, f"keys and values {layer.index}", start, stop, nbytes)
-
     # ---- on the model's thread -----------------------------------------------------------------
 
     def _passes_slot(self, layer: Layer) -> bool:
@@ -294,7 +216,7 @@ class KVStore:
         tokens = layer.tokens
         slot.reserve(tokens * layer.medium.record_bytes, host=isinstance(layer.medium, FileMedium))
         slot.layer, layer.slot = layer, slot
-        slot.task = Task(lambda: self._fill(layer, slot, tokens))
+        slot.task = Task(lambda: self._transfers.fill(layer, slot, tokens))
         self._post(KEYS, slot.task.run)
 
     def _loaded(self, layer: Layer) -> Slot:
@@ -362,7 +284,7 @@ class KVStore:
 
     def _move(self, layer: Layer, old: RamMedium) -> None:
         self._give_up(layer)
-        self._save(layer)
+        self._transfers.save(layer)
         if layer.copied is not None and self._device is not None:
             self._device.synchronize(layer.copied)
         medium, at = FileMedium(old.record_bytes, self._access), 0
@@ -373,7 +295,7 @@ class KVStore:
                 at += view.nbytes // old.record_bytes
             layer.medium = medium
         old.close()
-        self._count("kv save", layer, start, at * old.record_bytes)
+        self._transfers.count("kv save", layer, start, at * old.record_bytes)
 
 
 def _spread(index: int) -> float:
