@@ -193,23 +193,35 @@ def progress_bar(
         return
     from tqdm import tqdm
 
-    with tqdm(
-        desc=printable(what), unit=unit, unit_scale=unit == "B", dynamic_ncols=True, delay=0.2
-    ) as bar:
+    bar: tqdm[Any] | None = None
 
-        def move(done: int, total: int) -> None:
-            bar.total = total
-            bar.update(done - bar.n)
+    def move(done: int, total: int) -> None:
+        nonlocal bar
+        if bar is None:  # what comes before the first call is none of its time
+            bar = tqdm(
+                desc=printable(what),
+                unit=unit,
+                unit_scale=unit == "B",
+                dynamic_ncols=True,
+                delay=0.2,
+            )
+        bar.total = total
+        bar.update(done - bar.n)
 
+    try:
         yield move
+    finally:
+        if bar is not None:
+            bar.close()
 
 
 def _lines(what: str, unit: str, after_s: float) -> Callable[[int, int], None]:
-    due = time.monotonic() + after_s
+    due: float | None = None
 
     def move(done: int, total: int) -> None:
         nonlocal due
         now = time.monotonic()
+        due = now + after_s if due is None else due
         if now >= due and done < total:
             due = now + LINE_EVERY_S
             words = (human(done), human(total)) if unit == "B" else (done, f"{total} {unit}s")

@@ -1,7 +1,6 @@
 """`endor pack`: a dense checkpoint to a packed one, pruned on the way if asked."""
 
 import json
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
@@ -26,18 +25,16 @@ from endor.cli.common import (
 from endor.cli.pruning import (
     calibration_options,
     method_help,
-    prepared,
     quantize_options,
     refuse_idle,
+    requested,
 )
 from endor.cli.terminal import echo, show
 from endor.codecs import CodecChoice
-from endor.errors import ConfigError
 from endor.pruning.contract import METHODS
 
 if TYPE_CHECKING:
-    from endor.checkpoint import CheckpointSource, PackReport
-    from endor.checkpoint.manifest import Writes
+    from endor.checkpoint import PackReport
 
 
 ASKED_BYTES = 1 << 30
@@ -104,74 +101,30 @@ def pack_command(
     if codec != "auto" and quantizes:
         raise click.UsageError("--bits and --quality take codec int: leave out --codec")
     refuse_existing(out, resume=resume, overwrite=overwrite)
-    from endor.checkpoint.output import check_output
+    from endor.packing import pack_checkpoint
 
-    def check(source: Path, writes: "Writes | None" = None) -> None:
-        # A file that becomes a file is looked at when it is packed.
-        if not (source.is_file() and out.suffix == ".safetensors"):
-            check_output(out, source, writes=writes, resume=resume, overwrite=overwrite)
-
-    from endor.checkpoint import pack_checkpoint
-    from endor.checkpoint.composite import is_composite
-
-    write = partial(
-        pack_checkpoint,
-        codec=codec,
-        include=include,
-        exclude=exclude,
-        max_shard_bytes=max_shard_size,
-        resume=resume,
-        overwrite=overwrite,
-        threads=threads,
-    )
-    if is_composite(model):
-        needs = METHODS.get(prune)
-        if quantizes or (needs is not None and needs.calibrated):
-            raise ConfigError(
-                f"{model}: holds several models, which are packed lossless or with --prune "
-                "magnitude; for more, pack the folder of one"
-            )
-        with resumable(out), progress_bar("pack") as progress:
-            report = write(
-                model,
-                out,
-                prune=prune,
-                sparsity=options["sparsity"],
-                pattern=options["pattern"],
-                progress=progress,
-            )
-        _say(out, report, None, as_json=as_json)
-        return
-    check(model)
-    from endor.checkpoint.companions import QUANTIZATION_KEY
-    from endor.checkpoint.convert import pack_writes
-
-    def ready(source: "CheckpointSource") -> None:
-        check(source.path, pack_writes(source))
-
-    with (
-        resumable(out),
-        calibration_progress() as watch,
-        prepared(model, prune, options, include, exclude, watch, ready) as found,
-        progress_bar("pack") as progress,
-    ):
-        quantized = (found.source.config() or {}).get(QUANTIZATION_KEY)
-        report = write(
-            found.source,
+    request = requested(prune, options)
+    with resumable(out), calibration_progress() as layers, progress_bar("pack") as progress:
+        report = pack_checkpoint(
+            model,
             out,
-            prune=found.pruner,
-            description=found.description,
-            quantized=found.quantized,
+            **request,
+            codec=codec,
+            include=include,
+            exclude=exclude,
+            max_shard_bytes=max_shard_size,
+            resume=resume,
+            overwrite=overwrite,
+            threads=threads,
             progress=progress,
+            layers=layers,
         )
-    _say(out, report, quantized, as_json=as_json)
+    _say(out, report, as_json=as_json)
 
 
-def _say(out: Path, report: "PackReport", quantized: Any, *, as_json: bool) -> None:
+def _say(out: Path, report: "PackReport", *, as_json: bool) -> None:
     """Print what came out."""
-    from endor.checkpoint.companions import quantization_name
-
-    looked = quantized is None and report.sizes.dense_bytes >= ASKED_BYTES
+    looked = not report.stored_quantization and report.sizes.dense_bytes >= ASKED_BYTES
     expanded = expanded_at_load(out) if looked else None
     if as_json:
         names = None if expanded is None else expanded[0]
@@ -182,9 +135,9 @@ def _say(out: Path, report: "PackReport", quantized: Any, *, as_json: bool) -> N
         f"{out}: {human(sizes.dense_bytes)} -> {human(sizes.packed_bytes)}, "
         f"{change(sizes.ratio)}, {report.seconds:.1f} s, {report.gbps:.2f} GB/s"
     )
-    if quantized is not None:
+    if report.stored_quantization:
         show(
-            f"its weights are quantized ({quantization_name(quantized)}): packed for storage; "
+            f"its weights are quantized ({report.stored_quantization}): packed for storage; "
             "unpack it to run it",
             err=True,
         )

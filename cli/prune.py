@@ -1,7 +1,6 @@
 """`endor prune`: a dense checkpoint to a dense one with zeros in it, or to masks."""
 
 import json
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,7 @@ from endor.cli.common import (
     resumable,
     selection_options,
 )
-from endor.cli.pruning import calibration_options, method_help, prepared
+from endor.cli.pruning import calibration_options, method_help, requested
 from endor.cli.terminal import echo, show
 from endor.pruning.contract import METHODS
 
@@ -61,52 +60,37 @@ def prune_command(
     The zeros take as much room as before: `endor pack` is the step that makes the files smaller.
     """
     refuse_existing(out, resume=resume, overwrite=overwrite)
-    from endor.checkpoint.output import check_output
+    from endor.checkpoint import DenseReport
+    from endor.packing import prune_checkpoint, prune_to_masks
+    from endor.pruning.mask_writer import MaskReport
 
-    check = partial(check_output, out, resume=resume, overwrite=overwrite)
-    if not mask_only:
-        check(model)
-    from endor.checkpoint import CheckpointSource, DenseReport, prune_checkpoint
-    from endor.checkpoint.dense import dense_writes
-    from endor.pruning.mask_writer import MaskReport, check_mask_target, write_masks
-
-    def ready(source: CheckpointSource) -> None:
-        if mask_only:
-            check_mask_target(out, source.path, overwrite=overwrite)
-        else:
-            check(source.path, writes=dense_writes(source))
-
-    with (
-        resumable(out),
-        calibration_progress() as watch,
-        prepared(model, method, options, include, exclude, watch, ready) as found,
-        progress_bar("prune") as progress,
-    ):
+    request = requested(method, options)
+    with resumable(out), calibration_progress() as layers, progress_bar("prune") as progress:
         report: DenseReport | MaskReport
         if mask_only:
-            report = write_masks(
-                found.source,
+            report = prune_to_masks(
+                model,
                 out,
-                prune=found.pruner,
-                description=found.description,
+                **request,
                 include=include,
                 exclude=exclude,
                 overwrite=overwrite,
                 threads=threads,
                 progress=progress,
+                layers=layers,
             )
         else:
             report = prune_checkpoint(
-                found.source,
+                model,
                 out,
-                prune=found.pruner,
-                description=found.description,
+                **request,
                 include=include,
                 exclude=exclude,
                 resume=resume,
                 overwrite=overwrite,
                 threads=threads,
                 progress=progress,
+                layers=layers,
             )
     if as_json:
         echo(json.dumps(report.to_dict()))

@@ -1,10 +1,9 @@
 """The options that `endor pack`, `endor prune` and `endor quantize` share."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field, fields
+from collections.abc import Callable, Sequence
+from dataclasses import fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 from click.core import ParameterSource
@@ -13,10 +12,6 @@ from endor.cli.common import Command, Share, Size, trust_option
 from endor.codecs.rounding import LEAST_BITS, MOST_BITS
 from endor.pruning.contract import METHODS, NOTHING, Pattern, PruneOptions
 from endor.quantization.contract import QuantizeOptions
-
-if TYPE_CHECKING:
-    from endor.checkpoint import CheckpointSource
-    from endor.pruning.contract import WeightPruner
 
 
 class PatternType(click.ParamType[str]):
@@ -207,63 +202,24 @@ def _count(name: str, default: int, help: str) -> Callable[[Command], Command]:
     return click.option(name, type=click.IntRange(1), default=default, show_default=True, help=help)
 
 
-@dataclass(frozen=True, slots=True)
-class Prepared:
-    """What to convert.
-
-    Attributes:
-        source: Yields tensors, pruned and quantised already if that takes calibration.
-        pruner: To be applied to them; None for nothing.
-        description: How the pruning was done; empty for none.
-        quantized: How the quantisation was done; empty for none.
-    """
-
-    source: "CheckpointSource"
-    pruner: "WeightPruner | None" = None
-    description: Mapping[str, Any] = field(default_factory=dict)
-    quantized: Mapping[str, Any] = field(default_factory=dict)
-
-
-@contextmanager
-def prepared(
-    model: Path,
-    name: str,
-    options: dict[str, Any],
-    include: Sequence[str],
-    exclude: Sequence[str],
-    watch: Callable[[int, int, str], None],
-    ready: Callable[["CheckpointSource"], None],
-) -> Iterator[Prepared]:
-    """Yield what to convert.
-
-    A method that looks at weights only is a pruner on the plain source; a calibrated one is a
-    source that computes layer after layer as its tensors are asked for, and so is quantisation.
+def requested(name: str, options: dict[str, Any]) -> dict[str, Any]:
+    """Return what the options of the command line mean to the calls of `endor.packing`.
 
     Args:
-        model: The checkpoint.
         name: `"none"`, or a key of `METHODS`.
-        options: Fields of `PruneOptions` and, if it takes such, `QuantizeOptions`.
-        include: Patterns of tensors to take besides the default ones.
-        exclude: Patterns of tensors to leave alone.
-        watch: Called with layers done, layers in total, and what goes on.
-        ready: Called with the opened checkpoint, before the calibration begins.
+        options: Fields of `PruneOptions` and, if the command takes such, `QuantizeOptions`.
+
+    Raises:
+        UsageError: The options contradict each other.
+        ConfigError: One of them makes no sense.
     """
-    from contextlib import closing
-    from typing import cast
-
-    from endor.checkpoint import open_source
-    from endor.checkpoint.select import select
-    from endor.pruning.contract import WeightPruner
-
     options = dict(options)
     bits, quality, keep_zeros = (
         options.pop(key, None) for key in ("bits", "quality", "keep_zeros")
     )
-    quantizes = bits is not None or quality is not None
     text = options.pop("calibration")
-    chosen = PruneOptions(method=name, calibration=text or (), **options)
-    calibrated = METHODS.get(name, NOTHING).calibrated
-    if text is None and calibrated:
+    prune = PruneOptions(method=name, calibration=text or (), **options)
+    if text is None and METHODS.get(name, NOTHING).calibrated:
         raise click.UsageError(
             f"{name} needs a calibration text; magnitude is the one that does not"
         )
@@ -271,64 +227,14 @@ def prepared(
         raise click.UsageError("--bits and --quality exclude each other")
     if text is None and bits is None:
         raise click.UsageError("'--calibration none' goes with --bits")
-    with ExitStack() as stack:
-        source = stack.enter_context(closing(open_source(model)))
-        ready(source)
-        selected = select(source.tensors.values(), include=include, exclude=exclude)
-        pruner = None
-        if name != NOTHING.name and not calibrated:
-            pruner = cast(WeightPruner, METHODS[name].create(chosen))
-        if quantizes:
-            given = QuantizeOptions(
-                bits=bits or QuantizeOptions().bits,
-                dampening=chosen.dampening,
-                keep_zeros=keep_zeros,
-            )
-            yield _quantized(stack, source, chosen, given, quality, selected, pruner, text, watch)
-        elif calibrated:
-            from endor.pruning.source import PrunedSource
-
-            wrapped = PrunedSource(source, chosen, selected, progress=watch)
-            stack.enter_context(closing(wrapped))
-            yield Prepared(wrapped, None, wrapped.describe())
-        else:
-            yield Prepared(source, pruner)
-
-
-def _quantized(
-    stack: ExitStack,
-    source: "CheckpointSource",
-    prune: PruneOptions,
-    options: QuantizeOptions,
-    quality: float | None,
-    selected: frozenset[str],
-    pruner: "WeightPruner | None",
-    text: tuple[Path, ...] | None,
-    watch: Callable[[int, int, str], None],
-) -> Prepared:
-    """Return a source that quantises, closed with the stack."""
-    from contextlib import closing
-    from dataclasses import replace
-
-    from endor.quantization.search import found_quality
-    from endor.quantization.source import QuantizedSource, RoundedSource, WeightPrunedSource
-
-    described: dict[str, Any] = {}
-    if pruner is not None:
-        described = getattr(pruner, "describe", dict)()
-    if pruner is not None:
-        source = WeightPrunedSource(source, pruner, selected, repr(described))
-        prune = replace(prune, method=NOTHING.name)
-        options = replace(options, keep_zeros=True)
-    if text is None:
-        rounded = RoundedSource(source, options, selected)
-        return Prepared(rounded, None, described, rounded.describe_quantization())
-    if quality is not None:
-        prune, options = stack.enter_context(
-            found_quality(source, prune, options, selected, quality, progress=watch)
-        )
-    found = QuantizedSource(source, prune, options, selected, progress=watch)
-    stack.enter_context(closing(found))
-    if prune.method != NOTHING.name:
-        described = found.describe()
-    return Prepared(found, None, described, found.describe_quantization())
+    if bits is None and quality is None:
+        return {"prune": prune}
+    quantize = QuantizeOptions(
+        bits=bits or QuantizeOptions().bits, dampening=prune.dampening, keep_zeros=keep_zeros
+    )
+    return {
+        "prune": prune,
+        "quantize": quantize,
+        "quality": quality,
+        "calibrate": text is not None,
+    }

@@ -1,7 +1,6 @@
 """`endor quantize`: a dense checkpoint to a dense one whose weights are quantised."""
 
 import json
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,7 @@ from endor.cli.common import (
     resumable,
     selection_options,
 )
-from endor.cli.pruning import calibration_options, prepared, quantize_options
+from endor.cli.pruning import calibration_options, quantize_options, requested
 from endor.cli.terminal import echo, show
 from endor.pruning.contract import METHODS
 
@@ -59,39 +58,26 @@ def quantize_command(
     if options["bits"] is None and options["quality"] is None:
         raise click.UsageError("--bits or --quality is needed")
     refuse_existing(out, resume=resume, overwrite=overwrite)
-    from endor.checkpoint.output import check_output
+    from endor.packing import prune_checkpoint
 
-    check = partial(check_output, out, resume=resume, overwrite=overwrite)
-    check(model)
-    from endor.checkpoint import CheckpointSource, prune_checkpoint
-    from endor.checkpoint.dense import dense_writes
-
-    def ready(source: CheckpointSource) -> None:
-        check(source.path, writes=dense_writes(source))
-
-    with (
-        resumable(out),
-        calibration_progress() as watch,
-        prepared(model, prune, options, include, exclude, watch, ready) as found,
-        progress_bar("quantize") as progress,
-    ):
+    request = requested(prune, options)
+    with resumable(out), calibration_progress() as layers, progress_bar("quantize") as progress:
         report = prune_checkpoint(
-            found.source,
+            model,
             out,
-            prune=found.pruner,
-            description=found.description,
-            quantized=found.quantized,
+            **request,
             include=include,
             exclude=exclude,
             resume=resume,
             overwrite=overwrite,
             threads=threads,
             progress=progress,
+            layers=layers,
         )
     if as_json:
-        echo(json.dumps(report.to_dict() | {"quantize": dict(found.quantized)}))
+        echo(json.dumps(report.to_dict()))
         return
-    bits = found.quantized["bits"]
+    bits = report.quantize["bits"]
     show(
         f"{out}: {report.weights:,} weights of {report.pruned_tensors} tensors take the values "
         f"that {bits:.2f} bits give them ({report.sparsity:.4f} zeros), {report.seconds:.1f} s"

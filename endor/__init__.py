@@ -7,14 +7,10 @@ from endor.errors import EndorError
 from endor.hf import register
 
 if TYPE_CHECKING:
-    from endor.checkpoint import (
-        inspect_checkpoint,
-        pack_checkpoint,
-        unpack_checkpoint,
-        verify_checkpoint,
-    )
+    from endor.checkpoint import inspect_checkpoint, unpack_checkpoint, verify_checkpoint
     from endor.hf import EndorConfig, load_model
     from endor.packed import PackedTensor, compress, decompress, pack_codes
+    from endor.packing import pack_checkpoint
     from endor.storage import load_file, safe_open, save_file
 
 __version__ = "0.1.0"
@@ -45,7 +41,7 @@ _HOMES = {
     "inspect_checkpoint": "endor.checkpoint",
     "load_file": "endor.storage",
     "load_model": "endor.hf",
-    "pack_checkpoint": "endor.checkpoint",
+    "pack_checkpoint": "endor.packing",
     "pack_codes": "endor.packed",
     "safe_open": "endor.storage",
     "save_file": "endor.storage",

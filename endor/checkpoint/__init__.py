@@ -13,8 +13,6 @@ Modules (who needs what):
 
 from endor.checkpoint.api import (
     inspect_checkpoint,
-    pack_checkpoint,
-    prune_checkpoint,
     unpack_checkpoint,
     verify_checkpoint,
 )
@@ -36,8 +34,6 @@ __all__ = [
     "VerifyReport",
     "inspect_checkpoint",
     "open_source",
-    "pack_checkpoint",
-    "prune_checkpoint",
     "unpack_checkpoint",
     "verify_checkpoint",
 ]

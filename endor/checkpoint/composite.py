@@ -116,7 +116,11 @@ def pack_composite(
     if not names:
         raise ConfigError(f"{path}: none of its models has a matrix of a layer to pack")
     identity = {"kind": "packed", "source": str(path.resolve()), "parts": names}
-    identity |= {key: str(value) for key, value in options.items() if key in ("prune", "codec")}
+    identity |= {
+        key: str(getattr(value, "method", value))
+        for key, value in options.items()
+        if key in ("prune", "codec")
+    }
     reports: list[PackReport] = []
     with _staged(path, out, identity, resume=resume, overwrite=overwrite) as stage:
         for name in names:

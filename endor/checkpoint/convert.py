@@ -36,14 +36,13 @@ from endor.checkpoint.manifest import Writes
 from endor.checkpoint.output import OutputDirectory
 from endor.checkpoint.pipeline import OrderedWork, ScratchPool
 from endor.checkpoint.plan import Unit, plan_units
-from endor.checkpoint.reading import TensorLoader
+from endor.checkpoint.reading import TensorLoader, WeightPruner
 from endor.checkpoint.report import PackReport, Progress, Sizes, no_progress
 from endor.checkpoint.sources.contract import CheckpointSource, CodedSource, SourceTensor
 from endor.checkpoint.verify import check_file
 from endor.codecs import CodecChoice, Encoded, TensorSpec, dense
 from endor.errors import CheckpointError
 from endor.kernels import integer
-from endor.pruning.contract import WeightPruner
 from endor.storage import FileLayout, FileWriter, header_capacity, largest_spec
 from endor.storage.layout import ALIGN, FORMAT_VERSION
 from endor.storage.writer import largest_int_spec

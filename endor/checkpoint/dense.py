@@ -29,11 +29,10 @@ from endor.checkpoint.manifest import Writes
 from endor.checkpoint.output import OutputDirectory
 from endor.checkpoint.pipeline import OrderedWork
 from endor.checkpoint.plan import plan_units
-from endor.checkpoint.reading import Loaded, TensorLoader
+from endor.checkpoint.reading import Loaded, TensorLoader, WeightPruner
 from endor.checkpoint.report import DenseReport, Progress, no_progress
 from endor.checkpoint.sources.contract import CheckpointSource, SourceTensor
 from endor.errors import CheckpointError
-from endor.pruning.contract import WeightPruner
 from endor.storage import TemporaryFile
 from endor.storage.positioned import write_at
 from endor.storage.safetensors import Entry, file_head

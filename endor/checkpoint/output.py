@@ -492,6 +492,14 @@ def check_output(
     ).check()
 
 
+def output_path(out_dir: Path | str) -> Path:
+    """Return the directory to make; `/` and `..` have no place beside them to work in."""
+    out = Path(os.path.abspath(out_dir))  # noqa: PTH100 - resolve() would follow OUT's own link
+    if not out.name:
+        raise CheckpointError(f"{out}: is no place for a checkpoint; choose a directory below it")
+    return Path(out_dir)
+
+
 def check_source(out: Path, source: Path) -> None:
     """Raise `CheckpointError` when writing to `out` would destroy `source`."""
     partial = out.with_name(out.name + ".partial")

@@ -1,6 +1,7 @@
 """Reading tensors of a source into pooled buffers, and pruning them."""
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
@@ -8,8 +9,21 @@ from endor.checkpoint.pipeline import BufferPool, budget_for
 from endor.checkpoint.sources.contract import CheckpointSource, SourceTensor
 from endor.errors import PruningError
 from endor.packed import tensor_of
-from endor.pruning.contract import WeightPruner
 from endor.storage import HostBuffer
+
+if TYPE_CHECKING:
+    import torch
+
+
+class WeightPruner(Protocol):
+    """A method that looks at nothing but the weight."""
+
+    def prune(self, name: str, weight: "torch.Tensor") -> "torch.Tensor":
+        """Return `weight` (any float dtype, 2-D, or 3-D of stacked experts) with its zeros set.
+
+        Survivors keep their bits.
+        """
+        ...
 
 
 @dataclass(slots=True)

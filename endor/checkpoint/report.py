@@ -1,7 +1,7 @@
 """What a packed checkpoint weighs: totals over its shards."""
 
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -94,6 +94,7 @@ class PackReport:
         converted_bytes: Dense bytes that this run read.
         left_out: Other weights and folders beside the source's, which were not carried over.
         code: Files of Python code that were carried over.
+        stored_quantization: The quantisation that the weights had before, in words; empty for none.
     """
 
     path: Path
@@ -103,6 +104,7 @@ class PackReport:
     converted_bytes: int
     left_out: tuple[str, ...] = ()
     code: tuple[str, ...] = ()
+    stored_quantization: str = ""
 
     @property
     def gbps(self) -> float:
@@ -139,6 +141,7 @@ class DenseReport:
         seconds: Wall time of this run.
         left_out: Other weights and folders beside the source's, which were not carried over.
         code: Files of Python code that were carried over.
+        quantize: How the weights were quantised; empty where they were not.
     """
 
     path: Path
@@ -152,6 +155,7 @@ class DenseReport:
     seconds: float
     left_out: tuple[str, ...] = ()
     code: tuple[str, ...] = ()
+    quantize: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def gbps(self) -> float:
@@ -166,6 +170,8 @@ class DenseReport:
     def to_dict(self) -> dict[str, Any]:
         """Return everything for JSON."""
         fields = asdict(self) | {"path": str(self.path)}
+        if not self.quantize:
+            del fields["quantize"]
         return fields | {"gbps": self.gbps, "sparsity": self.sparsity}
 
 

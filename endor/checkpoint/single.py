@@ -7,12 +7,11 @@ from pathlib import Path
 from endor import kernels
 from endor.checkpoint.pipeline import OrderedWork
 from endor.checkpoint.plan import plan_units, stored_arrays
-from endor.checkpoint.reading import Loaded, TensorLoader
+from endor.checkpoint.reading import Loaded, TensorLoader, WeightPruner
 from endor.checkpoint.report import PackReport, Progress, Sizes, no_progress
 from endor.checkpoint.sources.contract import CheckpointSource, CodedSource, SourceTensor
 from endor.codecs import CodecChoice, Encoded, TensorSpec, dense
 from endor.errors import CheckpointError, OutputExistsError
-from endor.pruning.contract import WeightPruner
 from endor.storage import FileLayout, FileWriter, header_capacity, largest_spec
 from endor.storage.writer import largest_int_spec
 

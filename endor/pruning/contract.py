@@ -24,7 +24,12 @@ from endor.errors import ConfigError
 if TYPE_CHECKING:
     import torch
 
+    from endor.checkpoint.reading import WeightPruner
+
 Statistics = Literal["none", "diagonal", "gram"]
+
+Progress = Callable[[int, int, str], None]
+"""Called with layers done, layers in all, and what goes on."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,17 +163,6 @@ class PruneOptions:
         return self.only is None or re.search(self.only, name) is not None
 
 
-class WeightPruner(Protocol):
-    """A method that looks at nothing but the weight."""
-
-    def prune(self, name: str, weight: "torch.Tensor") -> "torch.Tensor":
-        """Return `weight` (any float dtype, 2-D, or 3-D of stacked experts) with its zeros set.
-
-        Survivors keep their bits.
-        """
-        ...
-
-
 class LayerPruner(Protocol):
     """A method that weighs the weights by the inputs they meet."""
 
@@ -255,14 +249,11 @@ class Method:
         """Whether a run needs calibration text, and therefore the streaming driver."""
         return self.statistics != "none"
 
-    def create(self, options: PruneOptions) -> WeightPruner | LayerPruner:
+    def create(self, options: PruneOptions) -> "WeightPruner | LayerPruner":
         """Return the method set up for `options`; a `WeightPruner` iff not `calibrated`."""
         module, _, attribute = self.target.partition(":")
-        factory = cast(
-            Callable[[PruneOptions], WeightPruner | LayerPruner],
-            getattr(importlib.import_module(module), attribute),
-        )
-        return factory(options)
+        factory = getattr(importlib.import_module(module), attribute)
+        return cast("WeightPruner | LayerPruner", factory(options))
 
 
 NOTHING = Method("none", "keeps every weight", "none", "")

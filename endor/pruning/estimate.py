@@ -2,13 +2,10 @@
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 from endor import machine
-from endor.pruning.contract import Method, PruneOptions
-
-Progress = Callable[[int, int, str], None]
-"""Called with layers done, layers in all, and what goes on."""
+from endor.pruning.contract import Method, Progress, PruneOptions
 
 SOLVER_PRODUCTS = 20
 """Products with the Gram matrix that a solver takes: those of ADMM."""

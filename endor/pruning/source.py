@@ -13,8 +13,7 @@ from endor.errors import EndorError, PruningError
 from endor.packed import bits_of
 from endor.pruning.calibration import shipped_texts
 from endor.pruning.coding import codes_of, steps_of
-from endor.pruning.contract import METHODS, NOTHING, LayerQuantizer, PruneOptions
-from endor.pruning.estimate import Progress
+from endor.pruning.contract import METHODS, NOTHING, LayerQuantizer, Progress, PruneOptions
 from endor.pruning.scratch import ScratchFolder
 from endor.pruning.stream import LayerStream
 

@@ -27,11 +27,12 @@ from endor.pruning.contract import (
     NOTHING,
     LayerPruner,
     LayerQuantizer,
+    Progress,
     PruneOptions,
 )
 from endor.pruning.devices import torch_device
 from endor.pruning.divergence import divergence
-from endor.pruning.estimate import Progress, Teller
+from endor.pruning.estimate import Teller
 from endor.pruning.finetune import Schedule, autocast, finetune
 from endor.pruning.finished import FinishedLayers, fingerprint
 from endor.pruning.heap import reused_blocks

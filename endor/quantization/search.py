@@ -11,8 +11,7 @@ from pathlib import Path
 from endor.checkpoint.sources.contract import CheckpointSource
 from endor.codecs.rounding import LEAST_BITS, MOST_BITS
 from endor.errors import ConfigError
-from endor.pruning.contract import PruneOptions
-from endor.pruning.estimate import Progress
+from endor.pruning.contract import Progress, PruneOptions
 from endor.pruning.stream import LayerStream
 from endor.quantization.contract import QuantizeOptions
 from endor.quantization.quantizer import EcqQuantizer

@@ -7,13 +7,12 @@ from typing import Any
 
 import numpy as np
 
-from endor.checkpoint.reading import prune_in_place
+from endor.checkpoint.reading import WeightPruner, prune_in_place
 from endor.checkpoint.sources.contract import CheckpointSource, SourceTensor
 from endor.codecs import integer
 from endor.codecs.rounding import floats_of, round_to_bits
 from endor.errors import ConfigError, DTypeError, QuantizationError
-from endor.pruning.contract import PruneOptions, WeightPruner
-from endor.pruning.estimate import Progress
+from endor.pruning.contract import Progress, PruneOptions
 from endor.pruning.source import PrunedSource
 from endor.quantization.contract import QuantizeOptions
 from endor.quantization.quantizer import EcqQuantizer, array_bits

@@ -55,7 +55,7 @@ class Conversion:
 
 
 def pack(source: Path, out: Path, **options: object) -> None:
-    from endor.checkpoint import pack_checkpoint
+    from endor.packing import pack_checkpoint
 
     _quiet()
     pack_checkpoint(source, out, max_shard_bytes=MIB, threads=2, **options)
@@ -69,7 +69,7 @@ def unpack(source: Path, out: Path, **options: object) -> None:
 
 
 def prune(source: Path, out: Path, **options: object) -> None:
-    from endor.checkpoint import prune_checkpoint
+    from endor.packing import prune_checkpoint
 
     _quiet()
     prune_checkpoint(source, out, threads=2, **options)
@@ -77,8 +77,9 @@ def prune(source: Path, out: Path, **options: object) -> None:
 
 def calibrated(source: Path, scratch: Path, out: Path, **options: object) -> None:
     """Pack with Wanda; finished layers wait in `scratch`, or in TMPDIR without one."""
-    from endor.checkpoint import open_source, pack_checkpoint
+    from endor.checkpoint import open_source
     from endor.checkpoint.select import select
+    from endor.packing import pack_checkpoint
     from endor.pruning.contract import PruneOptions
     from endor.pruning.source import PrunedSource
 

@@ -4,8 +4,9 @@ import json
 
 import pytest
 
-from endor.checkpoint import pack_checkpoint, prune_checkpoint, unpack_checkpoint
+from endor.checkpoint import unpack_checkpoint
 from endor.errors import CheckpointError
+from endor.packing import pack_checkpoint, prune_checkpoint
 
 
 def names(path):

@@ -12,14 +12,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from endor.checkpoint import (
-    inspect_checkpoint,
-    open_source,
-    pack_checkpoint,
-    prune_checkpoint,
-    unpack_checkpoint,
-    verify_checkpoint,
-)
+from endor.checkpoint import inspect_checkpoint, open_source, unpack_checkpoint, verify_checkpoint
 from endor.errors import (
     CheckpointError,
     ConfigError,
@@ -29,8 +22,10 @@ from endor.errors import (
     OutputExistsError,
     PruningError,
 )
+from endor.packing import pack_checkpoint, prune_checkpoint
 from endor.pruning.contract import PruneOptions
 from endor.pruning.methods.magnitude import Magnitude
+from endor.quantization import QuantizeOptions
 from endor.storage import FileLayout
 
 from .conftest import (
@@ -271,8 +266,10 @@ def test_options_that_make_no_sense(tmp_path, model):
     out = tmp_path / "out"
     with pytest.raises(ConfigError, match="prune: must be none or one of"):
         pack_checkpoint(model, out, prune="nothing")
-    with pytest.raises(ConfigError, match="needs calibration"):
-        pack_checkpoint(model, out, prune="wanda")
+    with pytest.raises(ConfigError, match="need calibration text"):
+        pack_checkpoint(model, out, quality=0.1, calibrate=False)
+    with pytest.raises(ConfigError, match="take codec int"):
+        pack_checkpoint(model, out, quantize=QuantizeOptions(), codec="raw")
     with pytest.raises(ConfigError, match="max_shard_bytes"):
         pack_checkpoint(model, out, max_shard_bytes=1000)
     with pytest.raises(ConfigError, match="nothing to prune"):
@@ -554,7 +551,7 @@ def test_dense_outputs_and_old_packed_ones_are_replaced_by_their_names(tmp_path,
 
 KILLED = """
 import os, signal, sys
-from endor.checkpoint import pack_checkpoint
+from endor.packing import pack_checkpoint
 def progress(done, total):
     if done >= int(sys.argv[3]):
         os.kill(os.getpid(), signal.SIGKILL)

@@ -5,11 +5,12 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from endor.checkpoint import open_source, pack_checkpoint, prune_checkpoint, unpack_checkpoint
+from endor.checkpoint import open_source, unpack_checkpoint
 from endor.checkpoint.dense import DTYPE_ORDER
 from endor.checkpoint.select import select
 from endor.codecs import DTYPES
 from endor.errors import CheckpointError, ChecksumError, ConfigError
+from endor.packing import pack_checkpoint, prune_checkpoint
 
 from .conftest import assert_same_tensors, read_bits, weight, write_checkpoint
 

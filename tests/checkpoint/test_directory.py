@@ -11,8 +11,9 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from endor.checkpoint import open_source, pack_checkpoint, unpack_checkpoint, verify_checkpoint
+from endor.checkpoint import open_source, unpack_checkpoint, verify_checkpoint
 from endor.errors import CheckpointError, EndorWarning
+from endor.packing import pack_checkpoint
 
 from .conftest import assert_same_tensors, weight, write_checkpoint
 
@@ -241,6 +242,7 @@ def test_more_shards_than_descriptors(tmp_path):
         "import resource, sys\n"
         "resource.setrlimit(resource.RLIMIT_NOFILE, (100, 100))\n"
         "from endor.checkpoint import *\n"
+        "from endor.packing import pack_checkpoint\n"
         "m, p, u = sys.argv[1:]\n"
         "pack_checkpoint(m, p)\n"
         "assert verify_checkpoint(p, against=m).ok\n"

@@ -8,9 +8,10 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from endor.checkpoint import open_source, pack_checkpoint
+from endor.checkpoint import open_source
 from endor.checkpoint.sources.safetensors import read_header
 from endor.errors import CheckpointError, EndorWarning
+from endor.packing import pack_checkpoint
 from endor.storage.positioned import OpenFiles
 
 from .conftest import assert_same_tensors, weight, write_checkpoint

@@ -7,15 +7,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from endor.checkpoint import (
-    inspect_checkpoint,
-    open_source,
-    pack_checkpoint,
-    unpack_checkpoint,
-    verify_checkpoint,
-)
+from endor.checkpoint import inspect_checkpoint, open_source, unpack_checkpoint, verify_checkpoint
 from endor.checkpoint.verify import check_file
 from endor.errors import CheckpointError, EndorError
+from endor.packing import pack_checkpoint
 from endor.quantization import QuantizeOptions, RoundedSource
 
 from .conftest import write_checkpoint

@@ -61,11 +61,11 @@ def test_a_text_that_is_not_there_is_refused(model, tmp_path):
 def test_texts_add_up(model, tmp_path, monkeypatch):
     seen = []
 
-    def run(model, name, options, *rest):
-        seen.append(options["calibration"])
+    def run(model, out, *, prune, **rest):
+        seen.append(prune.calibration)
         raise SystemExit(3)
 
-    monkeypatch.setattr("endor.cli.prune.prepared", run)
+    monkeypatch.setattr("endor.packing.prune_checkpoint", run)
     (tmp_path / "mine.txt").write_text("text")
     words = ("prune", model, tmp_path / "out", "--calibration", "austen")
     invoke(*words, "--calibration", tmp_path / "mine.txt", code=3)

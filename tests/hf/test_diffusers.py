@@ -454,9 +454,9 @@ def test_a_packed_pipeline_that_lost_a_part(folders, tmp_path):
 
 
 def test_a_killed_run_goes_on(folders, tmp_path, monkeypatch):
-    from endor.checkpoint import api, composite
+    from endor.checkpoint import composite
 
-    pack, done = api.pack_checkpoint, []
+    pack, done = endor.pack_checkpoint, []
 
     def killed(path, *rest, **options):
         if done:

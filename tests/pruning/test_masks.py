@@ -16,9 +16,10 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from endor.bench.quality.evaluate import shipped_text
-from endor.checkpoint import open_source, pack_checkpoint, prune_checkpoint
+from endor.checkpoint import open_source
 from endor.checkpoint.select import select
 from endor.errors import CheckpointError, ConfigError, OutputExistsError
+from endor.packing import pack_checkpoint, prune_checkpoint
 from endor.pruning import METHODS, PruneOptions, describe_masks, hold_masks, load_masks
 from endor.pruning.calibration import shipped_texts
 from endor.pruning.mask_writer import write_masks

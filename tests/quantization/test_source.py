@@ -9,13 +9,14 @@ import torch
 from click.testing import CliRunner
 
 import endor
-from endor.checkpoint import open_source, pack_checkpoint, prune_checkpoint, unpack_checkpoint
+from endor.checkpoint import open_source, unpack_checkpoint
 from endor.checkpoint.plan import plan_units
 from endor.checkpoint.select import select
 from endor.cli.main import cli
 from endor.codecs import dtype, integer
 from endor.errors import ConfigError, DTypeError, EndorError, QuantizationError
 from endor.packed import tensor_of
+from endor.packing import pack_checkpoint, prune_checkpoint
 from endor.pruning import PruneOptions
 from endor.quantization.contract import QuantizeOptions
 from endor.quantization.source import QuantizedSource, RoundedSource

@@ -6,8 +6,9 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from endor.checkpoint import open_source, pack_checkpoint, unpack_checkpoint, verify_checkpoint
+from endor.checkpoint import open_source, unpack_checkpoint, verify_checkpoint
 from endor.errors import CheckpointError
+from endor.packing import pack_checkpoint
 
 from ..conftest import CONFIG, assert_same_tensors, weight, write_companions
 
