@@ -1,0 +1,95 @@
+"""What each kernel costs per 1024 weights: the cases that budget.json records."""
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from endor import codecs
+from endor.codecs import Encoded
+from endor.kernels import gpu_build
+
+from .memory import Costs
+from .simulator import BF16, Simulator, weights
+
+BUDGET = Path(__file__).with_name("budget.json")
+COLUMNS = ("instructions", "sectors read", "sectors written", "wavefronts", "transfers")
+"""Warp instructions; 32-byte sectors of global memory; cycles of shared memory; those, the lines of
+global memory and the shuffles, which share one unit."""
+
+
+@dataclass(frozen=True, slots=True)
+class Figure:
+    """One row of the table.
+
+    Attributes:
+        name: What is counted.
+        run: Runs it for an architecture; returns its costs and its weights.
+    """
+
+    name: str
+    run: Callable[[Simulator, str], tuple[Costs, int]]
+
+
+def _rng() -> np.random.Generator:
+    return np.random.default_rng(2406)
+
+
+def _expansion(name: str, make: Callable[[], Encoded]) -> Figure:
+    def run(simulator: Simulator, architecture: str) -> tuple[Costs, int]:
+        encoded = make()
+        return simulator.expand([encoded], architecture), encoded.spec.numel
+
+    return Figure(name, run)
+
+
+def _product(name: str, cols: int, batch: int) -> Figure:
+    def run(simulator: Simulator, architecture: str) -> tuple[Costs, int]:
+        rng = _rng()
+        packed = codecs.encode(weights(rng, (8, cols), 0.5), BF16, codec="raw")
+        x = weights(rng, (batch, cols))
+        return simulator.multiply(packed, x, architecture)[1], packed.spec.numel
+
+    return Figure(name, run)
+
+
+def _tiles(density: float) -> np.ndarray:
+    return weights(_rng(), (64, 1024), density)
+
+
+def _raw(density: float) -> Encoded:
+    return codecs.encode(_tiles(density), BF16, codec="raw")
+
+
+def _exp(density: float, *, bitmap: bool) -> Encoded:
+    return codecs.encode(_tiles(density), BF16, codec="exp", bitmap=bitmap)
+
+
+FIGURES = (
+    _expansion("expand `raw`, bf16, density 0.5", lambda: _raw(0.5)),
+    _expansion("expand `raw`, bf16, density 0.3", lambda: _raw(0.3)),
+    _expansion("expand `exp`, bf16, density 0.5", lambda: _exp(0.5, bitmap=True)),
+    _expansion("expand `exp`, bf16, no bitmap", lambda: _exp(1.0, bitmap=False)),
+    _product("product, density 0.5, 1 column, 4096 wide", 4096, 1),
+    _product("product, density 0.5, 1 column, 11008 wide", 11008, 1),
+    _product("product, density 0.5, 4 columns, 4096 wide", 4096, 4),
+    _product("product, density 0.5, 8 columns, 4096 wide", 4096, 8),
+)
+
+
+def count(figure: Figure, simulator: Simulator, architecture: str) -> dict[str, float]:
+    """Return each of `COLUMNS` per 1024 weights."""
+    costs, numel = figure.run(simulator, architecture)
+    found = {"instructions": costs.instructions, "transfers": costs.transfers}
+    return {name: round(found.get(name, costs[name]) * 1024 / numel, 1) for name in COLUMNS}
+
+
+def compiler() -> str:
+    """Version of NVRTC: another one may need more or fewer instructions."""
+    return ".".join(map(str, gpu_build.nvrtc_version() or ()))
+
+
+def recorded() -> dict:
+    return json.loads(BUDGET.read_text())
