@@ -1,7 +1,7 @@
 """Count what the GPU kernels cost, on the simulated machine of tests/cuda/sass, and write it down.
 
-    python scripts/gpu_counts.py            # the budget of the tests, the table of the docs
-    python scripts/gpu_counts.py --check    # say whether they are what is counted today
+`python scripts/gpu_counts.py` writes the budget of the tests and the table of docs/kernels-gpu.md;
+with `--check` it only says whether they are what is counted today.
 """
 
 import argparse
