@@ -3,6 +3,7 @@
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from endor import namesake
 from endor.errors import EndorError
 from endor.hf import register
 
@@ -14,6 +15,7 @@ if TYPE_CHECKING:
     from endor.storage import load_file, safe_open, save_file
 
 __version__ = "0.1.0"
+"""The one place that says it; pyproject.toml reads it from here."""
 
 __all__ = [
     "EndorConfig",
@@ -65,14 +67,5 @@ def __dir__() -> list[str]:
     return sorted(__all__)
 
 
+namesake.warn()
 register.install()
-
-
-def _register() -> None:
-    """Let transformers load packed checkpoints, without importing it."""
-    from endor.hf.register import install
-
-    install()
-
-
-_register()

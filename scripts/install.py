@@ -56,6 +56,16 @@ def lowest() -> Iterator[str]:
             yield f"{name}=={bound}"
 
 
+def refuse_namesake() -> None:
+    """Leave where another distribution called endor is installed: its module would win."""
+    sys.path.insert(0, str(ROOT))
+    from endor import namesake
+
+    record = namesake.find()
+    if record is not None:
+        sys.exit(namesake.message(record))
+
+
 def main() -> None:
     at_lowest = sys.argv[1:] == ["--lowest"]
     if importlib.util.find_spec("torch") is None:
@@ -69,6 +79,7 @@ def main() -> None:
         pip("--no-deps", "--no-build-isolation", "-e", str(ROOT))
     else:
         pip("-e", f"{ROOT}[dev]")
+    refuse_namesake()
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ import endor
 ROOT = Path(endor.__file__).resolve().parent.parent
 ROOMS = [
     "errors",
+    "namesake",
     "dependencies",
     "sizes",
     "foreign",

@@ -138,7 +138,7 @@ def _figure(path: Path, heights: Sequence[int]) -> tuple[Any, list[Any]]:
     try:
         figures = import_module("matplotlib.figure")
     except ImportError:
-        raise BackendError("plots need matplotlib: pip install 'endor[plot]'") from None
+        raise BackendError("plots need matplotlib: pip install 'endor-sparse[plot]'") from None
     # Without pyplot: no global state, no display, safe in a library.
     figure = figures.Figure(
         figsize=(8, sum(0.34 * height + 1.1 for height in heights)), layout="constrained"

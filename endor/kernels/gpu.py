@@ -301,7 +301,7 @@ def _refusal(index: int) -> str | None:
     try:
         cupy = _cupy()
     except ImportError as error:
-        return f"the kernels need CuPy ({error}): pip install 'endor[{extra}]'"
+        return f"the kernels need CuPy ({error}): pip install 'endor-sparse[{extra}]'"
     try:
         driver = int(cupy.cuda.runtime.driverGetVersion())
         runtime = int(cupy.cuda.runtime.runtimeGetVersion())
@@ -310,7 +310,7 @@ def _refusal(index: int) -> str | None:
     if driver // 1000 < runtime // 1000:
         return (
             f"the driver speaks CUDA {driver // 1000}.{driver % 1000 // 10}, too old for CuPy's "
-            f"CUDA {runtime // 1000}: update it or pip install 'endor[cuda{driver // 1000}]'"
+            f"CUDA {runtime // 1000}: update it or pip install 'endor-sparse[cuda{driver // 1000}]'"
         )
     capability = torch.cuda.get_device_capability(index)
     if capability < gpu_build.OLDEST_CAPABILITY:

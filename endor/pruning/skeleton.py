@@ -327,7 +327,7 @@ def _empty_model(source: CheckpointSource, *, trust_remote_code: bool) -> Any:
     except ImportError as error:
         raise BackendError(
             f"calibrated pruning needs transformers and accelerate: {error}; "
-            "pip install 'endor[hf]'"
+            "pip install 'endor-sparse[hf]'"
         ) from None
     if source.directory is None or not (source.directory / "config.json").exists():
         raise CheckpointError(

@@ -71,7 +71,7 @@ class CuFile:
             except ImportError as error:
                 raise BackendError(
                     f"reader 'cufile' needs cuda-bindings and cuFile ({error}): "
-                    "pip install 'endor[gds]'"
+                    "pip install 'endor-sparse[gds]'"
                 ) from None
         self._api = api
         self._lock = threading.Lock()
@@ -144,7 +144,7 @@ class Kvikio:
                 api = importlib.import_module("kvikio")
             except ImportError as error:
                 raise BackendError(
-                    f"reader 'kvikio' needs kvikio ({error}): pip install 'endor[kvikio]'"
+                    f"reader 'kvikio' needs kvikio ({error}): pip install 'endor-sparse[kvikio]'"
                 ) from None
         self._api = api
         self._lock = threading.Lock()
