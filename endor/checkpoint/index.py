@@ -229,7 +229,7 @@ def _parse(path: Path) -> PackedIndex:
         ) from None
     if version not in VERSIONS:
         raise FormatError(
-            f"{path}: format version must be {VERSIONS[0]} or {VERSIONS[-1]}, got {version}; "
+            f"{path}: format version must be {VERSIONS[0]} to {VERSIONS[-1]}, got {version}; "
             "upgrade endor"
         )
     odd = [file for file in files if not SHARD_NAME.fullmatch(file)]

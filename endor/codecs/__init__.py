@@ -8,7 +8,7 @@ from typing import cast
 
 import numpy as np
 
-from endor.codecs import dense, exp, integer, raw
+from endor.codecs import dense, exp, fields, integer, raw
 from endor.codecs.choice import Plan, choose
 from endor.codecs.dtypes import DTYPES, DType, dtype
 from endor.codecs.spec import (
@@ -41,6 +41,7 @@ __all__ = [
     "decode",
     "dtype",
     "encode",
+    "fields",
     "integer",
     "validate",
 ]
@@ -109,7 +110,7 @@ def decode(encoded: Encoded, out: np.ndarray | None = None) -> np.ndarray:
         ShapeError: `out` has another size or element type.
     """
     spec = encoded.spec
-    module = {"dense": dense, "raw": raw, "exp": exp, "int": integer}[spec.codec]
+    module = {"dense": dense, "raw": raw, "exp": exp, "int": integer, "fields": fields}[spec.codec]
     flat = cast(np.ndarray, module.decode(encoded))
     if out is None:
         return flat.reshape(spec.dtype.unit_shape(spec.shape))

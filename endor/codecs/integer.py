@@ -1,9 +1,9 @@
 """Codec `int`: integer codes times steps, the codes entropy-coded.
 
-The coder is range ANS (Duda, arXiv 1311.2540) with 32-bit states and 16-bit words: 32 interleaved
-coders of a chunk of 32768 codes share one stream of words (Giesen, arXiv 1402.3392, and his
-`ryg_rans`), so that a warp, or four AVX2 registers, decode 32 codes at a time. Entropy-coding the
-codes of a uniform grid is the idea of EntroLLM (arXiv 2505.02380), EntQuant and WaterSIC;
+The coder is range ANS (`endor.codecs.rans`) with 32-bit states and 16-bit words: 32 interleaved
+coders of a chunk of 32768 codes share one stream of words, as in Giesen's `ryg_rans`, so that a
+warp, or four AVX2 registers, decode 32 codes at a time. Entropy-coding the codes of a uniform grid
+is the idea of EntroLLM (arXiv 2505.02380), EntQuant and WaterSIC;
 docs/decisions/0001-integer-codes.md says what else was tried.
 """
 
@@ -11,14 +11,12 @@ from collections.abc import Mapping
 
 import numpy as np
 
+from endor.codecs import rans
 from endor.codecs.coding import (
     CHUNK,
     LANES,
-    LOWEST,
     MAX_CODE,
     MAX_WORDS,
-    SCALE,
-    SCALE_BITS,
     VALUE_DTYPES,
     Coding,
     matrix_shape,
@@ -48,8 +46,6 @@ __all__ = [
     "size_bits",
     "steps_of",
 ]
-
-_ROWS = CHUNK // LANES
 
 
 def check_codes(codes: np.ndarray, shape: tuple[int, ...] | None) -> np.ndarray:
@@ -102,7 +98,7 @@ def encode(
     codes, values, block, plan = prepare(codes, steps, dtype, shape, block)
     flat = codes.reshape(-1)
     symbols, patched = plan.symbols_of(flat)
-    states, counts, words = _code(symbols, plan)
+    states, counts, words = rans.code(symbols, plan)
     return assemble(codes, dtype, plan, values, block, states, counts, words, patched)
 
 
@@ -155,7 +151,7 @@ def assemble(
     arrays = {
         "steps": stored.reshape(coding.step_shape(codes.shape)),
         "frequencies": plan.frequencies.astype("<u2"),
-        "chunk_offsets": _offsets(counts),
+        "chunk_offsets": rans.offsets_of(counts),
         "states": states,
         "words": words,
     }
@@ -167,35 +163,11 @@ def assemble(
         arrays["low_bits"] = np.packbits(bits.astype(np.uint8), bitorder="little")
     if at.size:
         arrays |= {
-            "patch_offsets": _offsets(np.bincount(at // CHUNK, minlength=counts.size)),
+            "patch_offsets": rans.offsets_of(np.bincount(at // CHUNK, minlength=counts.size)),
             "patch_ranks": (at % CHUNK).astype("<u2"),
             "patch_codes": flat[at].astype("<i4").view("<u4"),
         }
     return Encoded(spec, arrays)
-
-
-def _code(symbols: np.ndarray, plan: CodePlan) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Return states, words of each chunk, and words, all chunks in step, from the last row back."""
-    n_chunks = -(-symbols.size // CHUNK)
-    n_rows = -(-symbols.size // LANES)
-    padded = np.full(n_chunks * CHUNK, plan.substitute, dtype=np.uint8)
-    padded[: symbols.size] = symbols
-    grid = padded.reshape(n_chunks, _ROWS, LANES)
-    frequencies = plan.frequencies.astype(np.uint32)
-    starts = (np.cumsum(frequencies) - frequencies).astype(np.uint32)
-    states = np.full((n_chunks, LANES), LOWEST, dtype=np.uint32)
-    leaves = np.zeros(grid.shape, dtype=np.bool_)
-    words = np.zeros(grid.shape, dtype=np.uint16)
-    for row in range(_ROWS - 1, -1, -1):
-        live = n_chunks if (n_chunks - 1) * _ROWS + row < n_rows else n_chunks - 1
-        x, symbol = states[:live], grid[:live, row]
-        frequency = frequencies[symbol]
-        out = x >= frequency << np.uint32(32 - SCALE_BITS)
-        leaves[:live, row], words[:live, row] = out, x & np.uint32(0xFFFF)
-        x = np.where(out, x >> np.uint32(16), x)
-        quotient, rest = np.divmod(x, frequency)
-        states[:live] = (quotient << np.uint32(SCALE_BITS)) + rest + starts[symbol]
-    return states, leaves.sum(axis=(1, 2)), words[leaves]
 
 
 def codes_of(encoded: Encoded) -> np.ndarray:
@@ -208,32 +180,14 @@ def codes_of(encoded: Encoded) -> np.ndarray:
     coding = spec.coding
     if coding is None:
         raise FormatError(f"codec {spec.codec} has no codes")
-    frequencies = arrays["frequencies"].astype(np.uint32)
-    table = np.repeat(np.arange(coding.symbols, dtype=np.uint8), frequencies)
-    bias = np.arange(SCALE, dtype=np.uint32) - (np.cumsum(frequencies) - frequencies)[table]
-    factor = frequencies[table]
-    words = np.append(arrays["words"], np.zeros(LANES, dtype=np.uint16))
-    offsets = arrays["chunk_offsets"].astype(np.int64)
-    n_chunks, n_rows = offsets.size - 1, -(-spec.numel // LANES)
-    symbols = np.zeros((n_chunks, _ROWS, LANES), dtype=np.uint8)
-    states, at = arrays["states"].copy(), offsets[:-1].copy()
-    for row in range(_ROWS):
-        live = n_chunks if (n_chunks - 1) * _ROWS + row < n_rows else n_chunks - 1
-        slot = states[:live] & np.uint32(SCALE - 1)
-        symbols[:live, row] = table[slot]
-        x = factor[slot] * (states[:live] >> np.uint32(SCALE_BITS)) + bias[slot].astype(np.uint32)
-        need = x < LOWEST
-        index = at[:live, None] + np.cumsum(need, axis=1) - 1
-        word = words[np.where(need, np.minimum(index, words.size - 1), 0)]
-        states[:live] = np.where(need, x << np.uint32(16) | word, x)
-        at[:live] += need.sum(axis=1)
-    wrong = np.flatnonzero((at != offsets[1:]) | (states != LOWEST).any(axis=1))
-    if wrong.size:
-        raise FormatError(
-            f"chunk {int(wrong[0])}: its coders must end in state {LOWEST} with its last word; "
-            "states, words or frequencies are damaged"
-        )
-    codes: np.ndarray = symbols.reshape(-1)[: spec.numel].astype(np.int32)
+    symbols = rans.symbols_of(
+        arrays["frequencies"],
+        arrays["chunk_offsets"],
+        arrays["states"],
+        arrays["words"],
+        spec.numel,
+    )
+    codes: np.ndarray = symbols.astype(np.int32)
     codes = (codes + np.int32(coding.base)) << np.int32(coding.shift)
     if coding.shift:
         flat = np.unpackbits(arrays["low_bits"], bitorder="little")
@@ -327,15 +281,10 @@ def check(encoded: Encoded) -> None:
     spec, arrays = encoded.spec, encoded.arrays
     coding = spec.coding
     assert coding is not None
-    frequencies = arrays["frequencies"].astype(np.int64)
-    if int(frequencies.sum()) != SCALE or frequencies.max() >= SCALE:
-        raise FormatError(
-            f"frequencies must sum to {SCALE} and stay below it, got {int(frequencies.sum())}"
-        )
+    rans.check_frequencies(arrays["frequencies"])
     check_steps(coding, arrays["steps"])
-    _check_offsets("chunk_offsets", arrays["chunk_offsets"], coding.words)
-    if (arrays["states"] < LOWEST).any():
-        raise FormatError(f"states must be at least {LOWEST}")
+    rans.check_offsets("chunk_offsets", arrays["chunk_offsets"], coding.words)
+    rans.check_states(arrays["states"])
     if coding.shift and arrays["low_bits"].size:
         tail = np.unpackbits(arrays["low_bits"][-LANES // 8 * coding.shift :], bitorder="little")
         used = (spec.numel - 1) % LANES + 1
@@ -346,7 +295,7 @@ def check(encoded: Encoded) -> None:
 
 
 def _check_patches(spec: TensorSpec, arrays: Mapping[str, np.ndarray]) -> None:
-    _check_offsets("patch_offsets", arrays["patch_offsets"], spec.patches)
+    rans.check_offsets("patch_offsets", arrays["patch_offsets"], spec.patches)
     if (arrays["patch_ranks"] >= CHUNK).any():
         raise FormatError("a patch rank must lie inside its chunk")
     at = _patched(spec, arrays)
@@ -355,17 +304,6 @@ def _check_patches(spec: TensorSpec, arrays: Mapping[str, np.ndarray]) -> None:
     values = arrays["patch_codes"].view("<i4").astype(np.int64)
     if (np.abs(values) > MAX_CODE).any():
         raise FormatError(f"patch_codes must lie within +-{MAX_CODE}")
-
-
-def _check_offsets(name: str, offsets: np.ndarray, last: int) -> None:
-    if offsets[0] != 0 or offsets[-1] != last or (offsets[1:] < offsets[:-1]).any():
-        raise FormatError(f"{name} must rise from 0 to {last}")
-
-
-def _offsets(counts: np.ndarray) -> np.ndarray:
-    out = np.zeros(counts.size + 1, dtype="<u4")
-    np.cumsum(counts, out=out[1:])
-    return out
 
 
 def _patched(spec: TensorSpec, arrays: Mapping[str, np.ndarray]) -> np.ndarray:

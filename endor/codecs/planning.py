@@ -52,7 +52,7 @@ class CodePlan:
 def plan_code(codes: np.ndarray) -> CodePlan:
     """Return the plan with the fewest bits for flat int32 `codes`; on a tie the smallest shift."""
     if not codes.size:
-        return CodePlan(0, 0, _normalised(np.ones(2, dtype=np.int64)), 0.0)
+        return CodePlan(0, 0, normalised(np.ones(2, dtype=np.int64)), 0.0)
     low, counts, far = _histogram(codes)
     best = _plan(low, counts, far, 0)
     for shift in range(1, MAX_SHIFT + 1):  # the low bits of a narrow distribution are not noise
@@ -115,7 +115,7 @@ def _fit(counts: np.ndarray, total: int, shift: int) -> tuple[float, np.ndarray]
                 break
             kept[np.argmax(counts)] = 1
         previous = used
-        frequencies = _normalised(kept)
+        frequencies = normalised(kept)
         patched = total - int(kept.sum())
         cost = int((kept * _COST[frequencies]).sum()) + total * shift * _UNIT
         cost += patched * (int(_COST[frequencies.max()]) + PATCH_BITS * _UNIT)
@@ -125,7 +125,7 @@ def _fit(counts: np.ndarray, total: int, shift: int) -> tuple[float, np.ndarray]
     return best[0] / _UNIT, best[1]
 
 
-def _normalised(counts: np.ndarray) -> np.ndarray:
+def normalised(counts: np.ndarray) -> np.ndarray:
     """Return frequencies close to `counts` that sum to `SCALE`: 0 for 0, else 1 to `SCALE - 1`."""
     counts = counts.copy()
     if np.count_nonzero(counts) == 1:  # a lone symbol would have all of the scale: lend one part

@@ -7,8 +7,10 @@ from typing import Any, Literal, get_args
 
 import numpy as np
 
+from endor.codecs import layout
 from endor.codecs.coding import Coding, array_shapes
 from endor.codecs.dtypes import DTYPES, DType, dtype
+from endor.codecs.layout import Fields
 from endor.errors import FormatError
 
 TILE = 1024
@@ -21,7 +23,7 @@ BITMAP_TILE_BYTES = TILE // 8
 MAX_NUMEL = 1 << 40
 MAX_NNZ = (1 << 32) - 1
 
-Codec = Literal["dense", "raw", "exp", "int"]
+Codec = Literal["dense", "raw", "exp", "int", "fields"]
 CodecChoice = Literal["auto", "dense", "raw", "exp"]
 CODECS: tuple[Codec, ...] = get_args(Codec)
 
@@ -57,8 +59,8 @@ class TensorSpec:
     Attributes:
         shape: Dense shape, any number of dimensions.
         dtype: Dense element type.
-        codec: `"dense"` (as it is), `"raw"` (bitmap and values), `"exp"` (exponent window) or
-            `"int"` (integer codes times steps).
+        codec: `"dense"` (as it is), `"raw"` (bitmap and values), `"exp"` (exponent window),
+            `"int"` (integer codes times steps) or `"fields"` (packed codes of another format).
         bitmap: Whether only the elements with a set bit are stored.
         nnz: Stored elements; `numel` without a bitmap.
         k: Bits of the exponent code (`exp` only).
@@ -66,6 +68,7 @@ class TensorSpec:
         patches: Stored elements whose exponent lies outside the window (`exp`), or whose code has
             no word (`int`).
         coding: How the codes are stored (`int` only).
+        fields: Where the symbols lie (`fields` only).
     """
 
     shape: tuple[int, ...]
@@ -77,6 +80,7 @@ class TensorSpec:
     base: int = 0
     patches: int = 0
     coding: Coding | None = None
+    fields: Fields | None = None
 
     @property
     def numel(self) -> int:
@@ -113,6 +117,9 @@ class TensorSpec:
             return (ArraySpec("", self.dtype, self.shape),)
         if self.coding is not None:
             shapes = array_shapes(self.coding, self.shape, self.patches)
+            return tuple(ArraySpec(suffix, DTYPES[code], shape) for suffix, code, shape in shapes)
+        if self.fields is not None:
+            shapes = layout.array_shapes(self.fields, self.dense_nbytes)
             return tuple(ArraySpec(suffix, DTYPES[code], shape) for suffix, code, shape in shapes)
         out: list[ArraySpec] = []
         if self.bitmap:
@@ -163,6 +170,8 @@ class TensorSpec:
         }
         if self.coding is not None:
             return out | {"patches": self.patches} | self.coding.to_dict()
+        if self.fields is not None:
+            return out | self.fields.to_dict()
         if self.codec != "dense":
             out |= {"bitmap": self.bitmap, "nnz": self.nnz}
         if self.codec == "exp":
@@ -193,6 +202,11 @@ class TensorSpec:
             return cls(tuple(shape), dtype(name), codec, bitmap=False, nnz=numel)
         if codec == "int":
             return cls._from_int(tuple(shape), dtype(name), fields)
+        if codec == "fields":
+            parsed = Fields.from_dict(fields)
+            spec = cls(tuple(shape), dtype(name), codec, False, numel, fields=parsed)
+            spec.check()
+            return spec
         bitmap = fields.get("bitmap")
         if not isinstance(bitmap, bool):
             raise FormatError(f"bitmap must be true or false, got {bitmap!r}")
@@ -221,6 +235,13 @@ class TensorSpec:
         """Raise `FormatError` unless the fields agree with each other."""
         if (self.codec == "int") != (self.coding is not None):
             raise FormatError(f"codec {self.codec} and its coding contradict each other")
+        if (self.codec == "fields") != (self.fields is not None):
+            raise FormatError(f"codec {self.codec} and its fields contradict each other")
+        if self.fields is not None:
+            if self.bitmap or self.k or self.base or self.patches or self.nnz != self.numel:
+                raise FormatError("codec fields takes no bitmap, window or patches")
+            self.fields.check(self.dense_nbytes)
+            return
         if not self.dtype.packable and self.codec != "dense":
             raise FormatError(f"dtype {self.dtype.name} takes only the dense codec")
         if self.nnz > self.numel or (not self.bitmap and self.nnz != self.numel):

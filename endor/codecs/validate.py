@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from endor.codecs import integer
+from endor.codecs import fields, integer
 from endor.codecs.bitmap import tile_offsets
 from endor.codecs.exp import group_starts
 from endor.codecs.spec import Encoded
@@ -38,6 +38,8 @@ def validate(encoded: Encoded) -> None:
             _validate_patches(encoded)
     if spec.codec == "int":
         integer.check(encoded)
+    if spec.codec == "fields":
+        fields.check(encoded)
 
 
 def _validate_bitmap(encoded: Encoded) -> None:

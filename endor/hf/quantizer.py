@@ -97,7 +97,7 @@ class EndorConfig(QuantizationConfigMixin):  # type: ignore[misc]
         version = packed.get("format_version")
         if version not in VERSIONS:
             raise FormatError(
-                f"quantization_config: format_version must be {VERSIONS[0]} or {VERSIONS[-1]}, "
+                f"quantization_config: format_version must be {VERSIONS[0]} to {VERSIONS[-1]}, "
                 f"got {version!r}; a newer Endor may read this checkpoint"
             )
         config = cls(packed=packed)

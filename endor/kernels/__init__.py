@@ -14,7 +14,7 @@ from endor import codecs
 from endor.codecs import CodecChoice, DType, Encoded
 from endor.codecs.spec import MAX_NNZ
 from endor.errors import DTypeError, ShapeError
-from endor.kernels import integer, native
+from endor.kernels import fields, integer, native
 from endor.kernels.dispatch import CHOICES, describe, select, thread_count
 from endor.kernels.packing import Packer
 from endor.kernels.scratch import Scratch
@@ -25,6 +25,7 @@ __all__ = [
     "decode",
     "describe",
     "encode",
+    "fields",
     "integer",
     "matvec",
     "prepared_matvec",
@@ -136,6 +137,10 @@ def decode(
         raise ShapeError(f"out must hold {stop - start} elements, got {out.size}")
     if spec.codec == "dense":
         out[: stop - start] = encoded.arrays[""].reshape(-1)[start:stop]
+    elif spec.codec == "fields":
+        size = spec.dtype.itemsize
+        raw = out[: stop - start].view(np.uint8)
+        fields.decode(encoded, raw, start * size, count, number)
     elif number is None:
         out[: stop - start] = codecs.decode(encoded).reshape(-1)[start:stop]
     elif spec.codec == "int":

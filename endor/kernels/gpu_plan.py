@@ -193,9 +193,10 @@ def plan_expansion(parts: Sequence[Part], *, warps: int = WARPS) -> list[Launch]
         spec = part.spec
         if spec.codec == "dense" or spec.numel == 0:
             continue
-        if spec.codec == "int":
+        if spec.codec in ("int", "fields"):
             raise BackendError(
-                "codec int has no GPU kernel yet; decode it on the CPU and copy the dense tensor"
+                f"codec {spec.codec} has no GPU kernel yet; decode it on the CPU and copy the "
+                "dense tensor"
             )
         _check_alignment(part)
         family = (

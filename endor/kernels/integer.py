@@ -7,6 +7,7 @@ import numpy as np
 from endor.codecs import DType, Encoded
 from endor.codecs import integer as reference
 from endor.codecs.coding import CHUNK, LANES
+from endor.codecs.planning import CodePlan
 from endor.kernels import native
 from endor.kernels.dispatch import select, thread_count
 
@@ -31,6 +32,14 @@ def encode(
         return reference.encode(codes, steps, dtype, shape=shape, block=block)
     codes, values, block, plan = reference.prepare(codes, steps, dtype, shape, block)
     symbols, patched = plan.symbols_of(codes.reshape(-1))
+    states, counts, words = code(symbols, plan, count)
+    return reference.assemble(codes, dtype, plan, values, block, states, counts, words, patched)
+
+
+def code(
+    symbols: np.ndarray, plan: CodePlan, threads: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Return states, words of each chunk, and words: what `codecs.rans.code` returns."""
     n_chunks = -(-symbols.size // CHUNK)
     states = np.empty((n_chunks, LANES), dtype=np.uint32)
     counts = np.empty(n_chunks, dtype=np.uint32)
@@ -45,12 +54,12 @@ def encode(
         states.ctypes.data,
         counts.ctypes.data,
         room.ctypes.data,
-        count,
+        threads,
     )
     native.check(status)
     parts = [room[i, CHUNK - int(counts[i]) :] for i in range(n_chunks)]
     words = np.concatenate(parts) if parts else np.empty(0, dtype=np.uint16)
-    return reference.assemble(codes, dtype, plan, values, block, states, counts, words, patched)
+    return states, counts, words
 
 
 def codes_of(

@@ -72,7 +72,7 @@ def bind_checked(layout: FileLayout, name: str, record_bytes: np.ndarray) -> Enc
 
 
 def check_stream(layout: FileLayout, name: str, encoded: Encoded) -> None:
-    """Decode a tensor of codec `int`: its structure does not say whether its words are right.
+    """Decode a coded tensor (`int`, `fields`): its structure does not say if its words are right.
 
     Args:
         layout: The file.
@@ -83,7 +83,7 @@ def check_stream(layout: FileLayout, name: str, encoded: Encoded) -> None:
         FormatError: A chunk does not end as its coders began.
     """
     spec = encoded.spec
-    if spec.codec != "int" or not spec.units:
+    if spec.codec not in ("int", "fields") or not spec.units:
         return
     # The reference decodes the whole tensor whatever the range.
     step = spec.units if select(None) is None else min(STREAM_ELEMENTS, spec.units)

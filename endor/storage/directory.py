@@ -28,7 +28,10 @@ FORMAT_VERSION = 1
 INT_VERSION = 2
 """What is written where a tensor is in codec `int`."""
 
-VERSIONS = (FORMAT_VERSION, INT_VERSION)
+FIELDS_VERSION = 3
+"""What is written where a tensor is in codec `fields`."""
+
+VERSIONS = (FORMAT_VERSION, INT_VERSION, FIELDS_VERSION)
 """What this library reads."""
 
 ALIGN = 4096
@@ -43,7 +46,11 @@ TAIL_BYTES = 128
 
 def version_of(specs: Iterable[TensorSpec]) -> int:
     """Return the least format version that holds tensors stored like these."""
-    return INT_VERSION if any(spec.codec == "int" for spec in specs) else FORMAT_VERSION
+    return max((_SINCE.get(spec.codec, FORMAT_VERSION) for spec in specs), default=FORMAT_VERSION)
+
+
+_SINCE: dict[str, int] = {"int": INT_VERSION, "fields": FIELDS_VERSION}
+"""First version of the codecs that were not in the first one."""
 
 
 def array_key(name: str, suffix: str) -> str:
@@ -161,7 +168,7 @@ class Directory:
             raise self.wrong(f"version must be a positive integer, got {brief(version)}")
         if version not in VERSIONS:
             raise FormatError(
-                f"{self.path}: format version must be {VERSIONS[0]} or {VERSIONS[-1]}, got "
+                f"{self.path}: format version must be {VERSIONS[0]} to {VERSIONS[-1]}, got "
                 f"{version}; upgrade endor to read this file"
             )
         if self.directory.get("align") != ALIGN:
@@ -232,8 +239,11 @@ class Directory:
                 spec = TensorSpec.from_dict(fields)
             except FormatError as error:
                 raise FormatError(f"{self.path}: {name}: {error}") from None
-            if spec.codec == "int" and self.directory["version"] < INT_VERSION:
-                raise self.wrong(f"{name}: codec int needs format version {INT_VERSION}, not 1")
+            since, version = version_of([spec]), self.directory["version"]
+            if version < since:
+                raise self.wrong(
+                    f"{name}: codec {spec.codec} needs format version {since}, not {version}"
+                )
             out[name] = TensorEntry(name, spec, record, self.arrays(name, spec, record))
         return dict(sorted(out.items(), key=lambda item: self.position(item[1])))
 

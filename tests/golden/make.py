@@ -11,7 +11,8 @@ from pathlib import Path
 import numpy as np
 
 from endor import codecs
-from endor.codecs import DTYPES, DType, Encoded, exp, integer
+from endor.codecs import DTYPES, DType, Encoded, exp, fields, integer
+from endor.codecs.layout import Layout, Part
 from endor.storage import FileWriter, header_capacity
 
 SHAPE = (4, 300)
@@ -100,7 +101,34 @@ def records_v2() -> dict[str, dict[str, Encoded]]:
     }
 
 
-RECORDS = {"v1": records, "v2": records_v2}
+def records_v3() -> dict[str, dict[str, Encoded]]:
+    """Return codec `fields` in plain words, in blocks with a rest, and in symbols of two parts."""
+    noise = (codes((110, 252), 9) & 255).astype(np.uint8)
+    planes = ((Part(0, 128, 4, 64), Part(128, 64, 2, 32)), (Part(192, 16, 8),))
+    plain = {bits: Layout(1, ((Part(0, 1, bits),),)) for bits in (1, 2, 4, 8)}
+    blocks = Layout(18, ((Part(2, 16, 4, 16),),))
+    forms: dict[str, tuple[DType, Layout, np.ndarray]] = {
+        "words.I32": (DTYPES["I32"], plain[4], noise),
+        "pairs.U8": (DTYPES["U8"], plain[2], noise),
+        "bits.BOOL": (DTYPES["BOOL"], plain[1], noise & 1),
+        "bytes.F8_E4M3": (DTYPES["F8_E4M3"], plain[8], noise),
+        "half.F4": (DTYPES["F4"], plain[4], noise),
+        "blocks.U8": (DTYPES["U8"], blocks, noise),
+        "planes.U8": (DTYPES["U8"], Layout(210, planes), noise),
+        "one.U8": (DTYPES["U8"], plain[8], noise[:1, :1]),
+        "zeros.U8": (DTYPES["U8"], plain[8], noise * 0),
+    }
+    out: dict[str, Encoded] = {}
+    for name, (dtype, layout, raw) in forms.items():
+        bits = raw.reshape(-1).view(dtype.uint)
+        shape = (2 * bits.size,) if dtype.bits else (bits.size // 3, 3) if bits.size > 1 else (1,)
+        made = fields.encode(bits.reshape(dtype.unit_shape(shape)), dtype, layout, shape=shape)
+        assert made is not None
+        out[name] = made
+    return {"fields": out}
+
+
+RECORDS = {"v1": records, "v2": records_v2, "v3": records_v3}
 
 
 def write(path: Path, version: str = "v1") -> dict[str, str]:

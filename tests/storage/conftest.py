@@ -10,7 +10,8 @@ import pytest
 import xxhash
 
 from endor import codecs
-from endor.codecs import DTYPES, DType, Encoded, exp, integer
+from endor.codecs import DTYPES, DType, Encoded, exp, fields, integer
+from endor.codecs.layout import Layout, Part
 from endor.storage import FileWriter, header_capacity
 
 Write = Callable[..., Path]
@@ -50,7 +51,21 @@ def sample_tensors(shape: tuple[int, ...] = (3, 700)) -> dict[str, Encoded]:
                 out[f"{dtype.name}.{suffix}"] = encoded
     for name, spread in (("BF16", 3.0), ("F16", 3.0), ("F32", 500.0)):
         out[f"{name}.int"] = sample_codes(DTYPES[name], shape, spread)
+    for dtype in DTYPES.values():
+        out[f"{dtype.name}.fields"] = sample_fields(dtype, shape)
     return out
+
+
+def sample_fields(dtype: DType, shape: tuple[int, ...]) -> Encoded:
+    """Return bytes of `dtype` as 3-byte blocks of a scale and 10-bit codes, cut into symbols."""
+    rng = np.random.default_rng(dtype.itemsize)
+    raw = rng.integers(0, 90, dtype.nbytes(int(np.prod(shape)))).astype(np.uint8)
+    parts = ((Part(0, 1, 4), Part(1, 1, 4)), (Part(2, 1, 8),))
+    layout = Layout(3, parts[:1]) if raw.size % 3 == 0 else Layout(1, ((Part(0, 1, 4),),))
+    bits = raw.view(dtype.uint).reshape(dtype.unit_shape(shape))
+    encoded = fields.encode(bits, dtype, layout, shape=shape)
+    assert encoded is not None
+    return encoded
 
 
 def sample_codes(dtype: DType, shape: tuple[int, ...], spread: float) -> Encoded:

@@ -23,7 +23,7 @@ def digests(version: str) -> dict[str, str]:
     return loaded
 
 
-@pytest.mark.parametrize("version", ["v1", "v2"])
+@pytest.mark.parametrize("version", ["v1", "v2", "v3"])
 def test_every_tensor_decodes_to_the_recorded_elements(version: str) -> None:
     layout = FileLayout.read(GOLDEN / f"{version}.safetensors")
     found = {}
@@ -65,12 +65,23 @@ def test_the_second_version_holds_every_form_of_int() -> None:
     assert {"dense", "int"} == {entry.spec.codec for entry in layout.tensors.values()}
 
 
-@pytest.mark.parametrize("version", ["v1", "v2"])
+@pytest.mark.parametrize("version", ["v1", "v2", "v3"])
 def test_writer_still_gives_the_same_bytes(tmp_path: Path, version: str) -> None:
     again = tmp_path / "again.safetensors"
     make = runpy.run_path(str(GOLDEN / "make.py"))
     assert make["write"](again, version) == digests(version)
     assert again.read_bytes() == (GOLDEN / f"{version}.safetensors").read_bytes()
+
+
+def test_the_third_version_holds_every_form_of_fields() -> None:
+    layout = verify_file(GOLDEN / "v3.safetensors")
+    found = [entry.spec.fields for entry in layout.tensors.values()]
+    layouts = [fields.layout for fields in found if fields is not None]
+    assert len(layouts) == len(found)
+    assert {part.bits for form in layouts for part in form.parts()} == {1, 2, 4, 8}
+    assert {len(form.fields) for form in layouts} == {1, 2}
+    assert any(form.rest_nbytes() for form in layouts)
+    assert any(part.span > 1 for form in layouts for part in form.parts())
 
 
 def test_make_refuses_to_overwrite() -> None:

@@ -245,7 +245,7 @@ BAD: dict[str, tuple[Edit, str]] = {
     "version-text": (set_directory(version="1"), "version must be a positive integer"),
     "version-0": (set_directory(version=0), "version must be a positive integer"),
     "version-true": (set_directory(version=True), "version must be a positive integer"),
-    "version-3": (set_directory(version=3), "must be 1 or 2, got 3; upgrade endor"),
+    "version-4": (set_directory(version=4), "must be 1 to 3, got 4; upgrade endor"),
     "align": (set_directory(align=512), "align must be 4096, got 512"),
     "records-missing": (lambda _, d: d.pop("records"), "'records' must be an object"),
     "records-list": (set_directory(records=[]), "'records' must be an object"),
