@@ -16,12 +16,13 @@ from endor.checkpoint.convert import DEFAULT_SHARD_BYTES, PackOptions, convert, 
 from endor.checkpoint.dense import dense_writes, write_dense
 from endor.checkpoint.manifest import Writes
 from endor.checkpoint.open import open_source
-from endor.checkpoint.output import check_output, output_path
+from endor.checkpoint.output import check_output
 from endor.checkpoint.reading import WeightPruner
 from endor.checkpoint.report import DenseReport, PackReport, Progress
 from endor.checkpoint.select import select
 from endor.checkpoint.single import pack_file
 from endor.checkpoint.sources.contract import CheckpointSource
+from endor.checkpoint.targets import output_path
 from endor.codecs import CodecChoice
 from endor.errors import ConfigError, PruningError
 from endor.pruning import run as pruning

@@ -15,9 +15,9 @@ from endor.checkpoint.composite import (
 )
 from endor.checkpoint.dense import write_dense
 from endor.checkpoint.inspect import Inspection
-from endor.checkpoint.output import output_path
 from endor.checkpoint.report import DenseReport, Progress
 from endor.checkpoint.sources.packed import PackedSource
+from endor.checkpoint.targets import output_path
 from endor.checkpoint.verify import VerifyReport
 
 

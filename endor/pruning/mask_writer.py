@@ -13,12 +13,12 @@ from typing import Any
 import numpy as np
 
 from endor import kernels
-from endor.checkpoint.output import check_source
 from endor.checkpoint.pipeline import OrderedWork
 from endor.checkpoint.plan import plan_units
 from endor.checkpoint.reading import TensorLoader, WeightPruner
 from endor.checkpoint.select import select
 from endor.checkpoint.sources.contract import CheckpointSource, SourceTensor
+from endor.checkpoint.targets import check_source
 from endor.errors import CheckpointError, ConfigError, OutputExistsError
 from endor.pruning.masks import BITMASK, KEY, SHAPE, bitmask_shape, to_bitmask
 from endor.storage import TemporaryFile, remove_stale_temporaries

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 from endor.errors import EndorError
-from endor.storage.cufile import Backend, CuFile, Kvikio, observed_path
+from endor.storage.device_backends import Backend, CuFile, Kvikio, observed_path
 
 _BYTES = 1 << 20
 

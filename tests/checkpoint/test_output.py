@@ -9,13 +9,8 @@ from pathlib import Path
 import pytest
 
 from endor.checkpoint import output as module
-from endor.checkpoint.output import (
-    CONTENT_NAME,
-    JOURNAL_NAME,
-    REPLACED_NAME,
-    OutputDirectory,
-    check_output,
-)
+from endor.checkpoint.output import OutputDirectory, check_output
+from endor.checkpoint.partial import CONTENT_NAME, JOURNAL_NAME, REPLACED_NAME
 from endor.errors import CheckpointError, EndorError, EndorWarning, OutputExistsError
 
 

@@ -11,16 +11,10 @@ import torch
 
 import endor
 from endor.errors import BackendError, ConfigError, ReadError, TruncatedError
-from endor.storage import FileLayout, open_reader
+from endor.storage import FileLayout, device_backends, open_reader
 from endor.storage import cufile as module
-from endor.storage.cufile import (
-    CuFile,
-    DeviceReader,
-    Kvikio,
-    observed_path,
-    open_device_reader,
-    probe,
-)
+from endor.storage.cufile import DeviceReader, open_device_reader, probe
+from endor.storage.device_backends import CuFile, Kvikio, observed_path
 
 
 class FakeCuFile:
@@ -272,7 +266,7 @@ def test_the_extras_are_named_when_nothing_is_installed(monkeypatch):
     def missing(name: str) -> None:
         raise ImportError(f"No module named {name!r}")
 
-    monkeypatch.setattr(module.importlib, "import_module", missing)
+    monkeypatch.setattr(device_backends.importlib, "import_module", missing)
     with pytest.raises(BackendError, match=r"pip install 'endor\[gds\]'"):
         CuFile()
     with pytest.raises(BackendError, match=r"pip install 'endor\[kvikio\]'"):
