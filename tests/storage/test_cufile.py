@@ -267,7 +267,7 @@ def test_the_extras_are_named_when_nothing_is_installed(monkeypatch):
         raise ImportError(f"No module named {name!r}")
 
     monkeypatch.setattr(device_backends.importlib, "import_module", missing)
-    with pytest.raises(BackendError, match=r"pip install 'endor\[gds\]'"):
+    with pytest.raises(BackendError, match=r"pip install 'endor-sparse\[gds\]'"):
         CuFile()
-    with pytest.raises(BackendError, match=r"pip install 'endor\[kvikio\]'"):
+    with pytest.raises(BackendError, match=r"pip install 'endor-sparse\[kvikio\]'"):
         Kvikio()
