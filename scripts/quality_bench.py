@@ -5,7 +5,9 @@
 Rows: `ecq:BITS`; `rtn:BITS` (entropy-coded, no calibration); `gptq:BITS:GROUP`, a plain GPTQ with
 symmetric integers and a float16 scale for each group of inputs, its scale searched;
 `hqq:BITS:GROUP`, half-quadratic quantisation (Badri and Shaji, 2023), not calibrated; `gguf:TYPE`,
-a type of the gguf package; `dense`; `dir:PATH:BITS`, a checkpoint made elsewhere. Statistics are
+a type of the gguf package; `llama:TYPE`, the same by llama.cpp's own quantiser with an importance
+matrix (the library that llama-cpp-python ships; rows are filled up to whole blocks of 256 with
+zeros, which are not counted as bits); `dense`; `dir:PATH:BITS`, a checkpoint made elsewhere. Statistics are
 those of the dense model on the calibration windows (kept in --statistics, made when missing), so
 that rows differ in nothing but the method. The model is in memory: for small ones. A record a row
 is appended to OUT.jsonl; rows that are there are skipped.
@@ -177,6 +179,48 @@ def gguf(kind: str) -> Quantizer:
     return quantize
 
 
+def llama(kind: str) -> Quantizer:
+    """Return a type of llama.cpp's files, by its own quantiser: mean squared inputs as weights."""
+    import ctypes
+    from importlib.util import find_spec
+
+    from gguf import GGMLQuantizationType, quants
+    from gguf.constants import GGML_QUANT_SIZES
+
+    found = find_spec("llama_cpp")
+    if found is None or found.origin is None:
+        raise SystemExit("llama: needs the package llama-cpp-python")
+    library = ctypes.CDLL(str(Path(found.origin).parent / "lib" / "libggml-base.so"))
+    chosen = GGMLQuantizationType[kind]
+    block, nbytes = GGML_QUANT_SIZES[chosen]
+    library.ggml_quantize_init(ctypes.c_int(chosen))
+    library.ggml_quantize_chunk.restype = ctypes.c_size_t
+
+    def quantize(name: str, weight: torch.Tensor, gram: torch.Tensor) -> tuple[torch.Tensor, float]:
+        rows, cols = weight.shape
+        padded = -(-cols // block) * block
+        values = torch.zeros(rows, padded)
+        values[:, :cols] = weight
+        worth = torch.zeros(padded)
+        worth[:cols] = gram.diagonal()
+        packed = torch.empty(rows, padded // block * nbytes, dtype=torch.uint8)
+        size = library.ggml_quantize_chunk(
+            ctypes.c_int(chosen),
+            ctypes.c_void_p(values.data_ptr()),
+            ctypes.c_void_p(packed.data_ptr()),
+            ctypes.c_int64(0),
+            ctypes.c_int64(rows),
+            ctypes.c_int64(padded),
+            ctypes.c_void_p(worth.data_ptr()),
+        )
+        if size != packed.numel():
+            raise SystemExit(f"llama:{kind}: wrote {size} of {packed.numel()} bytes for {name}")
+        out = quants.dequantize(packed.numpy(), chosen)[:, :cols]
+        return torch.from_numpy(out.copy()), 8 * nbytes / block
+
+    return quantize
+
+
 def quantizer_of(row: str) -> Quantizer:
     """Return the method that `row` names."""
     kind, *words = row.split(":")
@@ -190,6 +234,8 @@ def quantizer_of(row: str) -> Quantizer:
         return hqq(int(words[0]), int(words[1]))
     if kind == "gguf":
         return gguf(words[0])
+    if kind == "llama":
+        return llama(words[0])
     raise SystemExit(f"unknown row {row!r}")
 
 
