@@ -14,7 +14,7 @@ Both return the pruned weight, same shape and dtype, absent weights exactly +0.0
 
 import importlib
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, Protocol, cast
@@ -200,6 +200,10 @@ class LayerQuantizer(Protocol):
         self, name: str, weight: "torch.Tensor", gram: "torch.Tensor", dtype: "torch.dtype"
     ) -> "Coded":
         """Return float32 `weight` `(outputs, inputs)` in codes; values are rounded to `dtype`."""
+        ...
+
+    def seconds(self, shapes: Sequence[tuple[int, ...]]) -> float:
+        """Return about how long matrices of `shapes` take on this processor."""
         ...
 
     def adopt(self, name: str, bits: float) -> None:

@@ -5,7 +5,10 @@ import time
 from collections.abc import Sequence
 
 from endor import machine
-from endor.pruning.contract import Method, Progress, PruneOptions
+from endor.pruning.contract import LayerQuantizer, Method, Progress, PruneOptions
+
+GROUPS = 4 / 7
+"""Gram matrices for each matrix: q, k and v share one, gate and up another."""
 
 SOLVER_PRODUCTS = 20
 """Products with the Gram matrix that a solver takes: those of ADMM."""
@@ -30,11 +33,16 @@ class Teller:
         tokens: int,
         options: PruneOptions,
         method: Method,
+        quantizer: LayerQuantizer | None,
     ) -> None:
         """Say how long it will take, by what this processor computes; see `model_flops`."""
         found = machine.arithmetic()
         gflops = found.gflops if method.finetune else found.float32_gflops
-        seconds = model_flops(shapes, self._layers, tokens, options, method) / gflops / 1e9
+        coded = quantizer is not None
+        flops = model_flops(shapes, self._layers, tokens, options, method, coded=coded)
+        seconds = flops / gflops / 1e9
+        if quantizer is not None:
+            seconds += quantizer.seconds(shapes)
         self._progress(0, self._layers, f"about {duration(seconds)} at {gflops:.0f} Gflop/s")
 
     def report(self, done: int, errors: Sequence[float]) -> None:
@@ -50,8 +58,10 @@ def model_flops(
     tokens: int,
     options: PruneOptions,
     method: Method,
+    *,
+    coded: bool,
 ) -> float:
-    """Return the operations that a run takes, about: its products, and those of ADMM.
+    """Return the operations that a run takes, about: its products, Gram matrices, and ADMM.
 
     Args:
         shapes: Of the matrices that are renewed, in all layers.
@@ -59,12 +69,17 @@ def model_flops(
         tokens: Of all calibration windows.
         options: Of the run.
         method: That it prunes by.
+        coded: Whether matrices are quantised, after they were pruned if they are.
     """
     weights = sum(math.prod(shape) for shape in shapes) / max(1, layers)
-    forwards = 3.5 if options.sequential else 2.0
+    # Once to go on; for the statistics all of the layer, or its first part for each group.
+    rewritten = int(method.calibrated) + int(coded)
+    forwards = 1.0 + rewritten * (2.5 if options.sequential else 1.0)
     if method.finetune:
         forwards += 1 + 3 * options.passes
     flops = 2.0 * tokens * weights * forwards
+    squares = sum(shape[-1] ** 2 for shape in shapes) / max(1, layers) * GROUPS
+    flops += 2.0 * tokens * squares * (int(method.statistics == "gram") + int(coded))
     if method.statistics == "gram":
         solved = sum(math.prod(shape) * shape[-1] for shape in shapes) / max(1, layers)
         flops += 2.0 * SOLVER_PRODUCTS * solved

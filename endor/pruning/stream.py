@@ -113,7 +113,8 @@ class LayerStream:
             quantizer.begin(shapes)
         if self._device.type == "cpu":  # what a device computes is not known
             sizes = [source.tensors[name].shape for name in self._names]
-            self._teller.announce(sizes, self.windows * self._tokens, options, self._method)
+            tokens = self.windows * self._tokens
+            self._teller.announce(sizes, tokens, options, self._method, quantizer)
 
     @property
     def layers(self) -> int:

@@ -1,6 +1,6 @@
 """Which scale each matrix gets, so that all of them together take the bits asked for."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -8,6 +8,7 @@ import torch
 from endor.pruning.contract import Coded
 from endor.quantization.contract import SPARSE, QuantizeOptions
 from endor.quantization.ecq import Ecq
+from endor.quantization.timing import coding_seconds
 
 RECORD_BYTES = 6240
 """What a tensor takes besides its arrays, on average: padding of its record (3.7 kB in SmolLM2) and
@@ -51,6 +52,10 @@ class EcqQuantizer:
         coded = problem.fit(self._share())
         self._count(name, weight.numel(), coded.bits)
         return coded
+
+    def seconds(self, shapes: Sequence[tuple[int, ...]]) -> float:
+        """Return about how long matrices of `shapes` take on this processor."""
+        return coding_seconds(shapes, self._options.bits)
 
     def adopt(self, name: str, bits: float) -> None:
         """Count a tensor that an earlier run has quantised."""
