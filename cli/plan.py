@@ -1,6 +1,7 @@
 """`endor plan`: where a packed checkpoint's weights would live, and how fast it would run."""
 
 import json
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Unpack
@@ -13,8 +14,16 @@ from endor.cli.terminal import echo, show
 
 if TYPE_CHECKING:
     from endor.hf.config import Loading
-    from endor.hf.outline import Outline, Planned
+    from endor.hf.outline import Planned
+    from endor.hf.sketch import PlannedSketch, SketchedUnit
+    from endor.planning.catalogue import Described
     from endor.planning.plan import Plan
+    from endor.planning.units import Unit
+
+    Placed = Unit | SketchedUnit
+
+SKETCHED_BITS = (4.0, 3.5, 3.0)
+"""What a model that is not packed is planned with, beside lossless and half pruned."""
 
 TIERS = {
     "vram-dense": "VRAM, expanded",
@@ -26,8 +35,20 @@ TIERS = {
 
 
 @click.command("plan")
-@click.argument("packed", type=click.Path(exists=True, file_okay=False, path_type=Path))
+@click.argument("model", type=click.Path(exists=True, path_type=Path))
 @loading_options("vram", "ram", "context", "prompt", "batch", "exact", "kv")
+@click.option(
+    "--for",
+    "--gpu",
+    "machine_name",
+    metavar="MACHINE",
+    help="Plan for a machine that is not at hand, such as rtx4090; `--for list` shows them.",
+)
+@click.option(
+    "--sparsity", type=float, metavar="0..1", help="Of a MODEL that is not packed: pruned so far."
+)
+@click.option("--bits", type=float, metavar="BITS", help="Of such a MODEL: bits a weight.")
+@click.option("--disk", "disk_gbps", type=float, metavar="GB/s", help="With --for: another disk.")
 @click.option("--remeasure", is_flag=True, help="Measure machine and disk again.")
 @click.option("--explain", is_flag=True, help="Print the arithmetic.")
 @click.option(
@@ -38,23 +59,43 @@ TIERS = {
 )
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def plan_command(
-    packed: Path,
+    model: Path,
     trust_remote_code: bool,
+    machine_name: str | None,
+    sparsity: float | None,
+    bits: float | None,
+    disk_gbps: float | None,
     remeasure: bool,
     explain: bool,
     plot: Path | None,
     as_json: bool,
     **options: Unpack["Loading"],
 ) -> None:
-    """Place PACKED in VRAM, RAM and on disk, and predict its speed.
+    """Place MODEL in VRAM, RAM and on disk, and predict its speed.
 
-    Nothing is loaded: the files' headers and measured constants of this machine are enough. The
-    constants are remembered; `endor bench hw` shows them.
+    Nothing is loaded: the headers of a packed checkpoint, or the config.json of any model, and
+    measured constants of this machine are enough. The constants are remembered; `endor bench hw`
+    shows them. A MODEL that is not packed is planned for as `endor pack` would make it: with
+    --sparsity or --bits, or with each of several ways.
     """
+    from endor.hf.model import is_packed
+
+    target = _target(machine_name, disk_gbps)
+    if machine_name == "list":
+        return
+    if not (model.is_dir() and is_packed(model)):
+        sketched(model, target, sparsity, bits, trust_remote_code, as_json, explain, options)
+        return
+    if sparsity is not None or bits is not None:
+        raise click.UsageError(f"--sparsity and --bits are for models that are not packed: {model}")
     from endor.hf.outline import plan_checkpoint
 
     planned = plan_checkpoint(
-        packed, remeasure=remeasure, trust_remote_code=trust_remote_code, **options
+        model,
+        remeasure=remeasure,
+        trust_remote_code=trust_remote_code,
+        target=target,
+        **options,
     )
     found, result = planned.outline, planned.plan
     if plot is not None:
@@ -64,25 +105,144 @@ def plan_command(
     if as_json:
         echo(json.dumps(to_dict(planned), indent=2))
         return
-    show(summary(found, result))
+    show(summary(found.name, found.units, result, found.expanded, found.expanded_nbytes))
     if explain:
         show("\n" + arithmetic(planned))
 
 
-def summary(found: "Outline", result: "Plan") -> str:
+def _target(name: str | None, disk_gbps: float | None) -> "Described | None":
+    """Return the machine that `--for` names, and print all of them for `list`."""
+    from endor.planning.catalogue import MACHINES, changed, described
+
+    if name is None:
+        if disk_gbps is not None:
+            raise click.UsageError("--disk changes the disk of a machine that --for names")
+        return None
+    if name != "list":
+        return changed(described(name), disk_gbps=disk_gbps)
+    rows = [
+        [
+            each.name,
+            each.device,
+            f"{each.vram_gib:g} GiB, {each.vram_gbps:g} GB/s",
+            f"{each.h2d_gbps:g} GB/s",
+            f"{each.ram_gib:g} GiB, {each.ram_gbps:g} GB/s",
+            f"{each.disk_gbps:g} GB/s",
+            each.source,
+        ]
+        for each in MACHINES.values()
+    ]
+    show(table(["--for", "device", "VRAM", "link", "RAM", "disk", "source of the device's"], rows))
+    return None
+
+
+def sketched(
+    model: Path,
+    target: "Described | None",
+    sparsity: float | None,
+    bits: float | None,
+    trust_remote_code: bool,
+    as_json: bool,
+    explain: bool,
+    options: "Loading",
+) -> None:
+    """Plan for a model that is not packed: one way of packing it, or a table of several."""
+    from endor.errors import BudgetError
+    from endor.hf.sketch import plan_sketch, sketch
+    from endor.planning.sketch import method
+
+    found = sketch(model, trust_remote_code=trust_remote_code)
+    if sparsity is not None or bits is not None:
+        ways = [method(sparsity=sparsity, bits=bits)]
+    else:
+        ways = [method(), *(method(bits=each) for each in SKETCHED_BITS)]
+        ways.insert(1, method(sparsity=0.5))
+    where = target.device if target else "this machine"
+    planned, refused = [], []
+    for way in ways:
+        try:
+            planned.append(plan_sketch(found, way, target=target, **options))
+        except BudgetError as error:
+            if len(ways) == 1:
+                raise
+            refused.append((way, str(error)))
+    if as_json:
+        made = [sketch_to_dict(each) for each in planned]
+        echo(json.dumps({"model": found.name, "machine": where, "ways": made}, indent=2))
+        return
+    size = f"{found.parameters / 1e9:.1f} G parameters"
+    if len(ways) == 1:
+        result = planned[0].plan
+        show(summary(f"{found.name}, {size}, {ways[0].label}", planned[0].units, result))
+        show(f"\npredicted for {where}, of which nothing was measured" if target else "")
+        if explain:
+            show("\n" + arithmetic(planned[0]))
+        return
+    rows = [
+        [
+            each.method.label,
+            f"{each.method.bits:.2f}",
+            f"{each.plan.packed_bytes / 1e9:.1f}",
+            places(each.units, each.plan),
+            f"{each.plan.decode_tokens_per_s:.3g}",
+            f"{each.plan.prefill_tokens_per_s:.3g}",
+            each.plan.decode.bound,
+        ]
+        for each in planned
+    ]
+    columns = ["packed", "bits", "GB", "where", "decode tok/s", "prefill tok/s", "bound by"]
+    show(f"{found.name}, {size}, on {where}, predicted\n\n{table(columns, rows)}")
+    for way, why in refused:
+        show(f"{way.label}: {why}")
+    show("\nwhat each costs in quality: docs/benchmarks/quality.md; --bits or --sparsity plans one")
+
+
+def places(units: "Sequence[Placed]", result: "Plan") -> str:
+    """Return where the bytes are, in a few words."""
+    found = tier_bytes(units, result)
+    total = sum(nbytes for _, nbytes in found.values()) or 1
+    shares = {tier: nbytes / total for tier, (_, nbytes) in found.items() if nbytes}
+    return ", ".join(f"{share:.0%} {TIERS[tier]}" for tier, share in shares.items())
+
+
+def sketch_to_dict(planned: "PlannedSketch") -> dict[str, Any]:
+    """Return a sketch's plan for machines."""
+    result = planned.plan
+    return {
+        "packed": planned.method.label,
+        "bits": planned.method.bits,
+        "packed_bytes": result.packed_bytes,
+        "dense_bytes": result.dense_bytes,
+        "budgets": {"ram_bytes": result.ram_bytes, "vram_bytes": result.vram_bytes},
+        "tiers": {
+            tier: {"units": count, "bytes": nbytes}
+            for tier, (count, nbytes) in tier_bytes(planned.units, result).items()
+        },
+        "decode": asdict(result.decode) | {"tokens_per_s": result.decode_tokens_per_s},
+        "prefill": asdict(result.prefill) | {"tokens_per_s": result.prefill_tokens_per_s},
+        "load_s": result.load_s,
+    }
+
+
+def summary(
+    name: str,
+    units: "Sequence[Placed]",
+    result: "Plan",
+    expanded: Sequence[str] = (),
+    expanded_nbytes: int = 0,
+) -> str:
     """Return the plan for a reader."""
     from endor.sizes import size
 
     ratio = result.dense_bytes / max(1, result.packed_bytes)
     lines = [
-        f"{found.name}: {len(found.units)} units, {result.packed_bytes / 1e9:.2f} GB packed, "
+        f"{name}: {len(units)} units, {result.packed_bytes / 1e9:.2f} GB packed, "
         f"{result.dense_bytes / 1e9:.2f} GB expanded ({ratio:.2f}x)",
         "",
     ]
-    if found.expanded:
+    if expanded:
         lines[1:1] = [
-            f"packed but expanded at load: {len(found.expanded)} tensors, "
-            f"{found.expanded_nbytes / 1e9:.2f} GB"
+            f"packed but expanded at load: {len(expanded)} tensors, {expanded_nbytes / 1e9:.2f} GB"
         ]
     budgets = [("ram", result.ram_bytes), ("vram", result.vram_bytes)]
     reserved = [
@@ -90,15 +250,15 @@ def summary(found: "Outline", result: "Plan") -> str:
     ]
     rows = reserved + [
         [f"units in {TIERS[tier]}", "vram" if tier.startswith("vram") else "ram", size(nbytes)]
-        for tier, (_, nbytes) in tier_bytes(found, result).items()
+        for tier, (_, nbytes) in tier_bytes(units, result).items()
         if tier != "disk" and nbytes
     ]
     rows += [[f"{where} budget", where, size(nbytes)] for where, nbytes in budgets if nbytes]
     lines += [table(["memory", "where", "size"], rows), ""]
-    total = max(1, len(found.units))
+    total = max(1, len(units))
     rows = [
         [TIERS[tier], str(count), f"{count / total:.0%}", f"{nbytes / 1e9:.2f}"]
-        for tier, (count, nbytes) in tier_bytes(found, result).items()
+        for tier, (count, nbytes) in tier_bytes(units, result).items()
         if count
     ]
     lines += [table(["tier", "units", "share", "GB"], rows), ""]
@@ -147,7 +307,7 @@ def ways(result: "Plan") -> list[str]:
     return lines
 
 
-def arithmetic(planned: "Planned") -> str:
+def arithmetic(planned: "Planned | PlannedSketch") -> str:
     """Return the constants, and how they become the predicted times."""
     machine, disk, result = planned.machine, planned.disk, planned.plan
     rows = [
@@ -190,11 +350,11 @@ def arithmetic(planned: "Planned") -> str:
     return "\n".join(lines)
 
 
-def tier_bytes(found: "Outline", result: "Plan") -> dict[str, tuple[int, int]]:
+def tier_bytes(units: "Sequence[Placed]", result: "Plan") -> dict[str, tuple[int, int]]:
     """Return (units, bytes they take there) per tier, fastest first."""
     out = {}
     for tier in TIERS:
-        inside = [unit for unit in found.units if result.tiers[unit.name] == tier]
+        inside = [unit for unit in units if result.tiers[unit.name] == tier]
         dense = tier in ("dense", "vram-dense")
         out[tier] = (len(inside), sum(u.dense_nbytes if dense else u.nbytes for u in inside))
     return out

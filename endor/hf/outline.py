@@ -16,6 +16,7 @@ from endor.models.assignment import Assignment, assign
 from endor.packed import torch_dtype
 from endor.planning import available_bytes
 from endor.planning import machine as hardware
+from endor.planning.catalogue import Described
 from endor.planning.machine import Disk, Machine
 from endor.planning.plan import Plan, plan
 from endor.planning.scratch import scratch_bytes
@@ -67,6 +68,7 @@ def plan_checkpoint(
     *,
     remeasure: bool = False,
     trust_remote_code: bool = False,
+    target: Described | None = None,
     **options: Unpack[Loading],
 ) -> Planned:
     """Return the plan for a packed checkpoint on this machine, measuring what is not remembered.
@@ -77,6 +79,8 @@ def plan_checkpoint(
         packed_dir: The checkpoint.
         remeasure: Measure the machine and the disk again.
         trust_remote_code: As for `outline`.
+        target: A machine that is not at hand, instead of this one, with all its memory where
+            `ram` and `vram` do not say how much.
         options: As for `load_model`, of which planning needs memory, arithmetic and what is planned
             for; without `vram` the plan is for the processor.
 
@@ -88,8 +92,13 @@ def plan_checkpoint(
     given, purpose = settled(options), workload(options)
     ram, vram = given["ram"], given["vram"]
     found = outline(packed_dir, trust_remote_code=trust_remote_code)
-    machine = hardware.machine(found.dtype, refresh=remeasure)
-    disk = hardware.disk(packed_dir, refresh=remeasure)
+    if target is None:
+        machine = hardware.machine(found.dtype, refresh=remeasure)
+        disk = hardware.disk(packed_dir, refresh=remeasure)
+    else:
+        machine, disk = target.machine(found.dtype), target.disk
+        ram = target.ram_bytes if ram is None else ram
+        vram = target.vram_bytes if vram is None else vram
     chosen = plan(
         found.units,
         found.shape,

@@ -122,12 +122,35 @@ def plan(
         BudgetError: A budget cannot hold what must be in memory; the message has the least.
         ConfigError: The workload makes no sense, or VRAM is offered and there is no device.
     """
+    return plan_costs(
+        unit_costs(units, machine, shape),
+        shape,
+        machine,
+        disk,
+        ram_bytes=ram_bytes,
+        vram_bytes=vram_bytes,
+        workload=workload,
+        wishes=wishes,
+    )
+
+
+def plan_costs(
+    costs: Sequence[UnitCost],
+    shape: ModelShape,
+    machine: Machine,
+    disk: Disk,
+    *,
+    ram_bytes: int,
+    vram_bytes: int = 0,
+    workload: Workload | None = None,
+    wishes: Mapping[str, Tier] | None = None,
+) -> Plan:
+    """Return the fastest placement of units that are known by their cost; see `plan`."""
     workload = workload or Workload()
     workload.check()
     if vram_bytes and machine.link is None:
         raise ConfigError("plan: a VRAM budget needs a CUDA device, and none was measured")
     machine = machine if vram_bytes else replace(machine, link=None)
-    costs = unit_costs(units, machine, shape)
     settings = SETTINGS if workload.kv == "auto" else (workload.kv,)
     for setting in settings:
         chosen = replace(workload, kv=setting)
@@ -317,4 +340,4 @@ def _computes_in(vram_bytes: int) -> str:
     return "vram" if vram_bytes else "ram"
 
 
-__all__ = ["Plan", "Reservation", "Workload", "combine", "fixed_bytes", "plan"]
+__all__ = ["Plan", "Reservation", "Workload", "combine", "fixed_bytes", "plan", "plan_costs"]

@@ -68,7 +68,12 @@ class ModelShape:
         head_dim = inner.get("head_dim") or hidden // heads
         vocab = _size(inner, "vocab_size")
         wide = _most(inner.get("intermediate_size") or inner.get("ffn_dim") or 4 * hidden)
-        experts = _most(inner.get("num_local_experts") or inner.get("num_experts") or 0)
+        experts = _most(
+            inner.get("num_local_experts")
+            or inner.get("num_experts")
+            or inner.get("n_routed_experts")
+            or 0
+        )
         chosen = _most(inner.get("num_experts_per_tok") or experts)
         return cls(
             layers=layers,

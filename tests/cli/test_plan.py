@@ -103,3 +103,36 @@ def test_keys_and_values_on_disk_leave_memory_to_weights(packed):
         return sum(item["nbytes"] for item in found["reservations"] if "keys" in item["what"])
 
     assert 0 < cache("--kv", "disk") < cache("--kv", "device") == cache()
+
+
+def test_a_model_is_planned_before_it_is_packed(packed):
+    source = packed.parent / "source"
+    out = run(source, "--for", "rtx4090")
+    assert "on RTX 4090, predicted" in out
+    for way in ("lossless", "50% pruned", "3.5 bits"):
+        assert way in out
+    one = run(source / "config.json", "--for", "rtx3060-12g", "--bits", "3.5")
+    assert "3.5 bits: 28 units" in one
+    assert "nothing was measured" in one
+    found = json.loads(run(source, "--for", "h100", "--sparsity", "0.7", "--json"))
+    assert [way["packed"] for way in found["ways"]] == ["70% pruned"]
+    assert found["ways"][0]["decode"]["tokens_per_s"] > 0
+
+
+def test_machines_are_listed(packed):
+    out = run(packed, "--for", "list")
+    assert "rtx4060-laptop" in out
+    assert "white paper" in out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--bits", "3"], "not packed"),
+        (["--disk", "3"], "--for"),
+    ],
+)
+def test_options_that_do_not_apply_are_refused(packed, arguments, said):
+    ran = CliRunner().invoke(plan_command, [str(packed), *arguments])
+    assert ran.exit_code == 2
+    assert said in ran.stderr
