@@ -6,12 +6,15 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
 from endor.cli.terminal import Interrupted, printable, say, show
 from endor.hf.config import DEFAULTS
+
+if TYPE_CHECKING:
+    from endor.checkpoint.report import Sizes
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
@@ -337,6 +340,19 @@ def expanded_at_load(packed: Path) -> tuple[list[str], int] | None:
     except (EndorError, ImportError, OSError, MemoryError):
         return None
     return list(found.expanded), found.expanded_nbytes
+
+
+def recoded_line(sizes: "Sizes", tried: int) -> None:
+    """Say what became of packed codes of another format, `tried` tensors of them, if of any."""
+    if not tried:
+        return
+    before, after = sizes.recoded_from_bytes, sizes.recoded_bytes
+    said = f"{human(before)} -> {human(after)}, {change(before / after)}" if after else "no gain"
+    kept = tried - sizes.recoded_tensors
+    show(
+        f"{sizes.recoded_tensors} of {tried} tensors of packed codes re-coded: {said}"
+        + (f"; {kept} would gain nothing and stay as they are" if kept else "")
+    )
 
 
 def expanded_line(names: Sequence[str], nbytes: int) -> None:

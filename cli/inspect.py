@@ -5,7 +5,15 @@ from pathlib import Path
 
 import click
 
-from endor.cli.common import MODEL, change, expanded_at_load, expanded_line, human, json_option
+from endor.cli.common import (
+    MODEL,
+    change,
+    expanded_at_load,
+    expanded_line,
+    human,
+    json_option,
+    recoded_line,
+)
 from endor.cli.tables import table
 from endor.cli.terminal import echo, show
 
@@ -38,6 +46,11 @@ def inspect_command(packed: Path, asks_model: bool, as_json: bool) -> None:
         codec = spec.codec if spec.bitmap or spec.codec == "dense" else f"{spec.codec}, no bitmap"
         if spec.coding is not None:
             codec = f"int, {spec.coding.symbols} symbols"
+        if spec.fields is not None:
+            widths = (
+                str(spec.fields.layout.width(n)) for n in range(len(spec.fields.layout.fields))
+            )
+            codec = f"fields of {' and '.join(widths)} bits"
         if spec.codec == "exp":
             codec = f"exp-{spec.k}" + ("" if spec.bitmap else ", no bitmap")
         rows.append(
@@ -64,5 +77,6 @@ def inspect_command(packed: Path, asks_model: bool, as_json: bool) -> None:
             f"packed weights: {sizes.weights:,}, density {sizes.density:.4f}, "
             f"{sizes.bits_per_weight:.3f} bits a weight with all metadata and padding"
         )
+    recoded_line(sizes, sizes.recoded_tensors)
     if expanded is not None:
         expanded_line(*expanded)

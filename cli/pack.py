@@ -18,6 +18,7 @@ from endor.cli.common import (
     json_option,
     output_options,
     progress_bar,
+    recoded_line,
     refuse_existing,
     resumable,
     selection_options,
@@ -93,7 +94,8 @@ def pack_command(
 
     MODEL is a Hugging Face directory (safetensors or .bin, in one file or many; dense, already
     pruned, or compressed-tensors sparse-bitmask) or a .safetensors file. Without --prune
-    and --bits nothing is lost: `endor unpack` gives back every bit.
+    and --bits nothing is lost: `endor unpack` gives back every bit. Codes of a checkpoint that is
+    quantised already (GPTQ, AWQ, fp8, int8, NF4, mxfp4 ...) are entropy-coded as they are.
     """
     quantizes = options["bits"] is not None or options["quality"] is not None
     if prune == "none" and not quantizes:
@@ -142,6 +144,9 @@ def _say(out: Path, report: "PackReport", *, as_json: bool) -> None:
             err=True,
         )
     companion_lines(report.left_out, report.code)
+    recoded_line(sizes, report.recodable_tensors)
+    if report.recodable_tensors and not sizes.packed_tensors:
+        return
     show(
         f"{sizes.packed_tensors} of {sizes.tensors} tensors packed: density {sizes.density:.4f}, "
         f"{sizes.bits_per_weight:.3f} bits a weight with all metadata and padding"

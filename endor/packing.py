@@ -18,6 +18,7 @@ from endor.checkpoint.manifest import Writes
 from endor.checkpoint.open import open_source
 from endor.checkpoint.output import check_output
 from endor.checkpoint.reading import WeightPruner
+from endor.checkpoint.recode import recodable
 from endor.checkpoint.report import DenseReport, PackReport, Progress
 from endor.checkpoint.select import select
 from endor.checkpoint.single import pack_file
@@ -61,6 +62,9 @@ def pack_checkpoint(
     layers: LayerProgress | None = None,
 ) -> PackReport:
     """Write a checkpoint in packed form and return what came out.
+
+    Packed codes of a checkpoint that is quantised already are entropy-coded as they are, where
+    nothing but that is asked for.
 
     Tensors are read, pruned, encoded and written one by one: memory stays below three times the
     largest tensor and 300 MB; with calibration, a decoder layer and its statistics come to it.
@@ -144,6 +148,8 @@ def pack_checkpoint(
             check(source.path, pack_writes(source))
         stored = (source.config() or {}).get(QUANTIZATION_KEY)
         with _prepared(source, how, selected, quantize, quality, calibrate, layers) as found:
+            lossless = not (quantizes or found.pruner or is_calibrated(how))
+            recoded = recodable(source, exclude) if lossless and codec == "auto" else {}
             if source.directory is None and out.suffix == ".safetensors":
                 if resume:
                     raise ConfigError(f"{out}: a single file is packed in one go; drop --resume")
@@ -153,6 +159,7 @@ def pack_checkpoint(
                     selected=selected,
                     pruner=found.pruner,
                     codec=codec,
+                    recoded=recoded,
                     overwrite=overwrite,
                     threads=threads,
                     progress=progress,
@@ -169,6 +176,7 @@ def pack_checkpoint(
                 selected=selected,
                 pruner=found.pruner,
                 options=about,
+                recoded=recoded,
                 resume=resume,
                 overwrite=overwrite,
                 threads=threads,

@@ -138,6 +138,7 @@ def pack_composite(
         converted_bytes=sum(each.converted_bytes for each in reports),
         left_out=left_out,
         code=tuple(sorted([*code, *carried.code])),
+        recodable_tensors=sum(each.recodable_tensors for each in reports),
     )
 
 

@@ -37,6 +37,7 @@ from endor.checkpoint.output import OutputDirectory
 from endor.checkpoint.pipeline import OrderedWork, ScratchPool
 from endor.checkpoint.plan import Unit, plan_units
 from endor.checkpoint.reading import TensorLoader, WeightPruner
+from endor.checkpoint.recode import Layouts, largest_fields_spec, recode
 from endor.checkpoint.report import PackReport, Progress, Sizes, no_progress
 from endor.checkpoint.sources.contract import CheckpointSource, CodedSource, SourceTensor
 from endor.checkpoint.verify import check_file
@@ -79,6 +80,7 @@ def convert(
     selected: frozenset[str],
     pruner: WeightPruner | None,
     options: PackOptions,
+    recoded: Layouts | None = None,
     resume: bool = False,
     overwrite: bool = False,
     threads: int | None = None,
@@ -86,10 +88,21 @@ def convert(
 ) -> PackReport:
     """Write `source` to `out` in packed form.
 
-    Errors as for `pack_checkpoint`.
+    Args:
+        source: The checkpoint.
+        out: The directory to make.
+        selected: Names of the tensors to pack.
+        pruner: Applied to these.
+        options: What else the bytes depend on.
+        recoded: Tensors with packed codes of another format, and where these may be.
+        resume: As for `pack_checkpoint`, as the rest, and the errors.
+        overwrite: As there.
+        threads: As there.
+        progress: As there.
     """
     began = time.perf_counter()
-    units = plan_units(source.tensors.values(), selected)
+    recoded = recoded or {}
+    units = plan_units(source.tensors.values(), selected, recoded)
     identity = {
         "kind": "packed",
         "format_version": FORMAT_VERSION,
@@ -100,6 +113,9 @@ def convert(
         "prune": dict(options.prune),
         "quantize": dict(options.quantize),
     }
+    if recoded:
+        text = "\0".join(f"{name}\0{recoded[name]}" for name in sorted(recoded))
+        identity["recoded"] = hashlib.sha256(text.encode()).hexdigest()
     described = _describe(options)
     dense_files = dense_file_names(source.tensors.values())
     companions = find_companions(source)
@@ -113,7 +129,8 @@ def convert(
         overwrite=overwrite,
     ) as output:
         resumed = len(output.finished)
-        run = _Run(source, output, units, selected, pruner, options, progress or no_progress)
+        report = progress or no_progress
+        run = _Run(source, output, units, selected, recoded, pruner, options, report)
         run.adopt_finished()
         run.write(kernels.thread_count(threads))
         layouts = run.name_shards()
@@ -133,6 +150,7 @@ def convert(
         converted_bytes=run.converted_bytes,
         left_out=companions.left_out,
         code=companions.code,
+        recodable_tensors=len(recoded),
     )
 
 
@@ -175,6 +193,7 @@ class _Run:
         output: OutputDirectory,
         units: Sequence[Unit],
         selected: frozenset[str],
+        recoded: Layouts,
         pruner: WeightPruner | None,
         options: PackOptions,
         progress: Progress,
@@ -182,6 +201,7 @@ class _Run:
         self.output = output
         self.units = units
         self.selected = selected
+        self.recoded = recoded
         self.options = options
         self.progress = progress
         self.done = 0
@@ -260,16 +280,22 @@ class _Run:
             encoded = integer.encode(*found, tensor.dtype, shape=tensor.shape, threads=1)
             return _Encoded(encoded, lambda: None)
         loaded = self.loader.load(tensor)
+        together = max(1, min(self.threads, self.loader.budget_bytes // max(tensor.nbytes, 1)))
+        threads = max(1, self.threads // together)
+        if tensor.name in self.recoded:
+            smaller = recode(loaded.bits, tensor, self.recoded[tensor.name], threads=threads)
+            if smaller is not None:
+                self.loader.pool.give(loaded.buffer)
+                return _Encoded(smaller, lambda: None)
         if tensor.dtype.bits:
             plain = dense.encode_as(loaded.bits, tensor.dtype, tensor.shape)
             return _Encoded(plain, lambda: self.loader.pool.give(loaded.buffer))
         scratch = self.scratches.take()
-        together = max(1, min(self.threads, self.loader.budget_bytes // max(tensor.nbytes, 1)))
         encoded = kernels.encode(
             loaded.bits,
             tensor.dtype,
             codec=self.options.codec if tensor.name in self.selected else "dense",
-            threads=max(1, self.threads // together),
+            threads=threads,
             scratch=scratch,
         )
         if encoded.spec.codec == "dense":  # its array is the buffer
@@ -322,6 +348,8 @@ class _Run:
         """Return a spec whose header entry is at least as long as the real one."""
         if self.coded and tensor.name in self.selected:
             return largest_int_spec(tensor.shape, tensor.dtype, (1, 1))
+        if tensor.name in self.recoded and tensor.name not in self.selected:
+            return largest_fields_spec(tensor, self.recoded[tensor.name])
         if tensor.name not in self.selected or self.options.codec == "dense":
             return TensorSpec(tensor.shape, tensor.dtype, "dense", False, tensor.numel)
         if self.options.codec == "raw":
@@ -330,6 +358,8 @@ class _Run:
 
     def _least(self, tensor: SourceTensor) -> int:
         """Return bytes that the stored tensor needs at least: its bitmap, or all of it."""
+        if tensor.name in self.recoded:
+            return tensor.nbytes // 64
         return tensor.numel // 8 if tensor.name in self.selected else tensor.nbytes
 
     def _most(self, unit: Unit) -> int:

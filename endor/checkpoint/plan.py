@@ -5,7 +5,7 @@ small tensors of one layer together; each other tensor by itself.
 """
 
 import re
-from collections.abc import Iterable
+from collections.abc import Container, Iterable
 from dataclasses import dataclass
 
 from endor.checkpoint.sources.contract import SourceTensor
@@ -18,6 +18,8 @@ SMALL_NBYTES = 1 << 20
 """Unpacked tensors of a layer up to this size share the layer's record."""
 
 RESERVED = (PAD_PREFIX, METADATA_KEY)
+
+_FIELDS_SUFFIXES = ("frequencies", "chunk_offsets", "states", "words", "rest")
 
 _EXPERT = re.compile(
     r"(?P<expert>.*\bexperts\.\d+)\."
@@ -63,14 +65,18 @@ class Unit:
         return sum(tensor.nbytes for tensor in self.tensors)
 
 
-def plan_units(tensors: Iterable[SourceTensor], selected: frozenset[str]) -> tuple[Unit, ...]:
+def plan_units(
+    tensors: Iterable[SourceTensor],
+    selected: frozenset[str],
+    recoded: Container[str] = frozenset(),
+) -> tuple[Unit, ...]:
     """Return every tensor in one unit each, in execution order.
 
     Raises:
         CheckpointError: a name collides with what the packed file needs.
     """
     tensors = sorted(tensors, key=lambda tensor: execution_key(tensor.name))
-    _check_names(tensors, selected)
+    _check_names(tensors, selected, recoded)
     groups: dict[str, list[SourceTensor]] = {}
     for tensor in tensors:
         groups.setdefault(_unit_name(tensor, tensor.name in selected), []).append(tensor)
@@ -143,7 +149,9 @@ def stored_arrays(tensor: SourceTensor, packed: bool) -> tuple[ArraySpec, ...]:
     return tuple(arrays)
 
 
-def _check_names(tensors: list[SourceTensor], selected: frozenset[str]) -> None:
+def _check_names(
+    tensors: list[SourceTensor], selected: frozenset[str], recoded: Container[str]
+) -> None:
     names = {tensor.name for tensor in tensors}
     for tensor in tensors:
         if tensor.name.startswith(RESERVED):
@@ -151,11 +159,12 @@ def _check_names(tensors: list[SourceTensor], selected: frozenset[str]) -> None:
                 f"{tensor.name}: names starting with {' or '.join(RESERVED)} are reserved for "
                 "packed files; rename the tensor"
             )
-        if tensor.name not in selected:
-            continue
-        for array in stored_arrays(tensor, packed=True):
-            key = f"{tensor.name}_{array.suffix}"
-            if array.suffix and key in names:
+        suffixes = set(_FIELDS_SUFFIXES if tensor.name in recoded else ())
+        if tensor.name in selected:
+            suffixes |= {array.suffix for array in stored_arrays(tensor, packed=True)}
+        for suffix in sorted(suffixes - {""}):
+            key = f"{tensor.name}_{suffix}"
+            if key in names:
                 raise CheckpointError(
                     f"{key}: collides with an array of the packed {tensor.name}; "
                     f"leave one out: --exclude '{tensor.name}'"

@@ -11,19 +11,25 @@ Progress = Callable[[int, int], None]
 """Called with dense bytes done and in total; on the calling thread."""
 
 
+_NO_WEIGHTS = ("dense", "fields")
+
+
 @dataclass(frozen=True, slots=True)
 class Sizes:
     """Bytes and weights of a packed checkpoint.
 
     Attributes:
         tensors: All tensors.
-        packed_tensors: Those not stored dense.
+        packed_tensors: Those of weights not stored dense.
         weights: Elements of the packed tensors.
         nnz: Non-zeros among them; all of them where no bitmap is stored.
         dense_bytes: What all tensors take dense.
         packed_bytes: The shards on disk, headers and padding included.
         packed_weights_bytes: The records of packed tensors and all headers.
         shards: Files.
+        recoded_tensors: Those in codec `fields`: packed codes of another format.
+        recoded_from_bytes: What these take dense.
+        recoded_bytes: What they take here, without alignment.
     """
 
     tensors: int
@@ -34,6 +40,9 @@ class Sizes:
     packed_bytes: int
     packed_weights_bytes: int
     shards: int
+    recoded_tensors: int = 0
+    recoded_from_bytes: int = 0
+    recoded_bytes: int = 0
 
     @property
     def ratio(self) -> float:
@@ -54,7 +63,8 @@ class Sizes:
     def of(cls, layouts: Sequence[FileLayout]) -> "Sizes":
         """Return the totals of shards with these layouts."""
         specs = [entry.spec for layout in layouts for entry in layout.tensors.values()]
-        packed = [spec for spec in specs if spec.codec != "dense"]
+        packed = [spec for spec in specs if spec.codec not in _NO_WEIGHTS]
+        recoded = [spec for spec in specs if spec.codec == "fields"]
         return cls(
             tensors=len(specs),
             packed_tensors=len(packed),
@@ -66,6 +76,9 @@ class Sizes:
                 layout.data_start + _packed_records(layout) for layout in layouts
             ),
             shards=len(layouts),
+            recoded_tensors=len(recoded),
+            recoded_from_bytes=sum(spec.dense_nbytes for spec in recoded),
+            recoded_bytes=sum(spec.nbytes for spec in recoded),
         )
 
     def to_dict(self) -> dict[str, Any]:
@@ -78,7 +91,9 @@ class Sizes:
 
 
 def _packed_records(layout: FileLayout) -> int:
-    names = {entry.record for entry in layout.tensors.values() if entry.spec.codec != "dense"}
+    names = {
+        entry.record for entry in layout.tensors.values() if entry.spec.codec not in _NO_WEIGHTS
+    }
     return sum(layout.records[name].nbytes for name in names)
 
 
@@ -94,6 +109,7 @@ class PackReport:
         converted_bytes: Dense bytes that this run read.
         left_out: Other weights and folders beside the source's, which were not carried over.
         code: Files of Python code that were carried over.
+        recodable_tensors: Those that were looked at for packed codes of another format.
         stored_quantization: The quantisation that the weights had before, in words; empty for none.
     """
 
@@ -105,6 +121,7 @@ class PackReport:
     left_out: tuple[str, ...] = ()
     code: tuple[str, ...] = ()
     stored_quantization: str = ""
+    recodable_tensors: int = 0
 
     @property
     def gbps(self) -> float:
@@ -122,6 +139,7 @@ class PackReport:
             "gbps": self.gbps,
             "left_out": list(self.left_out),
             "code": list(self.code),
+            "recodable_tensors": self.recodable_tensors,
         }
 
 

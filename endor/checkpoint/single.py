@@ -8,6 +8,7 @@ from endor import kernels
 from endor.checkpoint.pipeline import OrderedWork
 from endor.checkpoint.plan import plan_units, stored_arrays
 from endor.checkpoint.reading import Loaded, TensorLoader, WeightPruner
+from endor.checkpoint.recode import Layouts, largest_fields_spec, recode
 from endor.checkpoint.report import PackReport, Progress, Sizes, no_progress
 from endor.checkpoint.sources.contract import CheckpointSource, CodedSource, SourceTensor
 from endor.codecs import CodecChoice, Encoded, TensorSpec, dense
@@ -23,6 +24,7 @@ def pack_file(
     selected: frozenset[str],
     pruner: WeightPruner | None,
     codec: CodecChoice,
+    recoded: Layouts | None = None,
     overwrite: bool = False,
     threads: int | None = None,
     progress: Progress | None = None,
@@ -39,13 +41,16 @@ def pack_file(
             f"{out}: exists already; choose another OUT, or add --overwrite to replace it"
         )
     out.parent.mkdir(parents=True, exist_ok=True)
-    units = plan_units(source.tensors.values(), selected)
+    recoded = recoded or {}
+    units = plan_units(source.tensors.values(), selected, recoded)
     loader = TensorLoader(source, pruner, selected)
     coded = source if isinstance(source, CodedSource) else None
 
     def largest(tensor: SourceTensor) -> TensorSpec:
         if coded and tensor.name in selected:
             return largest_int_spec(tensor.shape, tensor.dtype, (1, 1))
+        if tensor.name in recoded and tensor.name not in selected:
+            return largest_fields_spec(tensor, recoded[tensor.name])
         return _largest(tensor, selected)
 
     plan = {unit.name: {tensor.name: largest(tensor) for tensor in unit.tensors} for unit in units}
@@ -55,6 +60,10 @@ def pack_file(
         if codes is not None:
             return None, kernels.integer.encode(*codes, tensor.dtype, shape=tensor.shape, threads=1)
         loaded = loader.load(tensor)
+        if tensor.name in recoded:
+            smaller = recode(loaded.bits, tensor, recoded[tensor.name], threads=1)
+            if smaller is not None:
+                return loaded, smaller
         if tensor.dtype.bits:
             return loaded, dense.encode_as(loaded.bits, tensor.dtype, tensor.shape)
         chosen = codec if tensor.name in selected else "dense"
@@ -85,7 +94,8 @@ def pack_file(
                     done += tensor.nbytes
                     report(done, total)
     sizes = Sizes.of([FileLayout.read(out)])
-    return PackReport(out, sizes, 0, time.perf_counter() - began, total)
+    seconds = time.perf_counter() - began
+    return PackReport(out, sizes, 0, seconds, total, recodable_tensors=len(recoded))
 
 
 def _largest(tensor: SourceTensor, selected: frozenset[str]) -> TensorSpec:
