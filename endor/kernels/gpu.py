@@ -17,7 +17,7 @@ import torch
 from endor.codecs import Encoded, TensorSpec
 from endor.errors import BackendError, DTypeError, ShapeError
 from endor.kernels import gpu_build, gpu_plan
-from endor.kernels.gpu_plan import Kernel, Launch, Part
+from endor.kernels.gpu_launch import Kernel, Launch, Part
 
 ALIGN = 256
 """Where `upload` places arrays, as records do."""

@@ -12,9 +12,10 @@ from pathlib import Path
 
 from endor.codecs import DTYPES
 from endor.errors import BackendError
+from endor.kernels import gpu_int
+from endor.kernels.gpu_launch import Kernel
 from endor.kernels.gpu_plan import (
     MAX_COLUMNS,
-    Kernel,
     constants,
     exp_kernel,
     product_kernel,
@@ -57,6 +58,15 @@ def all_kernels() -> list[Kernel]:
             rest = dtype.rest_bits % 8
             planes = sum(1 << (rest + k) for k in range(1, dtype.exponent_bits + 1))
             kernels += [exp_kernel(dtype, bitmap=flag, planes=planes) for flag in (True, False)]
+    for value in ("BF16", "F16", "F32"):
+        for step in ("F16", "BF16", "F32"):
+            for by_column in (True, False):
+                far = step == "F16" and not by_column
+                kernels.append(
+                    gpu_int.kernel(
+                        value, step, column_steps=by_column, far_steps=far, low_bits=not far
+                    )
+                )
     columns = [1 << i for i in range(MAX_COLUMNS.bit_length())]
     for name in ("BF16", "F16"):
         for count in columns:

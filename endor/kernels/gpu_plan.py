@@ -7,16 +7,13 @@ arguments from here as the real ones do.
 import functools
 import struct
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
 
 from endor.codecs import GROUP, TILE, DType, TensorSpec
 from endor.errors import BackendError, DTypeError, ShapeError
-
-MAX_TENSORS = 8
-"""Tensors of one launch. The arguments travel by value, 4 KiB at most."""
+from endor.kernels import gpu_int
+from endor.kernels.gpu_launch import MAX_TENSORS, Kernel, Launch, Part
 
 MAX_COLUMNS = 8
 """Columns of x that one product takes."""
@@ -82,50 +79,6 @@ _OPERANDS, _OPERANDS_AT = struct.Struct("<QQ"), PRODUCT.fields["x"][1]  # type: 
 """x and y, which lie side by side."""
 
 _FIELDS = {"bytes": "values"}
-_ALIGNED = {"values": 16, "bytes": 8, "planes": 8, "bitmap": 4, "tile_offsets": 4}
-_ALIGNED |= {"patch_offsets": 4, "patch_ranks": 2, "patch_exponents": 1}
-
-
-@dataclass(frozen=True, slots=True)
-class Kernel:
-    """One compiled function: a source of `cuda/` and the constants it is compiled with."""
-
-    name: Literal["expand_raw", "expand_exp", "product"]
-    defines: tuple[tuple[str, int], ...]
-
-
-@dataclass(frozen=True, slots=True)
-class Part:
-    """One tensor of a record and where its arrays and its dense form lie.
-
-    Attributes:
-        spec: What is stored.
-        addresses: Device address per array suffix.
-        out: Device address of the dense destination, a multiple of 16.
-    """
-
-    spec: TensorSpec
-    addresses: Mapping[str, int]
-    out: int
-
-
-@dataclass(frozen=True, slots=True)
-class Launch:
-    """One kernel launch.
-
-    Attributes:
-        kernel: What to run.
-        args: Its only argument, a structure passed by value: array of one element.
-        grid: Blocks.
-        block: Threads per block.
-        shared_bytes: Dynamic shared memory per block.
-    """
-
-    kernel: Kernel
-    args: np.ndarray
-    grid: int
-    block: int
-    shared_bytes: int
 
 
 def constants() -> tuple[tuple[str, int], ...]:
@@ -181,35 +134,42 @@ def product_kernel(dtype: DType, *, columns: int, row_pairs: int, float_out: boo
 def plan_expansion(parts: Sequence[Part], *, warps: int = WARPS) -> list[Launch]:
     """Return the launches that write the dense form of `parts`.
 
-    One launch for all tensors of a record that share codec, element type and bitmap, which in a
-    linear layer or an expert they do; `dense` and empty tensors need none.
+    One launch for all tensors of a record that share codec, element type and bitmap (`int`: the
+    type of its steps, and how they lie), which in a linear layer or an expert they do; `dense` and
+    empty tensors need none.
 
     Raises:
         BackendError: A tensor is in a codec that the GPU cannot expand.
-        ShapeError: An address is not aligned as the kernels need it.
+        ShapeError: An address is not aligned as the kernels need it, or a row of a tensor in codec
+            `int` is longer than its kernel takes.
     """
     families: dict[tuple[object, ...], list[Part]] = {}
     for part in parts:
         spec = part.spec
         if spec.codec == "dense" or spec.numel == 0:
             continue
-        if spec.codec in ("int", "fields"):
+        if spec.codec == "fields":
             raise BackendError(
                 f"codec {spec.codec} has no GPU kernel yet; decode it on the CPU and copy the "
                 "dense tensor"
             )
-        _check_alignment(part)
-        family = (
-            ("raw", spec.dtype.itemsize)
-            if spec.codec == "raw"
-            else ("exp", spec.dtype.name, spec.bitmap)
-        )
-        families.setdefault(family, []).append(part)
+        part.check_alignment()
+        families.setdefault(_family(spec), []).append(part)
     launches = []
     for members in families.values():
         for at in range(0, len(members), MAX_TENSORS):
-            launches.append(_expansion(members[at : at + MAX_TENSORS], warps))
+            some = members[at : at + MAX_TENSORS]
+            expand = gpu_int.expansion if some[0].spec.codec == "int" else _expansion
+            launches.append(expand(some, warps))
     return launches
+
+
+def _family(spec: TensorSpec) -> tuple[object, ...]:
+    if spec.codec == "raw":
+        return "raw", spec.dtype.itemsize
+    if spec.codec == "exp":
+        return "exp", spec.dtype.name, spec.bitmap
+    return "int", *gpu_int.family(spec)
 
 
 def _expansion(parts: Sequence[Part], warps: int) -> Launch:
@@ -338,7 +298,7 @@ def _planned_product(
         raise DTypeError(f"the product kernel cannot run: {refusal}; expand the weight instead")
     if not 1 <= batch <= MAX_COLUMNS:
         raise ShapeError(f"batch must be 1..{MAX_COLUMNS}, got {batch}; expand the weight instead")
-    _check_alignment(Part(spec, dict(addresses), 0))
+    Part(spec, dict(addresses), 0).check_alignment()
     rows, cols = spec.shape
     columns = 1 << (batch - 1).bit_length()
     segment_nnz = min(segment_nnz, SEGMENT)
@@ -358,13 +318,3 @@ def _planned_product(
     args["batch"], args["segment_nnz"] = batch, segment_nnz
     kernel = product_kernel(spec.dtype, columns=columns, row_pairs=pairs, float_out=float_out)
     return Launch(kernel, args, -(-rows // (2 * pairs)), 32 * warps, shared_bytes(pairs, warps))
-
-
-def _check_alignment(part: Part) -> None:
-    if part.out % 16:
-        raise ShapeError(f"out must start at a multiple of 16, got address {part.out:#x}")
-    for suffix, address in part.addresses.items():
-        if address % _ALIGNED[suffix]:
-            raise ShapeError(
-                f"{suffix} must start at a multiple of {_ALIGNED[suffix]}, got address {address:#x}"
-            )

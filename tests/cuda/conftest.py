@@ -13,10 +13,8 @@ import pytest
 from endor import codecs
 from endor.codecs import Encoded
 from endor.kernels.gpu_build import SOURCES, options
+from endor.kernels.gpu_launch import Kernel, Launch, Part
 from endor.kernels.gpu_plan import (
-    Kernel,
-    Launch,
-    Part,
     plan_expansion,
     plan_product,
     segment_nnz,
@@ -76,7 +74,7 @@ class Emulator:
         key = (kernel, tensor_cores)
         if key not in self._built:
             digest = hashlib.sha256(repr(key).encode()).hexdigest()[:16]
-            argument = "Product" if kernel.name == "product" else "Batch"
+            argument = {"product": "Product", "expand_int": "IntBatch"}.get(kernel.name, "Batch")
             entry = self._folder / f"{digest}.cpp"
             entry.write_text(ENTRY.format(name=kernel.name, argument=argument))
             library = self._folder / f"{digest}.so"

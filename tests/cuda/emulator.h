@@ -203,6 +203,15 @@ template <typename T> T __shfl_up_sync(unsigned, T v, unsigned d) {
   return emulator::exchange(v, lane_id() < d ? lane_id() : lane_id() - d);
 }
 template <typename T> T __shfl_xor_sync(unsigned, T v, unsigned d) { return emulator::exchange(v, lane_id() ^ d); }
+inline unsigned __ballot_sync(unsigned, bool held) {
+  const unsigned warp = emulator::current->thread / 32;
+  emulator::slots[emulator::current->thread * 8] = held;
+  emulator::warp_barrier();
+  unsigned bits = 0;
+  for (unsigned i = 0; i < 32; i++) bits |= static_cast<unsigned>(emulator::slots[(32 * warp + i) * 8]) << i;
+  emulator::warp_barrier();
+  return bits;
+}
 inline unsigned __reduce_add_sync(unsigned, unsigned v) {
   const unsigned warp = emulator::current->thread / 32;
   emulator::slots[emulator::current->thread * 8] = v;
@@ -284,6 +293,33 @@ template <int PENDING> void copy_wait() {
     for (auto& copy : groups.front()) emulator::remember(copy.first, copy.second, 16);
     groups.pop_front();
   }
+}
+
+inline float __uint_as_float(uint32_t bits) {
+  float f;
+  memcpy(&f, &bits, 4);
+  return f;
+}
+inline uint32_t __float_as_uint(float f) {
+  uint32_t bits;
+  memcpy(&bits, &f, 4);
+  return bits;
+}
+template <typename T> T keep(T value) { return value; }
+inline float half_to_float(uint16_t bits) {
+  _Float16 half;
+  memcpy(&half, &bits, 2);
+  return static_cast<float>(half);
+}
+inline uint16_t float_to_half(float f) {
+  const _Float16 half = static_cast<_Float16>(f);
+  uint16_t bits;
+  memcpy(&bits, &half, 2);
+  return bits;
+}
+inline uint16_t float_to_bf16(float f) {
+  const uint32_t word = __float_as_uint(f);
+  return static_cast<uint16_t>((word + 0x7fffu + (word >> 16 & 1u)) >> 16);
 }
 
 #ifdef ENDOR_HALF

@@ -10,6 +10,8 @@ from endor.codecs import DTYPES, DType
 from endor.errors import DTypeError, ShapeError
 from endor.kernels import gpu
 
+from ..support.int_cases import cases
+
 pytestmark = pytest.mark.gpu
 
 SIZES = [1, 7, 1000, 1024, 1025, 8193, 70001, (1 << 20) + 13]
@@ -66,6 +68,12 @@ def test_exp(packable, rng, n, bitmap):
     for density in DENSITIES if bitmap else [1.0]:
         values = sparse(rng, packable, n, density)
         check(codecs.encode(values, packable, codec="exp", bitmap=bitmap))
+
+
+def test_int(rng):
+    """Steps by column, row, group and block; low bits, patches; chunks that end anywhere."""
+    for _, encoded in cases(rng):
+        check(encoded)
 
 
 @pytest.mark.parametrize("bitmap", [True, False])

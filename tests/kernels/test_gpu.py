@@ -10,7 +10,8 @@ from endor import codecs
 from endor.codecs import DTYPES
 from endor.errors import BackendError, ShapeError
 from endor.kernels import gpu
-from endor.kernels.gpu_plan import Part, plan_expansion
+from endor.kernels.gpu_launch import Part
+from endor.kernels.gpu_plan import plan_expansion
 
 
 def test_another_device_is_refused():

@@ -27,6 +27,7 @@ from endor.bench.records import BenchRecord
 from endor.codecs import CodecChoice
 from endor.errors import EndorError
 from endor.kernels import gpu, gpu_plan
+from endor.kernels.gpu_launch import Part
 
 
 def expansion(case: GpuCase) -> Iterator[BenchRecord]:
@@ -57,7 +58,7 @@ def expansion(case: GpuCase) -> Iterator[BenchRecord]:
         for warps in (4, 8):
             plans = [
                 gpu_plan.plan_expansion(
-                    [gpu_plan.Part(copy.spec, copy.addresses, out.data_ptr())], warps=warps
+                    [Part(copy.spec, copy.addresses, out.data_ptr())], warps=warps
                 )
                 for copy, out in zip(packed.copies, outs, strict=True)
             ]

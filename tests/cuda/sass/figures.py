@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from endor import codecs
-from endor.codecs import Encoded
+from endor.codecs import Encoded, integer
 from endor.kernels import gpu_build
 
 from .memory import Costs
@@ -67,11 +67,19 @@ def _exp(density: float, *, bitmap: bool) -> Encoded:
     return codecs.encode(_tiles(density), BF16, codec="exp", bitmap=bitmap)
 
 
+def _int(spread: float) -> Encoded:
+    """Eight chunks, one step a column; a normal distribution as wide as 2.7 has 3.5 bits."""
+    rng = _rng()
+    codes = np.rint(rng.normal(0, spread, (256, 1024))).astype(np.int32)
+    return integer.encode(codes, integer.round_steps(0.01 + rng.random(1024)), BF16)
+
+
 FIGURES = (
     _expansion("expand `raw`, bf16, density 0.5", lambda: _raw(0.5)),
     _expansion("expand `raw`, bf16, density 0.3", lambda: _raw(0.3)),
     _expansion("expand `exp`, bf16, density 0.5", lambda: _exp(0.5, bitmap=True)),
     _expansion("expand `exp`, bf16, no bitmap", lambda: _exp(1.0, bitmap=False)),
+    _expansion("expand `int`, bf16, 3.5 bits a weight", lambda: _int(2.7)),
     _product("product, density 0.5, 1 column, 4096 wide", 4096, 1),
     _product("product, density 0.5, 1 column, 11008 wide", 11008, 1),
     _product("product, density 0.5, 4 columns, 4096 wide", 4096, 4),

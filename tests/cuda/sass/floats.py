@@ -67,7 +67,7 @@ def to_integer(m: Machine, i: Instruction, acting: np.ndarray) -> None:
     if not {"U32", "TRUNC"} <= set(i.modifiers):
         raise Fault("form of conversion")
     whole = np.clip(np.trunc(number(m, i.operands[1]).astype(np.float64)), 0, 2**32 - 1)
-    m.set(i.operands[0], whole.astype(np.uint64), acting)
+    m.set(i.operands[0], np.where(np.isnan(whole), 0, whole).astype(np.uint64), acting)
 
 
 @executes("F2F", "F2FP")
@@ -99,11 +99,20 @@ def widen_half(m: Machine, i: Instruction, acting: np.ndarray) -> None:
     put(m, i, bits.astype(np.uint16).view(np.float16).astype(np.float32), acting)
 
 
+@executes("HFMA2")
+def half_constant(m: Machine, i: Instruction, acting: np.ndarray) -> None:
+    """Only `HFMA2.MMA R, -RZ, RZ, high, low`, which is how two halves become a constant."""
+    if len(i.operands) != 5 or any(item.index >= 0 for item in i.operands[1:3]):
+        raise Fault("half product")
+    high, low = (int(np.float16(item.text).view(np.uint16)) for item in i.operands[3:])
+    m.set(i.operands[0], np.full((1, 1), high << 16 | low, dtype=np.uint32), acting)
+
+
 @executes("MUFU")
 def reciprocal(m: Machine, i: Instruction, acting: np.ndarray) -> None:
     if not i.has("RCP"):
         raise Fault("special function")
-    with np.errstate(divide="ignore"):
+    with np.errstate(all="ignore"):
         put(m, i, np.float32(1) / number(m, i.operands[1]), acting)
 
 

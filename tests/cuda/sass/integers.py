@@ -92,7 +92,10 @@ def add_two(m: Machine, i: Instruction, acting: np.ndarray) -> None:
 
 @executes("IMAD", "UIMAD")
 def multiply_add(m: Machine, i: Instruction, acting: np.ndarray) -> None:
-    target, a, b, c, *carry = i.operands
+    target = i.operands[0]
+    carries, (a, b, c, *carry) = split(i, 1)
+    if carries:
+        raise Fault("carry out of a product")
     left, right = u64(m.value(a)), u64(m.value(b))
     if i.has("WIDE"):
         if not i.has("U32"):
@@ -102,7 +105,7 @@ def multiply_add(m: Machine, i: Instruction, acting: np.ndarray) -> None:
     elif i.has("HI"):
         if not i.has("U32"):
             raise Fault("signed high product")
-        m.set(target, (left * right >> HALF) + u64(m.value(c)) & LOW, acting)
+        m.set(target, left * right + m.wide(c) >> HALF, acting)
     else:
         total = left * right + u64(m.value(c))
         if i.has("X"):
@@ -208,7 +211,11 @@ def scaled_add(m: Machine, i: Instruction, acting: np.ndarray) -> None:
         if i.has("X"):
             total = total + u64(m.predicate(joined[0]))
     else:
-        total = (a << np.uint64(rest[2].index) & LOW) + u64(b)
+        by = np.uint64(rest[2].index)
+        if rest[0].negate:  # of what is shifted, so that 0 carries as in IADD3
+            total = (~(u64(m.bits(rest[0])) << by) & LOW) + np.uint64(1) + u64(b)
+        else:
+            total = (a << by & LOW) + u64(b)
     m.set(i.operands[0], total & LOW, acting)
     if carries:
         m.set_predicate(carries[0], total >> HALF > 0, acting)

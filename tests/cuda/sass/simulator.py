@@ -9,7 +9,8 @@ import numpy as np
 from endor import codecs
 from endor.codecs import DTYPES, Encoded
 from endor.kernels import gpu_build
-from endor.kernels.gpu_plan import Kernel, Launch, Part, plan_expansion, plan_product, segment_nnz
+from endor.kernels.gpu_launch import Kernel, Launch, Part
+from endor.kernels.gpu_plan import plan_expansion, plan_product, segment_nnz
 
 from ...support.device_arrays import Output, Record
 from . import accesses, floats, integers  # noqa: F401, they register what they execute

@@ -7,10 +7,12 @@ import numpy as np
 import pytest
 
 from endor import codecs
-from endor.codecs import DTYPES, Encoded, exp
-from endor.kernels.gpu_plan import Part, plan_expansion
+from endor.codecs import DTYPES, Encoded, exp, integer
+from endor.kernels.gpu_launch import Part
+from endor.kernels.gpu_plan import plan_expansion
 
 from ...support.device_arrays import Output, Record
+from ...support.int_cases import cases, codes_of
 from .simulator import ARCHITECTURES, BF16, Simulator, weights
 
 SIZES = [1, 7, 1000, 1024, 1025, 8193, 20011]
@@ -60,6 +62,26 @@ def test_exp_of_weights(simulator: Simulator, rng, architecture, bitmap):
     simulator.expand(tensors, architecture, warps=4)
 
 
+def expand_each(simulator: Simulator, architecture: str, tensors) -> None:
+    for name, encoded in tensors:
+        try:
+            simulator.expand([encoded], architecture)
+        except (AssertionError, pytest.fail.Exception) as error:
+            pytest.fail(f"{name}: {error}")
+
+
+def test_int(simulator: Simulator, rng, architecture):
+    small = [(name, item) for name, item in cases(rng) if item.spec.numel <= 5_000]
+    assert len(small) > 12
+    expand_each(simulator, architecture, small)
+
+
+@pytest.mark.slow
+def test_int_of_more_elements(simulator: Simulator, rng, architecture):
+    large = [(name, item) for name, item in cases(rng) if item.spec.numel > 5_000]
+    expand_each(simulator, architecture, large)
+
+
 @pytest.mark.parametrize("batch", [1, 2, 3, 8])
 @pytest.mark.parametrize("shape", [(5, 2240), (3, 96), (7, 4096)])
 def test_product(simulator: Simulator, rng, architecture, shape, batch):
@@ -71,20 +93,22 @@ def test_product(simulator: Simulator, rng, architecture, shape, batch):
     assert np.abs(y - expected).max() <= 1e-5 * np.abs(expected).max()
 
 
-@pytest.mark.parametrize("codec", ["raw", "exp"])
+@pytest.mark.parametrize("codec", ["raw", "exp", "int"])
 def test_wrong_bytes_never_reach_outside(simulator: Simulator, rng, architecture, codec):
     """Noise in every array: all accesses stay inside, though some read what nobody wrote."""
     bits = any_bits(rng, BF16, 9001, 0.5)
     valid = codecs.encode(bits, BF16, codec="raw")
     if codec == "exp":
         valid = exp.encode(bits, BF16, bitmap=True, k=3, base=112)
+    elif codec == "int":
+        valid = integer.encode(codes_of(rng, (9, 1000), 3000.0), 0.5, BF16)
     noise = {
         suffix: rng.integers(0, 256, array.nbytes, dtype=np.uint8)
         .view(array.dtype)
         .reshape(array.shape)
         for suffix, array in valid.arrays.items()
     }
-    record, output = Record([Encoded(valid.spec, noise)]), Output(9001, BF16.uint)
+    record, output = Record([Encoded(valid.spec, noise)]), Output(valid.spec.numel, BF16.uint)
     (launch,) = plan_expansion([Part(valid.spec, record.addresses[0], output.address)])
     simulator.launch(launch, architecture, [record.region], [output.region], unwritten=True)
     output.check_canaries()

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from endor.kernels import gpu_build
-from endor.kernels.gpu_plan import Kernel, Launch
+from endor.kernels.gpu_launch import Kernel, Launch
 
 from .memory import Fault
 from .simulator import Simulator
