@@ -1,4 +1,4 @@
-"""Measurements and summary of gpu_check.sh: `gpu_report.py kernels|model|summary OUTDIR`."""
+"""Measurements and summary of gpu_check.sh: `gpu_report.py kernels|link|model|summary FOLDER`."""
 
 import json
 import shutil
@@ -11,34 +11,43 @@ from typing import Any
 
 SHAPES = ((4096, 11008), (8192, 28672))
 DENSITIES = (0.5, 0.3)
+RECORDS = "records.jsonl"
 
 
 def kernels(out: Path) -> int:
-    """Measure expansion, products and the link; each record is written as soon as there is one."""
-    from endor.bench.gpu import kernels, link
+    """Measure expansion and products."""
+    from endor.bench.gpu import kernels
     from endor.bench.gpu.case import GpuCase
-    from endor.bench.records import BenchRecord, write_json_lines
 
-    path = out / "kernels.jsonl"
-    path.unlink(missing_ok=True)
     wrong = 0
-
-    def keep(records: Iterable[BenchRecord]) -> None:
-        for record in records:
-            write_json_lines([record], path)
-            print(line(record.to_dict()), flush=True)
-
-    keep(link.link(GpuCase(repeats=7)))
     for density in DENSITIES:
         for rows, cols in SHAPES:
             case = GpuCase(rows, cols, density)
             for measure in (kernels.expansion, kernels.products):
                 try:
-                    keep(measure(case))
+                    keep(out, measure(case))
                 except Exception:
                     traceback.print_exc()
                     wrong = 1
     return wrong
+
+
+def link(out: Path) -> int:
+    """Measure copies from the host."""
+    from endor.bench.gpu import link
+    from endor.bench.gpu.case import GpuCase
+
+    keep(out, link.link(GpuCase(repeats=7)))
+    return 0
+
+
+def keep(out: Path, records: Iterable[Any]) -> None:
+    """Append each record as soon as there is one: a step may be ended at any time."""
+    from endor.bench.records import write_json_lines
+
+    for record in records:
+        write_json_lines([record], out / RECORDS)
+        print(line(record.to_dict()), flush=True)
 
 
 def model(out: Path) -> int:
@@ -58,7 +67,8 @@ def model(out: Path) -> int:
             found["systems"].append(answer)
             path.write_text(json.dumps(found, indent=1))
             print({key: answer[key] for key in answer if key != "report"}, flush=True)
-            wrong |= "error" in answer
+            # a peer that fails is a row of the table, not a fault of ours
+            wrong |= "error" in answer and answer["system"].startswith("endor")
     except Exception as error:
         found["error"] = repr(error)
         traceback.print_exc()
@@ -80,31 +90,42 @@ def line(record: dict[str, Any]) -> str:
 
 
 def summary(out: Path) -> int:
-    """Write summary.md from whatever the steps left."""
-    text = ["# GPU check", ""]
-    device = out / "device.txt"
-    if device.exists():
-        text += ["```", device.read_text().strip(), "```", ""]
-    text += ["| step | ended | took |", "|---|---|---|"]
-    for row in (out / "steps.txt").read_text().splitlines():
-        text.append("| " + " | ".join([*row.split("|"), "", ""][:3]) + " |")
-    records = out / "kernels.jsonl"
-    if records.exists():
+    """Write summary.md and results.json from whatever the steps left."""
+    device = text_of(out / "device.txt").strip()
+    steps = [[*row.split("|"), "", ""][:3] for row in text_of(out / "steps.txt").splitlines()]
+    records = [json.loads(row) for row in text_of(out / RECORDS).splitlines()]
+    found = json.loads(text_of(out / "model.json") or "null")
+    text = ["# GPU check", "", "```", device, "```", "", "| step | ended | took |", "|---|---|---|"]
+    text += [f"| {' | '.join(row)} |" for row in steps]
+    for name, ended, _ in steps:
+        if ended.startswith(("FAILED", "NOT ENDED")):
+            last = text_of(out / f"{name}.log").strip().splitlines()[-12:]
+            text += ["", f"End of {name}.log:", "", "```", *last, "```"]
+    if records:
         text += ["", "| subject | shape | density | us | GB/s | of ceiling | dense GB/s | note |"]
-        text += ["|---|---|---|---|---|---|---|---|"]
-        text += [line(json.loads(row)) for row in records.read_text().splitlines()]
-    if (out / "model.json").exists():
-        text += ["", *model_table(json.loads((out / "model.json").read_text()), best_link(records))]
+        text += ["|---|---|---|---|---|---|---|---|", *(line(record) for record in records)]
+    if found:
+        text += ["", *model_table(found, best_link(records))]
     (out / "summary.md").write_text("\n".join(text) + "\n")
+    results = {
+        "device": device,
+        "steps": [dict(zip(("step", "ended", "took"), row, strict=True)) for row in steps],
+        "records": records,
+        "model": found,
+    }
+    (out / "results.json").write_text(json.dumps(results, indent=1) + "\n")
     return 0
 
 
-def best_link(records: Path) -> float:
+def text_of(path: Path) -> str:
+    """Return what `path` holds; nothing where a step did not come so far."""
+    return path.read_text(errors="replace") if path.exists() else ""
+
+
+def best_link(records: Iterable[dict[str, Any]]) -> float:
     """Return the fastest pinned copy, in 1e9 bytes/s; 0 when none was measured."""
-    if not records.exists():
-        return 0.0
-    rows = [json.loads(row) for row in records.read_text().splitlines()]
-    return max((row["gbps"] for row in rows if row["subject"].startswith("pinned")), default=0.0)
+    pinned = (row["gbps"] for row in records if row["subject"].startswith("pinned"))
+    return max(pinned, default=0.0)
 
 
 def model_table(found: dict[str, Any], link_gbps: float) -> list[str]:
@@ -137,7 +158,7 @@ def model_table(found: dict[str, Any], link_gbps: float) -> list[str]:
 def main() -> int:
     """Run the part that the command line names."""
     part, out = sys.argv[1], Path(sys.argv[2])
-    return {"kernels": kernels, "model": model, "summary": summary}[part](out)
+    return {"kernels": kernels, "link": link, "model": model, "summary": summary}[part](out)
 
 
 if __name__ == "__main__":
