@@ -15,9 +15,9 @@ from .memory import Costs
 from .simulator import BF16, Simulator, weights
 
 BUDGET = Path(__file__).with_name("budget.json")
-COLUMNS = ("instructions", "sectors read", "sectors written", "wavefronts", "transfers")
+COLUMNS = ("instructions", "sectors read", "sectors written", "wavefronts", "transfers", "bytes")
 """Warp instructions; 32-byte sectors of global memory; cycles of shared memory; those, the lines of
-global memory and the shuffles, which share one unit."""
+global memory and the shuffles, which share one unit; bytes that device memory must move."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,11 +26,12 @@ class Figure:
 
     Attributes:
         name: What is counted.
-        run: Runs it for an architecture; returns its costs and its weights.
+        run: Runs it for an architecture; returns its costs, its weights, and the bytes that are
+            read or written at least once.
     """
 
     name: str
-    run: Callable[[Simulator, str], tuple[Costs, int]]
+    run: Callable[[Simulator, str], tuple[Costs, int, int]]
 
 
 def _rng() -> np.random.Generator:
@@ -38,19 +39,22 @@ def _rng() -> np.random.Generator:
 
 
 def _expansion(name: str, make: Callable[[], Encoded]) -> Figure:
-    def run(simulator: Simulator, architecture: str) -> tuple[Costs, int]:
+    def run(simulator: Simulator, architecture: str) -> tuple[Costs, int, int]:
         encoded = make()
-        return simulator.expand([encoded], architecture), encoded.spec.numel
+        spec = encoded.spec
+        costs = simulator.expand([encoded], architecture)
+        return costs, spec.numel, spec.nbytes + spec.dense_nbytes
 
     return Figure(name, run)
 
 
 def _product(name: str, cols: int, batch: int) -> Figure:
-    def run(simulator: Simulator, architecture: str) -> tuple[Costs, int]:
+    def run(simulator: Simulator, architecture: str) -> tuple[Costs, int, int]:
         rng = _rng()
         packed = codecs.encode(weights(rng, (8, cols), 0.5), BF16, codec="raw")
         x = weights(rng, (batch, cols))
-        return simulator.multiply(packed, x, architecture)[1], packed.spec.numel
+        # x and y are small beside the weights of a whole matrix
+        return simulator.multiply(packed, x, architecture)[1], packed.spec.numel, packed.spec.nbytes
 
     return Figure(name, run)
 
@@ -89,8 +93,8 @@ FIGURES = (
 
 def count(figure: Figure, simulator: Simulator, architecture: str) -> dict[str, float]:
     """Return each of `COLUMNS` per 1024 weights."""
-    costs, numel = figure.run(simulator, architecture)
-    found = {"instructions": costs.instructions, "transfers": costs.transfers}
+    costs, numel, moved = figure.run(simulator, architecture)
+    found = {"instructions": costs.instructions, "transfers": costs.transfers, "bytes": moved}
     return {name: round(found.get(name, costs[name]) * 1024 / numel, 1) for name in COLUMNS}
 
 
