@@ -9,7 +9,8 @@ import transformers
 from click.testing import CliRunner
 
 import endor
-from endor.cli.plan import plan_command, ways
+from endor.cli.plan import plan_command
+from endor.cli.plan_text import ways
 from endor.errors import BudgetError
 from endor.planning import machine as hardware
 from endor.planning import probes

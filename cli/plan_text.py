@@ -1,0 +1,158 @@
+"""A plan, for a reader."""
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from endor.cli.tables import table
+
+if TYPE_CHECKING:
+    from endor.hf.outline import Planned
+    from endor.hf.sketch import PlannedSketch, SketchedUnit
+    from endor.planning.plan import Plan
+    from endor.planning.units import Unit
+
+    Placed = Unit | SketchedUnit
+
+TIERS = {
+    "vram-dense": "VRAM, expanded",
+    "vram": "VRAM, packed",
+    "dense": "RAM, expanded",
+    "resident": "RAM, packed",
+    "disk": "disk",
+}
+
+
+def summary(
+    name: str,
+    units: "Sequence[Placed]",
+    result: "Plan",
+    expanded: Sequence[str] = (),
+    expanded_nbytes: int = 0,
+) -> str:
+    """Return the plan for a reader."""
+    from endor.sizes import size
+
+    ratio = result.dense_bytes / max(1, result.packed_bytes)
+    lines = [
+        f"{name}: {len(units)} units, {result.packed_bytes / 1e9:.2f} GB packed, "
+        f"{result.dense_bytes / 1e9:.2f} GB expanded ({ratio:.2f}x)",
+        "",
+    ]
+    if expanded:
+        lines[1:1] = [
+            f"packed but expanded at load: {len(expanded)} tensors, {expanded_nbytes / 1e9:.2f} GB"
+        ]
+    budgets = [("ram", result.ram_bytes), ("vram", result.vram_bytes)]
+    reserved = [
+        [item.what, item.where, size(item.nbytes)] for item in result.reservations if item.nbytes
+    ]
+    rows = reserved + [
+        [f"units in {TIERS[tier]}", "vram" if tier.startswith("vram") else "ram", size(nbytes)]
+        for tier, (_, nbytes) in tier_bytes(units, result).items()
+        if tier != "disk" and nbytes
+    ]
+    rows += [[f"{where} budget", where, size(nbytes)] for where, nbytes in budgets if nbytes]
+    lines += [table(["memory", "where", "size"], rows), ""]
+    total = max(1, len(units))
+    rows = [
+        [TIERS[tier], str(count), f"{count / total:.0%}", f"{nbytes / 1e9:.2f}"]
+        for tier, (count, nbytes) in tier_bytes(units, result).items()
+        if count
+    ]
+    lines += [table(["tier", "units", "share", "GB"], rows), ""]
+    load, prefill, decode = result.load_s, result.prefill, result.decode
+    tokens = result.workload.batch * result.workload.prompt
+    lines += [
+        f"load     {load:.1f} s: what stays in memory, read once",
+        f"prefill  {result.prefill_tokens_per_s:.3g} tokens/s ({tokens} tokens in "
+        f"{prefill.seconds:.3g} s), bound by the {prefill.bound}",
+        f"decode   {result.decode_tokens_per_s:.3g} tokens/s ({decode.seconds:.3g} s a step), "
+        f"bound by the {decode.bound}; {decode.disk_bytes / 1e9:.2f} GB from disk a step",
+    ]
+    return "\n".join([*lines, *verdict(result)])
+
+
+def verdict(result: "Plan") -> list[str]:
+    """Return what to say about the plain dense model."""
+    dense = result.dense_decode
+    if dense is None:
+        return ["dense    does not fit these budgets"]
+    text = f"dense    an ordinary resident model fits and would take {dense.seconds:.3g} s a step"
+    if not result.dense_is_faster:
+        return [f"{text}: {dense.seconds / result.decode.seconds:.2f}x the time of this plan"]
+    advice = "" if result.workload.product == "direct" else ", or try --fast"
+    return [f"{text}: at least as fast; unpack the checkpoint if memory is not scarce{advice}"]
+
+
+def ways(result: "Plan") -> list[str]:
+    """Return how units are multiplied, by the number of input rows."""
+    from endor.planning.products import NEVER, PRODUCT_ROWS
+
+    packed = [name for name, tier in result.tiers.items() if tier != "dense"]
+    rows = [result.products.packed_rows[name] for name in packed]
+    lines = []
+    for limit in sorted(set(rows), reverse=True):
+        count = rows.count(limit)
+        if limit:
+            upto = "1 row" if limit == 1 else f"1 to {limit} rows"
+            more = "" if limit == PRODUCT_ROWS else ", expanded from there on"
+            lines.append(f"{count} units: {upto} multiplied from the packed form{more}")
+        else:
+            lines.append(f"{count} units: expanded and multiplied, which is faster here")
+    wide = result.products.wide_rows
+    if wide < NEVER:
+        lines.append(f"expanded units are multiplied in float32 from {wide} rows on")
+    return lines
+
+
+def arithmetic(planned: "Planned | PlannedSketch") -> str:
+    """Return the constants, and how they become the predicted times."""
+    machine, disk, result = planned.machine, planned.disk, planned.plan
+    rows = [
+        ["disk, cold reads", f"{disk.read_gbps:.2f} GB/s"],
+        ["  over its passes", f"{disk.slowest_gbps:.2f} to {disk.fastest_gbps:.2f} GB/s"],
+        ["memory read / copy", f"{machine.read_gbps:.1f} / {machine.copy_gbps:.1f} GB/s"],
+        ["dense product, batch 1", f"{machine.linear_gbps:.1f} GB/s"],
+        ["  by Endor, for the head", f"{machine.plain_gbps:.1f} GB/s"],
+        ["dense product, long prompt", f"{machine.gemm_gflops:.0f} Gflop/s"],
+        ["  in float32", f"{machine.float32_gflops:.0f} Gflop/s"],
+        ["small operation", f"{machine.op_us:.1f} us"],
+    ]
+    for kind, rate in machine.expand_gbps.items():
+        rows.append([f"expand {kind}, dense bytes", f"{rate:.1f} GB/s"])
+    for kind, rate in machine.product_gbps.items():
+        rows.append([f"product {kind}, packed bytes", f"{rate:.1f} GB/s"])
+    if machine.link is not None and result.vram_bytes:
+        rows += [
+            [f"link to {machine.link.name}", f"{machine.link.h2d_gbps:.1f} GB/s"],
+            ["device memory", f"{machine.link.hbm_gbps:.0f} GB/s"],
+        ]
+    when = machine.measured or "never; typical ones"
+    lines = [
+        table([f"constant ({machine.dtype}, {machine.threads} threads)", "value"], rows),
+        f"measured: {when}, kernel {machine.kernel or 'unknown'}",
+    ]
+    if result.workload.product == "direct" and not result.vram_bytes:
+        lines += ["", *ways(result)]
+    for name, step in (("decode", result.decode), ("prefill", result.prefill)):
+        main = next(place for place in step.resources if place != "disk" and place != "link")
+        parts = " + ".join(f"{what} {seconds:.4f}" for what, seconds in step.parts.items())
+        times = ", ".join(f"{place} {seconds:.4f}" for place, seconds in step.resources.items())
+        lines += [
+            "",
+            f"{name}: {main} = {parts}",
+            f"  max({times}) + unhidden {step.unhidden:.4f} = {step.seconds:.4f} s",
+        ]
+        if step.disk_bytes:
+            lines.append(f"  disk = {step.disk_bytes / 1e9:.3f} GB / {disk.read_gbps:.2f} GB/s")
+    return "\n".join(lines)
+
+
+def tier_bytes(units: "Sequence[Placed]", result: "Plan") -> dict[str, tuple[int, int]]:
+    """Return (units, bytes they take there) per tier, fastest first."""
+    out = {}
+    for tier in TIERS:
+        inside = [unit for unit in units if result.tiers[unit.name] == tier]
+        dense = tier in ("dense", "vram-dense")
+        out[tier] = (len(inside), sum(u.dense_nbytes if dense else u.nbytes for u in inside))
+    return out
