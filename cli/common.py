@@ -334,7 +334,7 @@ def expanded_at_load(packed: Path) -> tuple[list[str], int] | None:
     if not packed.is_dir() or find_spec("transformers") is None:
         return None
     try:
-        from endor.hf.outline import outline
+        from endor.models.outline import outline
 
         found = outline(packed)
     except (EndorError, ImportError, OSError, MemoryError):

@@ -144,7 +144,7 @@ def figures(result: "Generation", load_s: float) -> dict[str, Any]:
 
 def doubt(plan: "Plan", store: Any, result: "Generation") -> str:
     """Return what to say when the steps show the plan's constants wrong; see `hardware.doubt`."""
-    from endor.hf.outline import most_common
+    from endor.models.outline import most_common
     from endor.planning import machine as hardware
 
     if result.new_tokens < LEAST_STEPS or plan.vram_bytes or not result.decode_tokens_per_s:

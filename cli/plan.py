@@ -14,7 +14,7 @@ from endor.cli.terminal import echo, show
 
 if TYPE_CHECKING:
     from endor.hf.config import Loading
-    from endor.hf.outline import Planned
+    from endor.hf.planned import Planned
     from endor.hf.sketch import SketchedUnit
     from endor.planning.units import Unit
 
@@ -65,7 +65,7 @@ def plan_command(
     shows them. A MODEL that is not packed is planned for as `endor pack` would make it: with
     --sparsity or --bits, or with each of several ways.
     """
-    from endor.hf.model import is_packed
+    from endor.checkpoint.loadable import is_packed
 
     target = find_target(machine_name, disk_gbps)
     if machine_name == "list":
@@ -75,7 +75,7 @@ def plan_command(
         return
     if sparsity is not None or bits is not None:
         raise click.UsageError(f"--sparsity and --bits are for models that are not packed: {model}")
-    from endor.hf.outline import plan_checkpoint
+    from endor.hf.planned import plan_checkpoint
 
     planned = plan_checkpoint(
         model,

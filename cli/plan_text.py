@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 from endor.cli.tables import table
 
 if TYPE_CHECKING:
-    from endor.hf.outline import Planned
+    from endor.hf.planned import Planned
     from endor.hf.sketch import PlannedSketch, SketchedUnit
     from endor.planning.plan import Plan
     from endor.planning.units import Unit

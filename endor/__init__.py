@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 from endor import namesake
 from endor.errors import EndorError
 from endor.hf import register
+from endor.version import __version__
 
 if TYPE_CHECKING:
     from endor.checkpoint import inspect_checkpoint, unpack_checkpoint, verify_checkpoint
@@ -14,8 +15,6 @@ if TYPE_CHECKING:
     from endor.packing import pack_checkpoint
     from endor.storage import load_file, safe_open, save_file
 
-__version__ = "0.1.0"
-"""The one place that says it; pyproject.toml reads it from here."""
 
 __all__ = [
     "EndorConfig",

@@ -19,9 +19,10 @@ from typing import Any, TypeGuard
 
 import torch
 
-from endor import __version__, kernels
+from endor import kernels
 from endor.errors import EndorError
 from endor.jsontext import read_object
+from endor.version import __version__
 
 CACHE_VERSION = 4
 PARTS = ("machines", "disks", "arithmetic")

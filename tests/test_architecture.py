@@ -11,6 +11,7 @@ import endor
 
 ROOT = Path(endor.__file__).resolve().parent.parent
 ROOMS = [
+    "version",
     "errors",
     "namesake",
     "dependencies",

@@ -20,9 +20,9 @@ from safetensors.torch import save_file
 import endor
 from endor.checkpoint import inspect_checkpoint, open_source
 from endor.checkpoint.index import read_packed_index
+from endor.checkpoint.loadable import read_config
 from endor.checkpoint.output import OutputDirectory
 from endor.errors import EndorError
-from endor.hf.model import read_config
 from endor.jsontext import parse
 from endor.packing import pack_checkpoint
 from endor.pruning.allocation import _from_file

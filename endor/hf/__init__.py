@@ -8,7 +8,8 @@ if TYPE_CHECKING:
     from endor.hf.experts import EndorExperts
     from endor.hf.linear import EndorLinear
     from endor.hf.load import load_model
-    from endor.hf.quantizer import EndorConfig, EndorQuantizer
+    from endor.hf.quantization_config import EndorConfig
+    from endor.hf.quantizer import EndorQuantizer
 
 __all__ = ["EndorConfig", "EndorExperts", "EndorLinear", "EndorQuantizer", "Loading", "load_model"]
 

@@ -13,8 +13,8 @@ from typing import Any
 from torch import nn
 
 from endor.dependencies import changed, require
+from endor.hf.after_import import AfterImport
 from endor.hf.packed_layer import PackedLayer, refuse_write
-from endor.hf.register import AfterImport
 
 CHECKS = "peft.tuners.tuners_utils"
 _LAYER_CHECK = "check_adapters_to_merge"

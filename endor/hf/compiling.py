@@ -12,7 +12,7 @@ import torch
 
 from endor.dependencies import require
 from endor.errors import ConfigError
-from endor.hf.register import AfterImport
+from endor.hf.after_import import AfterImport
 
 Method = TypeVar("Method", bound=Callable[..., Any])
 

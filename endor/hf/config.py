@@ -16,6 +16,9 @@ if TYPE_CHECKING:
     from endor.planning.plan import Workload
     from endor.planning.tiers import Placement
 
+METHOD = "endor"
+"""What a packed checkpoint's `quantization_config` calls its method."""
+
 Function = TypeVar("Function", bound=Callable[..., Any])
 
 

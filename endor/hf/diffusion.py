@@ -14,16 +14,18 @@ import torch
 from diffusers.quantizers.base import DiffusersQuantizer
 from torch import nn
 
+from endor.checkpoint.directory import PACKED_INDEX_NAME
 from endor.checkpoint.index import read_packed_index
+from endor.checkpoint.loadable import open_layouts, refuse_quantized
 from endor.dependencies import changed, require
 from endor.errors import CheckpointError, ConfigError, OutputExistsError, ShapeError
 from endor.hf import adapters
 from endor.hf import model as behaviour
 from endor.hf.device import Wanted, host_reader, read_device_map
 from endor.hf.linear import pack_linear
-from endor.hf.loading import PlainFile, check_taken, open_layouts, plain_file
+from endor.hf.loading import PlainFile, check_taken, plain_file
 from endor.hf.opening import Opener
-from endor.hf.quantizer import EndorConfig
+from endor.hf.quantization_config import EndorConfig
 from endor.models.assignment import Assignment
 from endor.models.layers import is_linear
 from endor.planning.units import Part, WeightSpec
@@ -71,7 +73,7 @@ class EndorDiffusersQuantizer(DiffusersQuantizer):  # type: ignore[misc]
     def validate_environment(self, *args: Any, **kwargs: Any) -> None:
         """Refuse weights that were quantized before."""
         self.quantization_config.check()
-        behaviour.refuse_quantized(self.quantization_config.packed)
+        refuse_quantized(self.quantization_config.packed)
 
     def update_torch_dtype(self, torch_dtype: torch.dtype | None) -> torch.dtype | None:
         """Remember the dtype; None means what the class makes its parameters of."""
@@ -204,7 +206,7 @@ def save_pretrained(
     if not is_main_process:
         return
     target, source = Path(save_directory), self.endor.layouts[0].path.parent
-    if (target / behaviour.INDEX_NAME).exists():
+    if (target / PACKED_INDEX_NAME).exists():
         raise OutputExistsError(f"{target}: holds a packed checkpoint; choose another directory")
     target.mkdir(parents=True, exist_ok=True)
     for path in [*(layout.path for layout in self.endor.layouts), *sorted(source.glob("*.json"))]:

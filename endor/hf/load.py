@@ -4,10 +4,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Unpack
 
 from endor.checkpoint.index import read_packed_index
+from endor.checkpoint.loadable import is_packed
 from endor.dependencies import changed
 from endor.errors import CheckpointError, ConfigError
 from endor.hf.config import Loading, settled, spelled_out
-from endor.hf.model import is_packed
+from endor.models.empty import model_class
 from endor.trust import one_line_errors, read_model_config
 
 if TYPE_CHECKING:
@@ -51,7 +52,7 @@ def load_model(
         BudgetError: `ram` or `vram` is too small; the message has the least that works.
         FormatError: The files are damaged.
     """
-    from endor.hf.quantizer import EndorConfig
+    from endor.hf.quantization_config import EndorConfig
 
     path, found = Path(packed_dir), settled(options)
     if device == "cpu" and found["vram"] is not None:
@@ -118,30 +119,3 @@ def open_model(
         return transformers.AutoModelForCausalLM.from_pretrained(
             path, dtype=dtype, trust_remote_code=trust_remote_code
         ).to(device)
-
-
-def model_class(config: Any, *, trust_remote_code: bool = False) -> Any:
-    """Return the class that a config names, or the automatic one for causal language models.
-
-    A name that is no model class of transformers is left to the automatic classes. Where a
-    checkpoint's code is trusted, so is one that the code is for: the class that the checkpoint
-    was saved from, if the code has it.
-    """
-    import transformers
-
-    own = getattr(config, "auto_map", None)
-    own = own if isinstance(own, dict) and trust_remote_code else {}
-    names = getattr(config, "architectures", None)
-    names = names if isinstance(names, list | tuple) else ()
-    for name in names if not own else ():
-        found = getattr(transformers, name, None) if isinstance(name, str) else None
-        if isinstance(found, type) and issubclass(found, transformers.PreTrainedModel):
-            return found
-    doors = [
-        (name, str(target).rpartition(".")[2])
-        for name, target in own.items()
-        if name.startswith("AutoModel") and hasattr(transformers, name)
-    ]
-    named = [name for name, target in doors if target in names] or [name for name, _ in doors]
-    usual = transformers.AutoModelForCausalLM.__name__
-    return getattr(transformers, usual if usual in named or not named else named[0])

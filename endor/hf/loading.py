@@ -1,7 +1,6 @@
-"""Opening the files of a packed checkpoint, and handing transformers what is not packed."""
+"""Handing transformers what of a packed checkpoint it is to load: what is not kept packed."""
 
 import os
-import re
 import shutil
 import tempfile
 import weakref
@@ -13,9 +12,7 @@ import numpy as np
 import torch
 
 from endor import kernels
-from endor.checkpoint.index import check_together
 from endor.dependencies import changed
-from endor.errors import CheckpointError
 from endor.storage import (
     FileLayout,
     HostBuffer,
@@ -37,38 +34,6 @@ _IN_MEMORY = Path("endor-plain")
 
 _COMPARED = 64
 """Elements of each parameter that are compared after loading."""
-
-_SHARD = re.compile(r"endor-(\d{5})-of-(\d{5})\.safetensors")
-
-
-def open_layouts(paths: Sequence[str | Path]) -> list[FileLayout]:
-    """Return the checked layout of each file, in order of shards.
-
-    Raises:
-        CheckpointError: A shard is missing, or two files hold the same tensor.
-        ChecksumError: A shard is not the one that the index beside it was written for.
-        FormatError: A file is damaged, truncated or no packed file.
-    """
-    files = sorted({Path(path) for path in paths}, key=lambda path: path.name)
-    for path in files:
-        match = _SHARD.fullmatch(path.name)
-        if match and int(match[2]) != len(files):
-            raise CheckpointError(
-                f"{path}: one of {int(match[2])} shards, but the index names {len(files)}; "
-                "copy the checkpoint again"
-            )
-    layouts = [FileLayout.read(path) for path in files]
-    check_together(layouts)
-    seen: dict[str, Path] = {}
-    for layout in layouts:
-        for name in layout.tensors:
-            if name in seen:
-                raise CheckpointError(
-                    f"{layout.path}: tensor {name} is in {seen[name].name} too; "
-                    "copy or convert the checkpoint again"
-                )
-            seen[name] = layout.path
-    return layouts
 
 
 class PlainFile:

@@ -13,11 +13,10 @@ from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
-from endor.checkpoint.companions import source_quantization
+from endor.checkpoint.directory import PACKED_INDEX_NAME
 from endor.dependencies import require
 from endor.errors import ConfigError, OutputExistsError
 from endor.hf.packed_layer import refuse_conversion
-from endor.jsontext import read_object
 from endor.offload.store import Store
 
 if TYPE_CHECKING:
@@ -27,8 +26,6 @@ if TYPE_CHECKING:
 
 _MARK = "_is_quantized"
 """What transformers sets in the config of a model that has a quantizer."""
-
-INDEX_NAME = "endor.safetensors.index.json"
 
 
 def adopt(
@@ -115,12 +112,6 @@ class OwnedMethod:
         return OwnedMethod(self._function, memo.get(id(owner), owner))
 
 
-def parameter_bytes(model: "PreTrainedModel") -> int:
-    """Return the bytes of the parameters and buffers that are not packed."""
-    tensors = {id(item): item for item in (*model.parameters(), *model.buffers())}
-    return sum(item.numel() * item.element_size() for item in tensors.values())
-
-
 def num_parameters(
     self: "PreTrainedModel", only_trainable: bool = False, exclude_embeddings: bool = False
 ) -> int:
@@ -166,7 +157,7 @@ def save_pretrained(
     if not is_main_process:
         return
     target = Path(save_directory)
-    if (target / INDEX_NAME).exists():
+    if (target / PACKED_INDEX_NAME).exists():
         raise OutputExistsError(f"{target}: holds a packed checkpoint; choose another directory")
     target.mkdir(parents=True, exist_ok=True)
     sources = [layout.path for layout in self.endor.layouts]
@@ -176,7 +167,7 @@ def save_pretrained(
     self.config.save_pretrained(target)
     if self.can_generate():
         self.generation_config.save_pretrained(target)
-    copy_whole(sources[0].parent / INDEX_NAME, target / INDEX_NAME)
+    copy_whole(sources[0].parent / PACKED_INDEX_NAME, target / PACKED_INDEX_NAME)
 
 
 def refuse_changed(model: "PreTrainedModel") -> None:
@@ -217,42 +208,3 @@ def _apply(
         refuse_conversion(fn, weight.dtype, weight.device)
         break
     return type(self)._apply(self, fn, recurse)
-
-
-def read_config(path: Path) -> dict[str, Any]:
-    """Return a checkpoint's config.json.
-
-    Raises:
-        ConfigError: There is none, or it is no JSON object.
-    """
-    file = path / "config.json"
-    if not file.exists():
-        raise ConfigError(f"{file}: not found; pass the directory of a checkpoint")
-    return read_object(file, error=ConfigError, lenient=True)
-
-
-def refuse_quantized(section: Any) -> None:
-    """Raise unless packed weights are what a model multiplies by.
-
-    Args:
-        section: The `quantization_config` of a packed checkpoint.
-
-    Raises:
-        ConfigError: They were quantized before they were packed, and need their scales.
-    """
-    method = source_quantization(section)
-    if method is not None:
-        raise ConfigError(
-            f"quantization_config: the weights were quantized ({method}) before they were packed, "
-            "and need their scales to be run: `endor unpack` the checkpoint and load the result"
-        )
-
-
-def is_packed(path: Path) -> bool:
-    """Whether `path` is the directory of a packed checkpoint, by its config.
-
-    Raises:
-        ConfigError: It holds no config.
-    """
-    section = read_config(path).get("quantization_config")
-    return isinstance(section, dict) and section.get("quant_method") == "endor"

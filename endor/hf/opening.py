@@ -12,9 +12,8 @@ from endor.hf import ranges
 from endor.hf.config import workload
 from endor.hf.device import Wanted, device_budget, open_reader_for
 from endor.hf.kv_cache import refuse_kv
-from endor.hf.model import parameter_bytes
-from endor.hf.outline import model_shape, most_common
 from endor.models.assignment import Assignment
+from endor.models.outline import model_shape, most_common, parameter_bytes
 from endor.offload.device import Device
 from endor.offload.ledger import Ledger
 from endor.offload.store import Share, Store, open_share
@@ -31,7 +30,7 @@ from endor.planning.units import Unit, WeightSpec, collect_units
 from endor.storage import FileLayout
 
 if TYPE_CHECKING:
-    from endor.hf.quantizer import EndorConfig
+    from endor.hf.quantization_config import EndorConfig
 
 WeightType = tuple[WeightSpec, torch.dtype]
 

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 
 from endor.dependencies import require
-from endor.hf.register import AfterImport
+from endor.hf.after_import import AfterImport
 
 
 def allow_own_device(pipelines: Any) -> None:

@@ -1,20 +1,19 @@
 """The transformers quantizer `endor`: replaces packed modules, whose store reads the files."""
 
-from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Unpack, cast
+from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils import is_accelerate_available
-from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from endor.checkpoint.directory import PACKED_INDEX_NAME
 from endor.checkpoint.index import read_packed_index
+from endor.checkpoint.loadable import open_layouts, refuse_quantized
 from endor.dependencies import internals, require
-from endor.errors import ConfigError, FormatError
+from endor.errors import ConfigError
 from endor.hf import adapters, pipelines, register
 from endor.hf import model as behaviour
-from endor.hf.config import OPTIONS, Loading, settled, spelled_out
 from endor.hf.device import Wanted, host_reader, read_device_map
 from endor.hf.experts import (
     EndorExperts,
@@ -26,94 +25,20 @@ from endor.hf.experts import (
 )
 from endor.hf.kv_cache import keep_kv
 from endor.hf.linear import FastHead, pack_linear
-from endor.hf.loading import PlainFile, check_taken, open_layouts, plain_file
+from endor.hf.loading import PlainFile, check_taken, plain_file
 from endor.hf.opening import Opener
 from endor.hf.packed_layer import PackedLayer
 from endor.hf.packed_module import pack_module
+from endor.hf.quantization_config import EndorConfig
 from endor.hf.ranges import stay_on_device
 from endor.models.assignment import Assignment, assign
 from endor.offload.store import Store
 from endor.storage import FileLayout, open_reader
-from endor.storage.layout import FORMAT_VERSION, VERSIONS
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 UNLIMITED = 1 << 60
-
-
-class _Method(str):
-    """The name of the method; diffusers expects a member of its own enumeration."""
-
-    __slots__ = ()
-
-    @property
-    def value(self) -> str:
-        return str(self)
-
-
-class EndorConfig(QuantizationConfigMixin):  # type: ignore[misc]
-    """How a packed checkpoint is loaded: pass it as `quantization_config`.
-
-    Args:
-        packed: What the checkpoint's own config says; kept when the model is saved.
-        options: As for `endor.load_model`; see `endor.hf.Loading`.
-
-    Raises:
-        ConfigError: An option makes no sense.
-    """
-
-    @spelled_out
-    def __init__(
-        self, *, packed: Mapping[str, Any] | None = None, **options: Unpack[Loading]
-    ) -> None:
-        self.quant_method = _Method(register.METHOD)
-        self.packed = dict(packed or {"quant_method": "endor", "format_version": FORMAT_VERSION})
-        self.__dict__.update(settled(options))
-
-    @property
-    def options(self) -> Loading:
-        """The options, as they are now."""
-        return cast(Loading, {name: getattr(self, name) for name in OPTIONS})
-
-    def check(self) -> None:
-        """Settle the options again: attributes may have been set since.
-
-        Raises:
-            ConfigError: One makes no sense.
-        """
-        self.__dict__.update(settled(self.options))
-
-    @classmethod
-    def from_dict(
-        cls, config_dict: Mapping[str, Any], return_unused_kwargs: bool = False, **kwargs: Any
-    ) -> Any:
-        """Return the config in a checkpoint's `quantization_config`; unknown members are kept.
-
-        Members that have the name of a loading option are ignored: how a checkpoint is loaded, and
-        whether it is checked, is for whoever loads it to say, not for the checkpoint.
-        """
-        packed = {key: value for key, value in config_dict.items() if key not in OPTIONS}
-        version = packed.get("format_version")
-        if version not in VERSIONS:
-            raise FormatError(
-                f"quantization_config: format_version must be {VERSIONS[0]} to {VERSIONS[-1]}, "
-                f"got {version!r}; a newer Endor may read this checkpoint"
-            )
-        config = cls(packed=packed)
-        return (config, kwargs) if return_unused_kwargs else config
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return what belongs into a saved config: the checkpoint's own members."""
-        return dict(self.packed)
-
-    def get(self, key: str, default: Any = None) -> Any:
-        """Return an attribute: transformers asks a config that it was given twice like a dict."""
-        return getattr(self, key, default)
-
-    def get_loading_attributes(self) -> dict[str, Any]:
-        """Return what a caller of `from_pretrained` may set."""
-        return dict(self.options)
 
 
 _CALLED = (
@@ -156,7 +81,7 @@ class EndorQuantizer(HfQuantizer):  # type: ignore[misc]
     def validate_environment(self, *args: Any, **kwargs: Any) -> None:
         """Refuse weights that were quantized before; the first thing that transformers asks."""
         self.quantization_config.check()
-        behaviour.refuse_quantized(self.quantization_config.packed)
+        refuse_quantized(self.quantization_config.packed)
 
     def update_device_map(self, device_map: Any) -> Any:
         """Note what a map asks for; let transformers load everything else on the processor.
@@ -191,9 +116,9 @@ class EndorQuantizer(HfQuantizer):  # type: ignore[misc]
             CheckpointError, FormatError: The index of a directory is missing, or damaged; what
                 transformers would say to that is a `KeyError`.
         """
-        config.transformers_weights = behaviour.INDEX_NAME
+        config.transformers_weights = PACKED_INDEX_NAME
         directory = Path(getattr(config, "_name_or_path", "") or ".")
-        if (directory / behaviour.INDEX_NAME).is_file():
+        if (directory / PACKED_INDEX_NAME).is_file():
             read_packed_index(directory)
         return config
 

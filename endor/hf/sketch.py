@@ -5,7 +5,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Unpack
 
-import torch
 from torch import nn
 
 from endor.checkpoint.select import is_linear
@@ -13,7 +12,7 @@ from endor.checkpoint.sources.contract import SourceTensor
 from endor.codecs import DTYPES
 from endor.errors import ConfigError
 from endor.hf.config import Loading, settled, spelled_out, workload
-from endor.hf.load import model_class
+from endor.models.empty import empty_model, model_class
 from endor.planning import available_bytes
 from endor.planning import machine as hardware
 from endor.planning.catalogue import Described
@@ -21,7 +20,7 @@ from endor.planning.machine import Disk, Machine
 from endor.planning.plan import Plan, plan_costs
 from endor.planning.shape import ModelShape
 from endor.planning.sketch import Matrix, Method, sketch_costs
-from endor.trust import one_line_errors, read_model_config
+from endor.trust import read_model_config
 
 EXPERT_GROUPS = 16
 """Units that a layer's experts are planned as, at most."""
@@ -85,15 +84,8 @@ def sketch(path: Path | str, *, trust_remote_code: bool = False) -> Sketch:
     if path.is_file() and path.name != "config.json":
         raise ConfigError(f"{path}: a model is described by its config.json, or its directory")
     config = read_model_config(folder, trust_remote_code=trust_remote_code)
-    if hasattr(config, "quantization_config"):
-        del config.quantization_config  # what is packed are the weights that it stands for
-    found = model_class(config, trust_remote_code=trust_remote_code)
-    options: dict[str, Any] = {}
-    if not hasattr(found, "_from_config"):
-        options["trust_remote_code"] = trust_remote_code
-    build = getattr(found, "_from_config", None) or found.from_config
-    with torch.device("meta"), one_line_errors(folder, "no model can be made of its config.json"):
-        model = build(config, **options)
+    maker = model_class(config, trust_remote_code=trust_remote_code)
+    model = empty_model(maker, config, folder, trust_remote_code=trust_remote_code)
     return sketch_model(model)
 
 

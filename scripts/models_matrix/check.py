@@ -296,7 +296,7 @@ def _compare_files(source: Path, back: Path) -> None:
 
 def _packed_share(packed: Path) -> float:
     """Return which part of the dense bytes is stored in packed tensors."""
-    from endor.hf.loading import open_layouts
+    from endor.checkpoint.loadable import open_layouts
 
     layouts = open_layouts(sorted(packed.glob("endor-*.safetensors")))
     specs = [entry.spec for layout in layouts for entry in layout.tensors.values()]

@@ -9,10 +9,10 @@ import pytest
 
 from endor.checkpoint import inspect_checkpoint, open_source, unpack_checkpoint, verify_checkpoint
 from endor.checkpoint.index import dense_file_names, is_dense_name, read_packed_index
+from endor.checkpoint.loadable import open_layouts
 from endor.checkpoint.sources.contract import SourceTensor
 from endor.codecs import DTYPES
 from endor.errors import ChecksumError, EndorWarning, FormatError
-from endor.hf.loading import open_layouts
 from endor.packing import pack_checkpoint
 
 from .conftest import edit_index, make_old, weight, write_checkpoint

@@ -13,7 +13,7 @@ from endor.errors import ConfigError
 from endor.hf import EndorConfig, Loading
 from endor.hf.config import DEFAULTS, OPTIONS, settled, workload
 from endor.hf.load import open_model
-from endor.hf.outline import plan_checkpoint
+from endor.hf.planned import plan_checkpoint
 
 PAGE = Path(__file__).parents[2] / "docs" / "transformers.md"
 

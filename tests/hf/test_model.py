@@ -13,9 +13,10 @@ from transformers import AutoModelForCausalLM, pipeline
 from transformers.generation import BaseStreamer
 
 import endor
+from endor.checkpoint.loadable import is_packed, read_config
 from endor.errors import BackendError, ConfigError, DependencyError, OutputExistsError
 from endor.hf import pipelines
-from endor.hf.model import is_packed, parameter_bytes, read_config
+from endor.models.outline import parameter_bytes
 
 from .conftest import least
 

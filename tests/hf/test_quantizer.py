@@ -27,7 +27,7 @@ from endor.errors import (
     TruncatedError,
 )
 from endor.hf import EndorConfig, EndorExperts, EndorLinear, quantizer
-from endor.hf.outline import outline
+from endor.models.outline import outline
 from endor.planning import Placement
 
 from .conftest import config_of, least, prompt

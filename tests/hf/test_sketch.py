@@ -8,8 +8,9 @@ from transformers import AutoModelForCausalLM
 
 import endor
 from endor.errors import ConfigError
-from endor.hf.outline import outline, plan_checkpoint
+from endor.hf.planned import plan_checkpoint
 from endor.hf.sketch import plan_sketch, sketch
+from endor.models.outline import outline
 from endor.planning.catalogue import described
 from endor.planning.sketch import method
 

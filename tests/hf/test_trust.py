@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 import endor
 from endor.errors import BackendError, ChecksumError, ConfigError, EndorError, IntegrityError
 from endor.hf import EndorConfig
-from endor.hf.outline import outline
+from endor.models.outline import outline
 
 from .conftest import least
 

@@ -25,8 +25,8 @@ import endor
 from endor.bench.generation.case import GenerateCase, GenerateRecord
 from endor.bench.records import environment
 from endor.errors import BackendError
-from endor.hf.outline import Outline, outline
 from endor.kernels.dispatch import check_threads
+from endor.models.outline import Outline, outline
 from endor.planning import machine as hardware
 from endor.planning.machine import Disk, Machine
 from endor.planning.plan import Plan, Workload, plan

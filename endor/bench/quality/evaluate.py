@@ -163,7 +163,7 @@ def evaluate(
 def bits_per_weight(path: Path, *, trust_remote_code: bool = False) -> float | None:
     """Return the stored bits per weight of the checkpoint at `path`; see `Evaluation`."""
     from endor.checkpoint import inspect_checkpoint
-    from endor.hf.model import is_packed
+    from endor.checkpoint.loadable import is_packed
 
     if is_packed(path):
         return inspect_checkpoint(path).sizes.bits_per_weight

@@ -3,30 +3,22 @@
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Unpack
+from typing import Any
+
+import torch
 
 from endor.checkpoint.index import read_packed_index
+from endor.checkpoint.loadable import is_packed, open_layouts, read_config, refuse_quantized
 from endor.codecs import DTYPES
 from endor.errors import ConfigError
-from endor.hf.config import Loading, settled, spelled_out, workload
-from endor.hf.load import model_class
-from endor.hf.loading import open_layouts
-from endor.hf.model import is_packed, parameter_bytes, read_config, refuse_quantized
 from endor.models.assignment import Assignment, assign
+from endor.models.empty import empty_model, model_class
 from endor.packed import torch_dtype
-from endor.planning import available_bytes
-from endor.planning import machine as hardware
-from endor.planning.catalogue import Described
-from endor.planning.machine import Disk, Machine
-from endor.planning.plan import Plan, plan
 from endor.planning.scratch import scratch_bytes
 from endor.planning.shape import ModelShape
 from endor.planning.units import Unit, WeightSpec, collect_units
 from endor.storage import FileLayout
-from endor.trust import one_line_errors, read_model_config
-
-if TYPE_CHECKING:
-    import torch
+from endor.trust import read_model_config
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,65 +44,6 @@ class Outline:
     expanded_nbytes: int = 0
 
 
-@dataclass(frozen=True, slots=True)
-class Planned:
-    """A plan, and all that it was made from."""
-
-    outline: Outline
-    machine: Machine
-    disk: Disk
-    plan: Plan
-
-
-@spelled_out
-def plan_checkpoint(
-    packed_dir: Path | str,
-    *,
-    remeasure: bool = False,
-    trust_remote_code: bool = False,
-    target: Described | None = None,
-    **options: Unpack[Loading],
-) -> Planned:
-    """Return the plan for a packed checkpoint on this machine, measuring what is not remembered.
-
-    Pass `plan.placement` to `endor.load_model` to have it come true.
-
-    Args:
-        packed_dir: The checkpoint.
-        remeasure: Measure the machine and the disk again.
-        trust_remote_code: As for `outline`.
-        target: A machine that is not at hand, instead of this one, with all its memory where
-            `ram` and `vram` do not say how much.
-        options: As for `load_model`, of which planning needs memory, arithmetic and what is planned
-            for; without `vram` the plan is for the processor.
-
-    Raises:
-        BudgetError: A budget is too small; the message has the least that works.
-        ConfigError: No packed checkpoint, or options that make no sense.
-        FormatError: A header is damaged.
-    """
-    given, purpose = settled(options), workload(options)
-    ram, vram = given["ram"], given["vram"]
-    found = outline(packed_dir, trust_remote_code=trust_remote_code)
-    if target is None:
-        machine = hardware.machine(found.dtype, refresh=remeasure)
-        disk = hardware.disk(packed_dir, refresh=remeasure)
-    else:
-        machine, disk = target.machine(found.dtype), target.disk
-        ram = target.ram_bytes if ram is None else ram
-        vram = target.vram_bytes if vram is None else vram
-    chosen = plan(
-        found.units,
-        found.shape,
-        machine,
-        disk,
-        ram_bytes=available_bytes() if ram is None else int(ram),
-        vram_bytes=int(vram or 0),
-        workload=purpose,
-    )
-    return Planned(found, machine, disk, chosen)
-
-
 def outline(packed_dir: Path | str, *, trust_remote_code: bool = False) -> Outline:
     """Return the outline of a packed checkpoint, from its headers and an empty model.
 
@@ -124,8 +57,6 @@ def outline(packed_dir: Path | str, *, trust_remote_code: bool = False) -> Outli
         FormatError: A header is damaged.
         CheckpointError: Files and model do not belong together.
     """
-    import torch
-
     path = Path(packed_dir)
     if not is_packed(path):
         raise ConfigError(
@@ -134,15 +65,8 @@ def outline(packed_dir: Path | str, *, trust_remote_code: bool = False) -> Outli
     refuse_quantized(read_config(path)["quantization_config"])
     read_packed_index(path)
     config = read_model_config(path, trust_remote_code=trust_remote_code)
-    if hasattr(config, "quantization_config"):
-        del config.quantization_config
-    found = model_class(config, trust_remote_code=trust_remote_code)
-    options: dict[str, Any] = {}
-    if not hasattr(found, "_from_config"):
-        options["trust_remote_code"] = trust_remote_code
-    build = getattr(found, "_from_config", None) or found.from_config
-    with torch.device("meta"), one_line_errors(path, "no model can be made of its config.json"):
-        model = build(config, **options)
+    maker = model_class(config, trust_remote_code=trust_remote_code)
+    model = empty_model(maker, config, path, trust_remote_code=trust_remote_code)
     layouts = open_layouts(sorted(path.glob("endor-*.safetensors")))
     assignment = assign(model, layouts, None)
     units = collect_units(layouts, assignment.weights)
@@ -182,9 +106,9 @@ def model_shape(
     model: Any,
     assignment: Assignment,
     layouts: Sequence[FileLayout],
-    specs: Sequence[tuple[WeightSpec, "torch.dtype"]],
+    specs: Sequence[tuple[WeightSpec, torch.dtype]],
     unpacked_bytes: int | None,
-    dtype: "torch.dtype",
+    dtype: torch.dtype,
 ) -> ModelShape:
     """Return what planning needs to know of a model besides its units.
 
@@ -212,3 +136,9 @@ def model_shape(
         )
     except ConfigError:  # not a language model: without a cache of keys and values to plan for
         return ModelShape(1, 1, 1, 0, 0, other, 0, 0, 1.0, scratch, dtype.itemsize)
+
+
+def parameter_bytes(model: Any) -> int:
+    """Return the bytes of the parameters and buffers that are not packed."""
+    tensors = {id(item): item for item in (*model.parameters(), *model.buffers())}
+    return sum(item.numel() * item.element_size() for item in tensors.values())

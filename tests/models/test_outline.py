@@ -4,8 +4,7 @@ import pytest
 
 import endor
 from endor.errors import ConfigError
-from endor.hf.model import parameter_bytes
-from endor.hf.outline import outline
+from endor.models.outline import outline, parameter_bytes
 
 
 @pytest.mark.parametrize("kind", ["llama", "mixtral", "opt", "gemma2"])

@@ -1,0 +1,72 @@
+"""The plan for a packed checkpoint, made without loading a weight."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Unpack
+
+from endor.hf.config import Loading, settled, spelled_out, workload
+from endor.models.outline import Outline, outline
+from endor.planning import available_bytes
+from endor.planning import machine as hardware
+from endor.planning.catalogue import Described
+from endor.planning.machine import Disk, Machine
+from endor.planning.plan import Plan, plan
+
+
+@dataclass(frozen=True, slots=True)
+class Planned:
+    """A plan, and all that it was made from."""
+
+    outline: Outline
+    machine: Machine
+    disk: Disk
+    plan: Plan
+
+
+@spelled_out
+def plan_checkpoint(
+    packed_dir: Path | str,
+    *,
+    remeasure: bool = False,
+    trust_remote_code: bool = False,
+    target: Described | None = None,
+    **options: Unpack[Loading],
+) -> Planned:
+    """Return the plan for a packed checkpoint on this machine, measuring what is not remembered.
+
+    Pass `plan.placement` to `endor.load_model` to have it come true.
+
+    Args:
+        packed_dir: The checkpoint.
+        remeasure: Measure the machine and the disk again.
+        trust_remote_code: As for `outline`.
+        target: A machine that is not at hand, instead of this one, with all its memory where
+            `ram` and `vram` do not say how much.
+        options: As for `load_model`, of which planning needs memory, arithmetic and what is planned
+            for; without `vram` the plan is for the processor.
+
+    Raises:
+        BudgetError: A budget is too small; the message has the least that works.
+        ConfigError: No packed checkpoint, or options that make no sense.
+        FormatError: A header is damaged.
+    """
+    given, purpose = settled(options), workload(options)
+    ram, vram = given["ram"], given["vram"]
+    found = outline(packed_dir, trust_remote_code=trust_remote_code)
+    if target is None:
+        machine = hardware.machine(found.dtype, refresh=remeasure)
+        disk = hardware.disk(packed_dir, refresh=remeasure)
+    else:
+        machine, disk = target.machine(found.dtype), target.disk
+        ram = target.ram_bytes if ram is None else ram
+        vram = target.vram_bytes if vram is None else vram
+    chosen = plan(
+        found.units,
+        found.shape,
+        machine,
+        disk,
+        ram_bytes=available_bytes() if ram is None else int(ram),
+        vram_bytes=int(vram or 0),
+        workload=purpose,
+    )
+    return Planned(found, machine, disk, chosen)
