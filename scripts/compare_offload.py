@@ -11,6 +11,7 @@ left out.
 import argparse
 import json
 import os
+import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -59,13 +60,7 @@ def prepare(work: Path) -> None:
     """Make what is missing of the checkpoints."""
     source = work / "source"
     if not (source / "tokenizer.json").exists():
-        os.spawnl(
-            os.P_WAIT,
-            sys.executable,
-            sys.executable,
-            str(SCRIPTS / "make_random_llama.py"),
-            str(source),
-        )
+        subprocess.run([sys.executable, SCRIPTS / "make_model", "random", source], check=True)
     packings: tuple[tuple[str, str | None, CodecChoice], ...] = (
         ("pruned", "magnitude", "auto"),
         ("pruned-raw", "magnitude", "raw"),

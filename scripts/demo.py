@@ -101,8 +101,8 @@ def facts(*arguments: str | Path) -> dict[str, Any]:
 def make_model() -> None:
     """Write the model as an ordinary Hugging Face checkpoint, once."""
     print(f"The model: SmolLM2-135M-Instruct, bf16, in {os.path.relpath(MODEL, ROOT)}", flush=True)
-    script = ROOT / "scripts" / "make_smollm2.py"
-    subprocess.run([sys.executable, script, MODEL], check=True, cwd=ROOT)
+    script = ROOT / "scripts" / "make_model"
+    subprocess.run([sys.executable, script, "smollm2", MODEL], check=True, cwd=ROOT)
 
 
 def pack_all() -> None:

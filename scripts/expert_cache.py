@@ -1,6 +1,6 @@
 """Compare policies for a cache of experts on a routing trace, and check the engine against them.
 
-    python scripts/make_moe.py DENSE MOE
+    python scripts/make_model moe DENSE MOE
     endor pack MOE PACKED --include "*experts*"
     python scripts/expert_cache.py PACKED [--text FILE] [--tokens 1024] [--json FILE]
 

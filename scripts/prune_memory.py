@@ -10,72 +10,26 @@ Exits with 1 when the peak exceeds the limit.
 import argparse
 import json
 import os
+import subprocess
 import sys
 from pathlib import Path
 
-import torch
 from endor_child import run_endor
-from safetensors.torch import save_file
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import LlamaConfig, PreTrainedTokenizerFast
 
 HIDDEN, INNER, VOCAB = 1536, 4096, 8192
 
 
-def layer_tensors(layer: int) -> dict[str, torch.Tensor]:
-    """Return one random decoder layer."""
-    torch.manual_seed(layer + 1)
-    prefix = f"model.layers.{layer}"
-    shapes = {f"self_attn.{name}_proj": (HIDDEN, HIDDEN) for name in "qkvo"}
-    shapes |= {"mlp.gate_proj": (INNER, HIDDEN), "mlp.up_proj": (INNER, HIDDEN)}
-    shapes |= {"mlp.down_proj": (HIDDEN, INNER)}
-    tensors = {
-        f"{prefix}.{name}.weight": (torch.randn(shape) * 0.02).bfloat16()
-        for name, shape in shapes.items()
-    }
-    for name in ("input_layernorm", "post_attention_layernorm"):
-        tensors[f"{prefix}.{name}.weight"] = torch.ones(HIDDEN, dtype=torch.bfloat16)
-    return tensors
-
-
-def make(folder: Path, nbytes: int) -> int:
-    """Write the checkpoint and return its size in bytes."""
-    folder.mkdir(parents=True, exist_ok=True)
-    torch.manual_seed(0)
-    ends = {
-        "model.embed_tokens.weight": (torch.randn(VOCAB, HIDDEN) * 0.02).bfloat16(),
-        "model.norm.weight": torch.ones(HIDDEN, dtype=torch.bfloat16),
-        "lm_head.weight": (torch.randn(VOCAB, HIDDEN) * 0.02).bfloat16(),
-    }
-    weight_map: dict[str, str] = {}
-    total = layer = 0
-    tensors = ends
-    while True:
-        file = f"model-{layer:05d}.safetensors"
-        save_file(tensors, folder / file, metadata={"format": "pt"})
-        weight_map |= dict.fromkeys(tensors, file)
-        total += sum(tensor.nbytes for tensor in tensors.values())
-        if total >= nbytes:
-            break
-        tensors = layer_tensors(layer)
-        layer += 1
-    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
-    LlamaConfig(
-        hidden_size=HIDDEN,
-        intermediate_size=INNER,
-        num_hidden_layers=layer,
-        num_attention_heads=12,
-        vocab_size=VOCAB,
-        dtype="bfloat16",
-        tie_word_embeddings=False,
-    ).save_pretrained(folder)
-    symbols = sorted(pre_tokenizers.ByteLevel.alphabet())
-    tokenizer = Tokenizer(models.BPE(vocab={s: i for i, s in enumerate(symbols)}, merges=[]))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(folder)
-    return total
+def make(model: Path, nbytes: int) -> None:
+    """Write a random Llama of at least so many bytes, unless it is there."""
+    if (model / "tokenizer.json").exists():
+        return
+    layer = 2 * (4 * HIDDEN * HIDDEN + 3 * HIDDEN * INNER + 2 * HIDDEN)
+    ends = 2 * (2 * VOCAB * HIDDEN + HIDDEN)
+    words = ["--layers", -(-(nbytes - ends) // layer), "--hidden", HIDDEN, "--intermediate", INNER]
+    words += ["--heads", 12, "--vocab", VOCAB]
+    script = Path(__file__).with_name("make_model")
+    command = [sys.executable, script, "random", model, *map(str, words)]
+    subprocess.run(command, check=True, stdout=sys.stderr)
 
 
 def main() -> int:
@@ -89,8 +43,9 @@ def main() -> int:
     parser.add_argument("--seq-len", default="512")
     parser.add_argument("--memory", default="64MB", help="of that, for activations")
     chosen = parser.parse_args()
-    model = chosen.folder / "model"
-    size = make(model, int(chosen.gigabytes * 1e9))
+    model = chosen.folder / f"model-{chosen.gigabytes:g}GB"
+    make(model, int(chosen.gigabytes * 1e9))
+    size = sum(path.stat().st_size for path in model.glob("*.safetensors"))
     words = ["pack", model, chosen.folder / "packed", "--prune", chosen.method, "--overwrite"]
     words += ["--samples", chosen.samples, "--seq-len", chosen.seq_len]
     words += ["--memory", chosen.memory, "--scratch", chosen.folder / "scratch"]

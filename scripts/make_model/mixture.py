@@ -1,7 +1,5 @@
 """Write a mixture of experts whose routers follow real text, made from a small dense model.
 
-    python scripts/make_moe.py DENSE OUT [--experts 16] [--top-k 4]
-
 Each feed-forward block of a Llama-shaped checkpoint is cut up (MoEfication, Zhang et al., arXiv
 2110.01786). The half of the neurons that contribute most becomes the shared expert. The others are
 grouped by the tokens on which they contribute, in groups of one size, and a linear router is fitted
@@ -127,14 +125,16 @@ def loss(model: Any, ids: torch.Tensor) -> float:
     return float(torch.stack(parts).mean())
 
 
-def main() -> None:
-    """Convert, and say how far the result is from its source."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Add what the command line takes."""
     parser.add_argument("dense", type=Path)
     parser.add_argument("out", type=Path)
     parser.add_argument("--experts", type=int, default=16)
     parser.add_argument("--top-k", type=int, default=4)
-    options = parser.parse_args()
+
+
+def run(options: argparse.Namespace) -> None:
+    """Convert, and say how far the result is from its source."""
     torch.manual_seed(0)
     transformers.logging.set_verbosity_error()
     tokenizer = AutoTokenizer.from_pretrained(options.dense)
@@ -147,7 +147,3 @@ def main() -> None:
     held_out = ids[TOKENS : TOKENS + 4 * WINDOW]
     print(f"loss on text that was not fitted: dense {loss(dense, held_out):.3f}, ", end="")
     print(f"mixture {loss(model, held_out):.3f}")
-
-
-if __name__ == "__main__":
-    main()

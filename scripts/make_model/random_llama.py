@@ -1,9 +1,5 @@
 """Write a Llama-shaped checkpoint of random bf16 weights, for benchmarks of size and speed.
 
-    python scripts/make_random_llama.py OUT                        Llama-2-7B's layers, ten of them
-    python scripts/make_random_llama.py OUT --layers 2 --hidden 64 --intermediate 172 --heads 4 \
-        --vocab 512
-
 Weights are normal with standard deviation 0.02, as at initialisation: what a codec or a disk sees
 of them is what it sees of a trained model, their text is noise. One layer is in memory at a time.
 The result is the same on every machine with the same torch.
@@ -88,10 +84,8 @@ def write_tokenizer(out: Path, vocab: int) -> None:
     ).save_pretrained(out)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
-    )
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Add what the command line takes."""
     parser.add_argument("out", type=Path)
     parser.add_argument("--layers", type=int, default=10)
     parser.add_argument("--hidden", type=int, default=4096)
@@ -99,7 +93,10 @@ def main() -> None:
     parser.add_argument("--heads", type=int, default=32)
     parser.add_argument("--vocab", type=int, default=4096)
     parser.add_argument("--seed", type=int, default=0)
-    args = parser.parse_args()
+
+
+def run(args: argparse.Namespace) -> None:
+    """Write the checkpoint; the tokenizer comes last."""
     args.out.mkdir(parents=True)
     generator = torch.Generator().manual_seed(args.seed)
     weight_map: dict[str, str] = {}
@@ -120,7 +117,3 @@ def main() -> None:
     (args.out / "config.json").write_text(json.dumps(config(args), indent=2))
     write_tokenizer(args.out, args.vocab)
     print(f"{args.out}: {total / 1e9:.2f} GB in {len(parts)} shards")
-
-
-if __name__ == "__main__":
-    main()
