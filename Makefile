@@ -6,7 +6,7 @@ STAMP := $(VENV)/.installed
 LOWEST := .venv-lowest
 SOURCES := pyproject.toml setup.py scripts/install.py $(wildcard endor/kernels/csrc/*)
 
-.PHONY: demo models test test-lowest versions lint docs docs-check torture clean
+.PHONY: demo models wheels test test-lowest versions lint docs docs-check torture clean
 SECONDS ?= 300
 
 $(STAMP): $(SOURCES)
@@ -40,6 +40,10 @@ lint: $(STAMP)
 
 docs: $(STAMP)
 	$(BIN)/python scripts/build_docs.py
+	$(BIN)/python -m mkdocs build --strict --quiet
+
+wheels: $(STAMP)
+	$(BIN)/python scripts/build_wheels.py
 
 docs-check: $(STAMP)
 	$(BIN)/python scripts/build_docs.py --check

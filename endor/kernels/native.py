@@ -8,7 +8,6 @@ import ctypes
 import functools
 import operator
 import sys
-import sysconfig
 import weakref
 from pathlib import Path
 
@@ -109,8 +108,8 @@ def load() -> tuple[ctypes.CDLL | None, str]:
 
 
 def _foreign(path: Path) -> tuple[bool, str]:
-    """Sort libraries that were built for this Python and machine first."""
-    return not path.name.endswith(sysconfig.get_config_var("EXT_SUFFIX") or ".so"), path.name
+    """Sort the library's own name before those that other builds gave it."""
+    return path.name != "_native.so", path.name
 
 
 def _remedy(folder: Path) -> str:
@@ -127,8 +126,8 @@ def _remedy(folder: Path) -> str:
     if (root / "setup.py").exists():
         return f"install a C compiler, then `pip install -e {root}`"
     return (
-        "install a C compiler, then Endor from its source again: `pip install --force-reinstall "
-        "--no-deps --no-cache-dir FOLDER` (the `endor` of PyPI is another project)"
+        "install a wheel for this machine, or a C compiler and then Endor from its source again: "
+        "`pip install --force-reinstall --no-deps --no-cache-dir endor-sparse`"
     )
 
 

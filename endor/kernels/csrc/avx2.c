@@ -7,6 +7,7 @@
 
 #include <cpuid.h>
 #include <pthread.h>
+#include "glibc.h"
 
 endor_avx2_controls endor_avx2_tables ENDOR_ALIGNED;
 #define tables endor_avx2_tables

@@ -5,6 +5,7 @@
 #include "avx512.h"
 
 #include <pthread.h>
+#include "glibc.h"
 
 static TARGET void copy_streaming(void *dst, const void *src, size_t nbytes) {
     uint8_t *d = dst;

@@ -9,6 +9,7 @@
 #include "avx2.h"
 
 #include <pthread.h>
+#include "glibc.h"
 
 static uint8_t spread_words[256][16] ENDOR_ALIGNED; /* by the lanes that need a word: shuffle of the next words */
 

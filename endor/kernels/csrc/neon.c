@@ -6,6 +6,7 @@
 #include "neon.h"
 
 #include <pthread.h>
+#include "glibc.h"
 
 endor_neon_controls endor_neon_tables ENDOR_ALIGNED;
 #define tables endor_neon_tables

@@ -9,6 +9,7 @@
 #include "endor.h"
 
 #include <pthread.h>
+#include "glibc.h"
 #include <sched.h>
 #include <signal.h>
 #include <stdatomic.h>

@@ -1,0 +1,38 @@
+"""Check that the tag, the package, CITATION.cff and the changelog name one version.
+
+python scripts/release_version.py v0.2.0    exit 1, and say why, unless all four agree
+python scripts/release_version.py           the same without a tag
+"""
+
+import re
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def version() -> str:
+    """Return the version that the package says, without importing it."""
+    text = (ROOT / "endor" / "__init__.py").read_text(encoding="utf-8")
+    return re.search(r'^__version__ = "([^"]+)"$', text, re.MULTILINE)[1]
+
+
+def problems(tag: str | None) -> list[str]:
+    """Return what disagrees."""
+    own = version()
+    found = []
+    if tag is not None and tag != f"v{own}":
+        found.append(f"the tag is {tag}, the package says {own}: tag v{own}, or raise __version__")
+    cited = re.search(r"^version: (\S+)$", (ROOT / "CITATION.cff").read_text(), re.MULTILINE)
+    if cited is None or cited[1] != own:
+        found.append(f"CITATION.cff must say version: {own}")
+    changelog = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+    if f"\n## [{own}]" not in changelog:
+        found.append(f"CHANGELOG.md has no section [{own}]")
+    return found
+
+
+if __name__ == "__main__":
+    disagreements = problems(sys.argv[1] if len(sys.argv) > 1 else None)
+    print("\n".join(disagreements) or version())
+    sys.exit(1 if disagreements else 0)
