@@ -20,6 +20,7 @@ COMMANDS = {
     "inspect": "Show what a packed checkpoint holds, tensor by tensor.",
     "verify": "Check checksums, structure and, if given, equality with a model.",
     "generate": "Generate text from a packed checkpoint.",
+    "serve": "Serve a packed checkpoint to OpenAI's clients over HTTP.",
     "eval": "Measure perplexity, and agreement with a dense model.",
     "plan": "Place a packed checkpoint in VRAM, RAM and on disk; predict its speed.",
     "bench": "Measure decoding, packing, products, reading and generation.",

@@ -35,6 +35,7 @@ ROOMS += [
     "packing",
     "offload",
     "hf",
+    "serving",
     "bench",
     "cli",
 ]

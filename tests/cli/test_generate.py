@@ -4,40 +4,21 @@ import json
 import re
 
 import pytest
-import torch
-import transformers
 from click.testing import CliRunner
-from tokenizers import Tokenizer, models, pre_tokenizers
 
 import endor
 from endor.cli.generate import generate_command, peak_memory_bytes
 from endor.errors import BudgetError, CheckpointError, ConfigError
 from endor.planning import machine as hardware
 
+from ..support.tiny_talker import pack_talker
+
 
 @pytest.fixture(scope="module")
 def checkpoints(tmp_path_factory):
     """A packed checkpoint with a tokenizer of the words w0 to w99, and its dense twin."""
     root = tmp_path_factory.mktemp("generate")
-    words = Tokenizer(models.WordLevel({f"w{at}": at for at in range(100)}, unk_token="w0"))
-    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=words, unk_token="w0")
-    tokenizer.chat_template = "{% for m in messages %}w9 {{ m['content'] }} w8{% endfor %}"
-    torch.manual_seed(0)
-    config = transformers.LlamaConfig(
-        vocab_size=100,
-        hidden_size=64,
-        intermediate_size=96,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        initializer_range=0.2,
-        bos_token_id=None,
-        eos_token_id=None,
-    )
-    model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
-    model.save_pretrained(root / "source")
-    tokenizer.save_pretrained(root / "source")
-    endor.pack_checkpoint(root / "source", root / "packed", prune="magnitude", threads=1)
+    pack_talker(root)
     endor.unpack_checkpoint(root / "packed", root / "dense")
     return root
 
