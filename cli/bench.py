@@ -198,6 +198,9 @@ def report(run: "BenchRun") -> str:
     header += [f"time / {ours.subject}"] if ours and first.bench != "io" else []
     rows = []
     for one in run.records:
+        if not one.believable:
+            rows.append([one.subject, "busy", *[""] * (len(header) - 2)])
+            continue
         row = [
             one.subject,
             f"{one.p50 * 1e3:.2f}",
@@ -213,5 +216,11 @@ def report(run: "BenchRun") -> str:
         rows.append(row)
     lines.append(table(header, rows))
     notes = [f"{one.subject}: {one.note}" for one in run.records if one.note]
+    notes += [
+        f"{one.subject}: {one.ceiling_ratio:.0%} of {one.ceiling} is no result: the machine "
+        "was too busy while that was timed; run it again when nothing else runs"
+        for one in run.records
+        if not one.believable
+    ]
     notes += [f"{name}: not measured, {reason}" for name, reason in run.missing.items()]
     return "\n".join(lines + ([""] if notes else []) + notes)

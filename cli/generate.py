@@ -38,6 +38,12 @@ LEAST_STEPS = 5
     metavar="FILE.html",
     help="Write a page with a timeline of reads, stalls and computing.",
 )
+@click.option(
+    "--trace",
+    type=click.Path(dir_okay=False, writable=True, path_type=Path),
+    metavar="FILE.json",
+    help="Write that timeline for Perfetto or chrome://tracing.",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object when all is done.")
 def generate_command(
     packed: Path,
@@ -54,6 +60,7 @@ def generate_command(
     top_p: float,
     seed: int | None,
     report: Path | None,
+    trace: Path | None,
     as_json: bool,
 ) -> None:
     """Generate text from the checkpoint PACKED.
@@ -85,8 +92,8 @@ def generate_command(
     )
     plan = getattr(model, "endor_plan", None)
     store = getattr(model, "endor", None)
-    if report is not None and store is None:
-        raise click.UsageError("--report needs a packed checkpoint")
+    if store is None and (report or trace):
+        raise click.UsageError("--report and --trace need a packed checkpoint")
     load_s = time.perf_counter() - start
     if store is not None and not as_json:
         stored = [entry for layout in store.layouts for entry in layout.tensors.values()]
@@ -116,8 +123,13 @@ def generate_command(
             }
             if plan
             else None,
+            budget={"vram": vram, "ram": ram} if device != "cpu" else {"ram": ram},
             title=f"{packed.name}: {result.new_tokens} tokens",
         )
+    if trace is not None and store is not None:
+        from endor.bench.trace import write_trace
+
+        write_trace(trace, store, seconds=(result.began_s, result.ended_s))
     if as_json:
         engine = store.report() if store is not None else None
         echo(json.dumps({"text": result.text, **facts, "engine": engine}, indent=2))

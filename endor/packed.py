@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     import torch
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, repr=False)
 class PackedTensor:
     """A weight in stored form, on the host or on a CUDA device.
 
@@ -25,6 +25,14 @@ class PackedTensor:
 
     spec: TensorSpec
     data: Any
+
+    def __repr__(self) -> str:
+        spec = self.spec
+        density = f", density {spec.nnz / spec.numel:.2f}" if spec.numel and spec.bitmap else ""
+        return (
+            f"PackedTensor({list(spec.shape)} {spec.dtype.name}, {spec.codec}{density}, "
+            f"{spec.bits_per_weight:.2f} bits a weight)"
+        )
 
     @property
     def shape(self) -> "torch.Size":
@@ -91,7 +99,7 @@ class PackedTensor:
 
 
 def compress(
-    tensor: "torch.Tensor",
+    tensor: "torch.Tensor | np.ndarray",
     *,
     codec: CodecChoice = "auto",
     bitmap: bool | None = None,
@@ -100,8 +108,8 @@ def compress(
     """Return `tensor` in stored form; `decompress` gives back its exact bits, but with `bits`.
 
     Args:
-        tensor: Any shape and element type of the safetensors format, on any device. Packing runs
-            on the CPU.
+        tensor: Any shape and element type of the safetensors format, on any device, or a numpy
+            array (types of `ml_dtypes` included). Packing runs on the CPU.
         codec: `"auto"` takes whatever needs the fewest bytes; `"raw"` is a bitmap and the
             non-zeros, `"exp"` codes their exponents too, `"dense"` stores the tensor as it is.
         bitmap: Force a bitmap on or off; None leaves it to the size.
@@ -118,6 +126,8 @@ def compress(
             or combined with one.
         QuantizationError: `bits` is given and a value is not finite.
     """
+    if isinstance(tensor, np.ndarray):
+        tensor = _tensor_of_array(tensor)
     if bits is not None:
         return _round(tensor, bits, codec, bitmap)
     elements = bits_of(tensor.detach().cpu())
@@ -130,6 +140,18 @@ def compress(
         encoded = Encoded(encoded.spec, {"": encoded.arrays[""].copy()})
     packed = PackedTensor(encoded.spec, encoded)
     return packed if tensor.device.type == "cpu" else packed.to(tensor.device)
+
+
+def _tensor_of_array(array: np.ndarray) -> "torch.Tensor":
+    """Return the bits of a numpy array as a torch tensor; a copy only where it must be one."""
+    code = TORCH_NAMES.get(array.dtype.name)
+    if code is None:
+        raise DTypeError(f"numpy's {array.dtype} has no safetensors code and cannot be stored")
+    item = codecs.dtype(code)
+    if not array.dtype.isnative:
+        array = array.astype(array.dtype.newbyteorder("="))
+    plain = np.require(array, requirements=("C", "W"))
+    return tensor_of(plain.reshape(-1).view(item.uint).reshape(array.shape), item)
 
 
 def _round(

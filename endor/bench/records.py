@@ -28,6 +28,13 @@ PACKAGES = (
 )
 
 
+BELIEVED_RATIO = 1.1
+"""A rate further above its ceiling shows that the machine was busy while the ceiling was timed."""
+
+BOUND_BENCHES = ("decode", "pack")
+"""Those whose ceiling moves as many bytes as the subject, through memory: nothing is faster."""
+
+
 @dataclass(frozen=True, slots=True)
 class Environment:
     """Where a measurement was made.
@@ -105,12 +112,19 @@ class BenchRecord:
         """Share of the ceiling that was reached; 0 without a ceiling."""
         return self.gbps / self.ceiling_gbps if self.ceiling_gbps else 0.0
 
+    @property
+    def believable(self) -> bool:
+        """Whether the rate is not above what the ceiling, measured beside it, allows."""
+        bound = self.bench in BOUND_BENCHES
+        return not bound or self.ceiling_ratio <= BELIEVED_RATIO
+
     def to_dict(self) -> dict[str, Any]:
         """Return every field and the derived rates, ready for JSON."""
         derived = {
             "gbps": self.gbps,
             "dense_gbps": self.dense_gbps,
             "ceiling_ratio": self.ceiling_ratio,
+            "believable": self.believable,
         }
         return asdict(self) | derived
 
@@ -134,6 +148,7 @@ def read_json_lines(path: Path) -> Iterator[BenchRecord]:
                 fields = parse_object(line, f"{path}:{number}:", lenient=True)
                 for derived in ("gbps", "dense_gbps", "ceiling_ratio"):
                     del fields[derived]
+                fields.pop("believable", None)  # records of version 0.1 lack it
                 fields["shape"] = tuple(fields["shape"])
                 fields["environment"] = Environment(**fields["environment"])
                 record = BenchRecord(**fields)

@@ -6,6 +6,7 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
+from endor.bench.records import environment
 from endor.bench.timeline import Summary, summarise, timeline, within
 from endor.offload.ledger import Event
 from endor.offload.store import Store
@@ -50,33 +51,49 @@ WIDTH, LANE, LEFT = 1160, 26, 110
 ROWS = 400
 
 STYLE = """
-body { font: 15px/1.5 system-ui, sans-serif; color: #212529; max-width: 1200px; margin: 2em auto;
-       padding: 0 1em }
+:root { color-scheme: light dark; --ink: #212529; --paper: #fff; --line: #e9ecef; --faint: #6c757d }
+@media (prefers-color-scheme: dark) {
+  :root { --ink: #e9ecef; --paper: #16191d; --line: #343a40; --faint: #adb5bd }
+}
+body { font: 15px/1.5 system-ui, sans-serif; color: var(--ink); background: var(--paper);
+       max-width: 1200px; margin: 2em auto; padding: 0 1em }
+h1, p { overflow-wrap: anywhere } th, td { white-space: nowrap }
 h1 { font-size: 1.5em } h2 { font-size: 1.15em; margin-top: 2em }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums }
-th, td { text-align: right; padding: .2em .9em .2em 0; border-bottom: 1px solid #e9ecef }
+th, td { text-align: right; padding: .2em .9em .2em 0; border-bottom: 1px solid var(--line) }
 th:first-child, td:first-child { text-align: left }
 .legend span { display: inline-block; margin-right: 1.4em }
 .legend i { display: inline-block; width: .9em; height: .9em; margin-right: .4em }
-svg { width: 100%; height: auto; background: #fff } svg text { font-size: 12px; fill: #495057 }
-p.small { color: #6c757d; font-size: .9em } div.scroll { max-height: 30em; overflow: auto }
+svg { width: 100%; height: auto; } svg text { font-size: 12px; fill: var(--ink) }
+p.small { color: var(--faint); font-size: .9em } div.scroll { max-height: 30em }
+div.scroll, div.wide { overflow: auto }
+div.wide svg { min-width: 700px }
+@media (max-width: 600px) { body { margin: 1em auto } th, td { padding-right: .6em } }
 """
 
 
 def page(
-    summary: Summary, events: Sequence[Event], predicted: Mapping[str, Any], title: str
+    summary: Summary,
+    events: Sequence[Event],
+    predicted: Mapping[str, Any],
+    title: str,
+    conditions: Mapping[str, str],
 ) -> str:
-    """Return the page; `events` are those of the timeline."""
+    """Return the page; `events` are those of the timeline, `conditions` what it was made under."""
     steps = len(summary.steps)
-    data = json.dumps(summary.to_dict() | {"predicted": dict(predicted)}).replace("<", "\\u003c")
+    data = json.dumps(
+        summary.to_dict() | {"predicted": dict(predicted), "conditions": dict(conditions)}
+    ).replace("<", "\\u003c")
     return "\n".join(
         [
             "<!doctype html>",
             f'<html lang="en"><head><meta charset="utf-8"><title>{escape(title)}</title>',
+            '<meta name="viewport" content="width=device-width, initial-scale=1">',
             f"<style>{STYLE}</style></head><body>",
             f"<h1>{escape(title)}</h1>",
             f"<p>{steps} step{'s' * (steps != 1)} in {summary.seconds:.2f} s. All figures are from "
             "the engine's ledger.</p>",
+            _conditions(conditions),
             _speeds(summary, predicted),
             "<h2>Where the time went</h2>",
             _shares(summary),
@@ -94,6 +111,11 @@ def page(
             "</body></html>",
         ]
     )
+
+
+def _conditions(conditions: Mapping[str, str]) -> str:
+    said = " · ".join(f"{escape(name)} {escape(text)}" for name, text in conditions.items())
+    return f'<p class="small">{said}</p>'
 
 
 def _speeds(summary: Summary, predicted: Mapping[str, Any]) -> str:
@@ -258,7 +280,7 @@ def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     body = "".join(
         "<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>" for row in rows
     )
-    return f"<table><tr>{head}</tr>{body}</table>"
+    return f'<div class="wide"><table><tr>{head}</tr>{body}</table></div>'
 
 
 def _rect(x: float, y: float, width: float, height: float, colour: str, text: str) -> str:
@@ -270,7 +292,18 @@ def _rect(x: float, y: float, width: float, height: float, colour: str, text: st
 
 
 def _svg(height: float, parts: Sequence[str]) -> str:
-    return f'<svg viewBox="0 0 {WIDTH} {height:.0f}">{"".join(parts)}</svg>'
+    return f'<div class="wide"><svg viewBox="0 0 {WIDTH} {height:.0f}">{"".join(parts)}</svg></div>'
+
+
+def made_under(budget: Mapping[str, str | None]) -> dict[str, str]:
+    """Return the machine, the budget and the version, in words."""
+    place = environment()
+    memory = ", ".join(f"{name} {said or 'as found'}" for name, said in budget.items())
+    return {
+        "machine": f"{place.device}, {place.cores} cores, kernel {place.kernel['kernel']}",
+        "budget": memory or "as found",
+        "endor": f"{place.versions['endor']} {place.git_rev}".rstrip(),
+    }
 
 
 def write_report(
@@ -279,6 +312,7 @@ def write_report(
     *,
     seconds: tuple[float, float],
     predicted: Mapping[str, Any] | None = None,
+    budget: Mapping[str, str | None] | None = None,
     title: str = "Endor",
 ) -> Summary:
     """Write a self-contained HTML page about a generation, and return its figures.
@@ -288,9 +322,11 @@ def write_report(
         store: The model's store (`model.endor`).
         seconds: When the generation began and ended, on the clock of `time.perf_counter`.
         predicted: `decode_s` and `prefill_s` of the plan, to stand beside what came.
+        budget: What memory it was given, by `vram`, `ram`, ...; None where nobody said.
         title: Heading.
     """
     summary = summarise(store, seconds)
     events = timeline(within(store.ledger.events, *seconds))
-    path.write_text(page(summary, events, predicted or {}, title), encoding="utf-8")
+    conditions = made_under(budget or {})
+    path.write_text(page(summary, events, predicted or {}, title, conditions), encoding="utf-8")
     return summary

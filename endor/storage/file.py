@@ -10,7 +10,7 @@ import numpy as np
 
 from endor import kernels
 from endor.codecs import Encoded, TensorSpec
-from endor.errors import DTypeError, ReadError
+from endor.errors import ConfigError, DTypeError, ReadError
 from endor.packed import (
     PackedTensor,
     bits_of,
@@ -28,11 +28,16 @@ from endor.storage.plain import PlainFile
 from endor.storage.readers import open_reader
 from endor.storage.safetensors import Header
 from endor.storage.seal import is_sealed
+from endor.storage.slices import TensorSlice
 from endor.storage.source import ReaderKind
 from endor.storage.writer import FileWriter, header_capacity
 
 if TYPE_CHECKING:
     import torch
+
+
+FRAMEWORKS = ("pt", "torch", "pytorch")
+"""Names under which safetensors knows torch."""
 
 
 def save_file(
@@ -71,7 +76,7 @@ def load_file(path: Path | str, device: "str | torch.device" = "cpu") -> "dict[s
         FormatError: The file is damaged; see its subclasses.
         ReadError, OSError: The file cannot be read.
     """
-    with safe_open(path, device) as file:
+    with safe_open(path, device=device) as file:
         return file._load_all()
 
 
@@ -81,15 +86,19 @@ class safe_open:
     Whatever is returned has passed its checksum and structural checks (of a plain file:
     what safetensors checks), and does not change when the file is closed.
 
-        with endor.safe_open("model.safetensors") as file:
+        with endor.safe_open("model.safetensors", "pt") as file:
             weight = file.get_tensor("model.embed_tokens.weight")
+
+    Arguments and methods are those of `safetensors.safe_open`, and `get_packed`.
 
     Args:
         path: The file.
+        framework: `"pt"` (or `"torch"`, `"pytorch"`): tensors are torch's.
         device: Where tensors go.
         reader: How records are read; a forced kind that cannot run raises.
 
     Raises:
+        ConfigError: Another framework is asked for.
         FormatError: The header is damaged; see its subclasses.
         OSError: The file cannot be opened.
     """
@@ -97,12 +106,18 @@ class safe_open:
     def __init__(
         self,
         path: Path | str,
-        device: "str | torch.device" = "cpu",
+        framework: str = "pt",
+        device: "str | int | torch.device" = "cpu",
         *,
         reader: ReaderKind = "auto",
     ) -> None:
+        if framework not in FRAMEWORKS:
+            raise ConfigError(
+                f"framework: must be one of {', '.join(FRAMEWORKS)}, got {framework!r:.40}; "
+                "a device is the third argument, or device=..."
+            )
         self._path = Path(path)
-        self._device = device
+        self._device = device if not isinstance(device, int) else f"cuda:{device}"
         self._closed = False
         self._layout: FileLayout | None = None
         self._plain: PlainFile | None = None
@@ -115,6 +130,11 @@ class safe_open:
             self._plain = PlainFile(header)
             self._names, self._metadata = self._plain.names, self._plain.metadata
         self._reader = open_reader(reader)
+
+    def __repr__(self) -> str:
+        kind = "plain" if self._layout is None else "packed"
+        closed = ", closed" if self._closed else ""
+        return f"safe_open({str(self._path)!r}, {kind}, {len(self._names)} tensors{closed})"
 
     def __enter__(self) -> Self:
         return self
@@ -157,6 +177,22 @@ class safe_open:
             return self._get_plain(name)
         record_bytes = self._record_bytes(self._layout, name, keep=True)
         return self._expand(bind_checked(self._layout, name, record_bytes))
+
+    def get_slice(self, name: str) -> TensorSlice:
+        """Return the tensor `name` to be indexed; it is read when it is.
+
+        Raises:
+            CheckpointError: The file has no such tensor.
+            ReadError: The file was closed.
+        """
+        self._check(name)
+        if self._layout is not None:
+            spec = self._layout.tensors[name].spec
+            shape, dtype = spec.shape, spec.dtype.name
+        else:
+            assert self._plain is not None
+            shape, dtype = self._plain.shape_of(name)
+        return TensorSlice(name, tuple(shape), dtype, lambda: self.get_tensor(name))
 
     def get_packed(self, name: str) -> PackedTensor:
         """Return the tensor `name` as it is stored; of a plain file, in codec `dense`.

@@ -57,6 +57,11 @@ class PlainFile:
             out.view(kind.uint).reshape(kind.unit_shape(entry.shape)), kind, entry.shape
         )
 
+    def shape_of(self, name: str) -> tuple[tuple[int, ...], str]:
+        """Return the shape and the safetensors code of the tensor `name`, which must exist."""
+        entry = self._header.entries[name]
+        return tuple(entry.shape), entry.dtype
+
     def close(self) -> None:
         """Close the file. May be called twice."""
         fd, self._fd = self._fd, -1

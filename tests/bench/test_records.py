@@ -86,3 +86,26 @@ def test_no_git_is_no_error(monkeypatch):
 
 def test_the_cache_size_is_plausible():
     assert 1 << 18 <= last_level_cache_bytes() <= 1 << 31
+
+
+@pytest.mark.parametrize(
+    ("bench", "ceiling_gbps", "believed"),
+    [
+        ("decode", 4.0, True),
+        ("decode", 3.7, True),
+        ("decode", 3.6, False),
+        ("pack", 1.0, False),
+        ("decode", 0.0, True),
+        ("io", 1.0, True),  # the page cache may be faster than the disk
+    ],
+)
+def test_a_rate_above_its_ceiling_is_not_printed_as_a_result(record, bench, ceiling_gbps, believed):
+    from types import SimpleNamespace
+
+    from endor.cli.bench import report
+
+    one = replace(record, bench=bench, ceiling_gbps=ceiling_gbps)
+    assert one.to_dict()["believable"] is believed
+    said = report(SimpleNamespace(records=[one], missing={}))
+    assert ("4.00" in said) is believed
+    assert ("too busy" in said) is not believed

@@ -8,6 +8,8 @@ from xml.etree import ElementTree
 
 import pytest
 
+import endor
+from endor.bench.records import environment
 from endor.bench.timeline import covered, step_times, summarise, timeline, within
 from endor.bench.timeline_page import write_report
 from endor.offload.ledger import Counters, Ledger
@@ -121,6 +123,21 @@ def test_the_page_stands_alone(tmp_path):
     assert "model" in drawings[1]
     data = re.search(r'id="endor-report">(.*?)</script>', text, re.DOTALL)
     assert json.loads(data[1])["read_bytes"] == 3000
+
+
+def test_the_page_says_what_it_was_made_under_and_fits_a_phone(tmp_path):
+    path = tmp_path / "report.html"
+    budget = {"vram": None, "ram": "2GiB<"}
+    write_report(path, make_store(), seconds=(10.0, 13.0), budget=budget)
+    text = path.read_text()
+    assert '<meta name="viewport" content="width=device-width, initial-scale=1">' in text
+    assert "prefers-color-scheme: dark" in text
+    assert "vram as found, ram 2GiB&lt;" in text
+    place = environment()
+    assert place.device in text
+    assert f"endor {endor.__version__}" in text
+    data = json.loads(re.search(r'id="endor-report">(.*?)</script>', text, re.DOTALL)[1])
+    assert data["conditions"]["budget"] == "vram as found, ram 2GiB<"
 
 
 def with_cache_events(store, steps=3):
