@@ -14,6 +14,7 @@ Modules (who needs what):
 - heap         how malloc serves all this
 - stream       layer by layer through a checkpoint that does not fit; `source` hands its tensors out
 - finished     the layers that it is done with, in a folder; `coding` those in codes
+- sensitivity  how much a layer's output changes when a matrix does
 - estimate, divergence    what is said of a run, and how far its predictions are from the dense ones
 """
 

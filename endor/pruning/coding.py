@@ -1,7 +1,7 @@
 """The matrices of one layer in codes, gathered as they are stored."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 
@@ -30,11 +30,25 @@ class LayerCoder:
 
     def solve(self, matrix: Matrix, gram: torch.Tensor) -> torch.Tensor:
         """Return what a matrix is after it was quantised."""
-        dtype = torch_dtype(self._source.tensors[matrix.name].dtype)
         weight = matrix.weight.contiguous()
-        one = self._quantizer.quantize(matrix.name, weight, gram, dtype)
+        one = self._quantizer.quantize(matrix.name, weight, gram, self._dtype(matrix))
         self._found.setdefault(matrix.name, []).append((matrix, one))
         return one.values
+
+    def survey(
+        self, matrix: Matrix, gram: torch.Tensor, gradients: Mapping[int, torch.Tensor]
+    ) -> torch.Tensor:
+        """Show the quantizer a matrix and return it as it is; `gradients` are those of `probe`."""
+        weight = matrix.weight.contiguous()
+        gradient = gradients.get(id(matrix.parameter))
+        if gradient is not None:
+            gradient = matrix.piece.view(gradient)
+            gradient = gradient.T if matrix.transposed else gradient
+        self._quantizer.survey(matrix.name, weight, gram, gradient, self._dtype(matrix))
+        return weight
+
+    def _dtype(self, matrix: Matrix) -> torch.dtype:
+        return torch_dtype(self._source.tensors[matrix.name].dtype)
 
     def stored(self) -> dict[str, torch.Tensor]:
         """Return codes and steps of each tensor, on the CPU, by `codes_of` and `steps_of`."""

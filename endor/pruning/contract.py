@@ -202,6 +202,30 @@ class LayerQuantizer(Protocol):
         """Return float32 `weight` `(outputs, inputs)` in codes; values are rounded to `dtype`."""
         ...
 
+    def survey(
+        self,
+        name: str,
+        weight: "torch.Tensor",
+        gram: "torch.Tensor",
+        gradient: "torch.Tensor | None",
+        dtype: "torch.dtype",
+    ) -> None:
+        """Learn what bits buy in a matrix of the layer that comes next.
+
+        Args:
+            name: The stored tensor.
+            weight: As for `quantize`.
+            gram: Of its inputs in the layer as it was.
+            gradient: Of random probes of the layer's output, of the shape of `weight`; None where
+                no probe reached it.
+            dtype: As for `quantize`.
+        """
+        ...
+
+    def share_out(self) -> None:
+        """Decide on the bits of all matrices surveyed."""
+        ...
+
     def seconds(self, shapes: Sequence[tuple[int, ...]]) -> float:
         """Return about how long matrices of `shapes` take on this processor."""
         ...

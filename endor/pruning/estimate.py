@@ -73,13 +73,14 @@ def model_flops(
     """
     weights = sum(math.prod(shape) for shape in shapes) / max(1, layers)
     # Once to go on; for the statistics all of the layer, or its first part for each group.
+    # Before quantising all of the layer is run once more, to share out bits.
     rewritten = int(method.calibrated) + int(coded)
-    forwards = 1.0 + rewritten * (2.5 if options.sequential else 1.0)
+    forwards = 1.0 + rewritten * (2.5 if options.sequential else 1.0) + int(coded)
     if method.finetune:
         forwards += 1 + 3 * options.passes
     flops = 2.0 * tokens * weights * forwards
     squares = sum(shape[-1] ** 2 for shape in shapes) / max(1, layers) * GROUPS
-    flops += 2.0 * tokens * squares * (int(method.statistics == "gram") + int(coded))
+    flops += 2.0 * tokens * squares * (int(method.statistics == "gram") + 2 * int(coded))
     if method.statistics == "gram":
         solved = sum(math.prod(shape) * shape[-1] for shape in shapes) / max(1, layers)
         flops += 2.0 * SOLVER_PRODUCTS * solved

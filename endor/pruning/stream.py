@@ -37,6 +37,7 @@ from endor.pruning.finetune import Schedule, autocast, finetune
 from endor.pruning.finished import FinishedLayers, fingerprint
 from endor.pruning.heap import reused_blocks
 from endor.pruning.layer import LayerMatrices
+from endor.pruning.sensitivity import probe
 from endor.pruning.skeleton import Call, Skeleton
 from endor.pruning.statistics import collect
 
@@ -234,6 +235,9 @@ class LayerStream:
     ) -> dict[str, torch.Tensor]:
         """Quantise all matrices and return codes and steps as they are stored."""
         coder = LayerCoder(self._source, quantizer)
+        if len(matrices.all) > 1:
+            self._survey(index, layer, matrices, coder)
+            quantizer.share_out()
         errors = matrices.rewrite(
             coder.solve,
             "gram",
@@ -244,6 +248,21 @@ class LayerStream:
         for name, error in errors.items():
             self.errors[name] = self.errors.get(name, 0.0) + error
         return coder.stored()
+
+    def _survey(
+        self, index: int, layer: nn.Module, matrices: LayerMatrices, coder: LayerCoder
+    ) -> None:
+        """Show all matrices to the quantizer: what bits buy in each, and how much it counts."""
+        call, seed = self._calls[index], self._options.seed + index
+        probed = layer, call, self._hidden, self.windows, matrices.all, seed, self._compute
+        gradients = probe(*probed)
+        matrices.rewrite(
+            lambda matrix, gram: coder.survey(matrix, gram, gradients),
+            "gram",
+            lambda: self._batches(layer, index, self._hidden),
+            self._room,
+            sequential=False,
+        )
 
     def _batches(
         self, layer: nn.Module, index: int, hidden: Activations

@@ -3,6 +3,8 @@
 Modules (who needs what):
 - contract   QuantizeOptions; no torch
 - ecq        one matrix and the statistics of its inputs, to codes at any scale
+- rates      bits for the matrices of a layer, so that the last one buys the same in each
+- timing     how long it takes here
 - quantizer  the scale of each matrix, so that all together take the bits asked for
 - source     a checkpoint that hands out codes, calibrated or not
 - search     the bits that a wanted nearness to the dense model's predictions takes

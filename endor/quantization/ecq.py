@@ -101,6 +101,18 @@ class Ecq:
                 high = middle
         return float(2**high)
 
+    def worth(self, gradient: torch.Tensor) -> float:
+        """Return what the square of the scale costs, a weight, up to a factor.
+
+        The errors of the codes are uniform, independent, and as large as the scale, times the
+        factor U: what they change of a loss has a variance of so many times that of the errors.
+
+        Args:
+            gradient: float32 `(rows, cols)`, of a random probe.
+        """
+        turned = gradient.T[self._order]
+        return float((self._factor @ turned).square().mean())
+
     def code(self, scale: float) -> Coded:
         """Return codes and steps at `scale`."""
         scale = min(max(scale, 2**self._least), 2**self._most)

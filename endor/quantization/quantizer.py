@@ -5,9 +5,11 @@ from typing import Any
 
 import torch
 
+from endor.codecs.rounding import LEAST_BITS
 from endor.pruning.contract import Coded
 from endor.quantization.contract import SPARSE, QuantizeOptions
 from endor.quantization.ecq import Ecq
+from endor.quantization.rates import Curve, share_out
 from endor.quantization.timing import coding_seconds
 
 RECORD_BYTES = 6240
@@ -30,6 +32,8 @@ class EcqQuantizer:
         self.identity = repr(options)
         self._numel: dict[str, int] = {}
         self._left = 0.0
+        self._curves: dict[str, list[Curve]] = {}
+        self._offsets: dict[str, float] = {}
 
     def describe(self) -> dict[str, Any]:
         """Return what config.json says about it."""
@@ -46,12 +50,35 @@ class EcqQuantizer:
         self, name: str, weight: torch.Tensor, gram: torch.Tensor, dtype: torch.dtype
     ) -> Coded:
         """Return `weight` in codes."""
-        keep = zeros_to_keep(weight, self._options.keep_zeros)
-        dampening = self._options.dampening
-        problem = Ecq(weight, gram, dtype=dtype, dampening=dampening, keep=keep)
-        coded = problem.fit(self._share())
-        self._count(name, weight.numel(), coded.bits)
+        # A layer's offsets cancel: they are left out of the account of what others have left.
+        offset = self._offsets.get(name, 0.0)
+        share = max(self._share() + offset, LEAST_BITS)
+        coded = self._problem(weight, gram, dtype).fit(share)
+        self._count(name, weight.numel(), coded.bits - offset)
         return coded
+
+    def _problem(self, weight: torch.Tensor, gram: torch.Tensor, dtype: torch.dtype) -> Ecq:
+        keep = zeros_to_keep(weight, self._options.keep_zeros)
+        return Ecq(weight, gram, dtype=dtype, dampening=self._options.dampening, keep=keep)
+
+    def survey(
+        self,
+        name: str,
+        weight: torch.Tensor,
+        gram: torch.Tensor,
+        gradient: torch.Tensor | None,
+        dtype: torch.dtype,
+    ) -> None:
+        """Learn what bits buy in a matrix of the layer that comes next."""
+        problem = self._problem(weight, gram, dtype)
+        worth = 0.0 if gradient is None else problem.worth(gradient)
+        curve = Curve.of(problem, weight.numel(), worth, self._options.bits)
+        self._curves.setdefault(name, []).append(curve)
+
+    def share_out(self) -> None:
+        """Decide on the bits of all matrices surveyed."""
+        self._offsets = share_out(self._curves)
+        self._curves = {}
 
     def seconds(self, shapes: Sequence[tuple[int, ...]]) -> float:
         """Return about how long matrices of `shapes` take on this processor."""

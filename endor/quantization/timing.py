@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import torch
 
 from endor.quantization.ecq import Ecq
+from endor.quantization.rates import Curve
 
 PROBE_ROWS, PROBE_COLS = 512, 768
 """The most of a probe: a tenth of a second, large enough that calls are not all of it."""
@@ -30,6 +31,9 @@ def coding_seconds(shapes: Sequence[tuple[int, ...]], bits: float) -> float:
     spent = 0.0
     for _ in range(2):
         began = time.perf_counter()
-        Ecq(weight, gram, dtype=torch.bfloat16).fit(bits)
+        for _ in ("survey", "code"):  # factored for each, as in a layer
+            problem = Ecq(weight, gram, dtype=torch.bfloat16)
+        Curve.of(problem, weight.numel(), 1.0, bits)
+        problem.fit(bits)
         spent = time.perf_counter() - began
     return spent / max(weight.numel(), 1) * sum(map(math.prod, shapes))
