@@ -22,7 +22,7 @@ from endor.codecs.coding import (
     matrix_shape,
 )
 from endor.codecs.dtypes import DType
-from endor.codecs.planning import CodePlan, plan_code
+from endor.codecs.planning import CodePlan, Counter, count_codes, plan_code
 from endor.codecs.spec import MAX_NNZ, Encoded, TensorSpec
 from endor.codecs.steps import (
     check_steps,
@@ -97,9 +97,11 @@ def encode(
     """
     codes, values, block, plan = prepare(codes, steps, dtype, shape, block)
     flat = codes.reshape(-1)
-    symbols, patched = plan.symbols_of(flat)
+    symbols, unknown = plan.symbols_of(flat)
+    patched = np.flatnonzero(unknown)
     states, counts, words = rans.code(symbols, plan)
-    return assemble(codes, dtype, plan, values, block, states, counts, words, patched)
+    low_bits = low_bits_of(flat, plan.shift, patched)
+    return assemble(codes, dtype, plan, values, block, states, counts, words, patched, low_bits)
 
 
 def prepare(
@@ -108,13 +110,14 @@ def prepare(
     dtype: DType,
     shape: tuple[int, ...] | None,
     block: tuple[int, int] | None,
+    count: Counter = count_codes,
 ) -> tuple[np.ndarray, np.ndarray, tuple[int, int], CodePlan]:
     """Return checked codes, steps and block, and the code to use; errors as for `encode`."""
     if dtype.name not in VALUE_DTYPES:
         raise DTypeError(f"codec int takes {', '.join(VALUE_DTYPES)}, not {dtype.name}")
     codes = check_codes(codes, shape)
     values, block = steps_for(steps, codes.shape, block)
-    return codes, values, block, plan_code(codes.reshape(-1))
+    return codes, values, block, plan_code(codes.reshape(-1), count)
 
 
 def assemble(
@@ -127,6 +130,7 @@ def assemble(
     counts: np.ndarray,
     words: np.ndarray,
     patched: np.ndarray,
+    low_bits: np.ndarray,
 ) -> Encoded:
     """Return the stored tensor around a finished stream.
 
@@ -134,10 +138,10 @@ def assemble(
         states: u32 `(n_chunks, 32)`.
         counts: Words of each chunk, `(n_chunks,)`.
         words: u16, flat.
-        patched: Which codes the stream does not hold: flat bool, or their indices, rising.
+        patched: Indices of the codes that the stream does not hold, rising.
+        low_bits: As `low_bits_of` returns them.
     """
-    flat = codes.reshape(-1)
-    at = np.flatnonzero(patched) if patched.dtype == np.bool_ else patched
+    flat, at = codes.reshape(-1), patched
     for what, size in (("words", words.size), ("patches", at.size)):
         if size > min(MAX_WORDS, MAX_NNZ):
             raise ConfigError(f"{size} {what} exceed {MAX_WORDS}; split the tensor")
@@ -156,11 +160,7 @@ def assemble(
         "words": words,
     }
     if plan.shift:
-        low = np.zeros(-(-flat.size // LANES) * LANES, dtype=np.int32)
-        low[: flat.size] = flat & np.int32((1 << plan.shift) - 1)
-        low[at] = 0
-        bits = low[:, None] >> np.arange(plan.shift, dtype=np.int32) & 1
-        arrays["low_bits"] = np.packbits(bits.astype(np.uint8), bitorder="little")
+        arrays["low_bits"] = low_bits
     if at.size:
         arrays |= {
             "patch_offsets": rans.offsets_of(np.bincount(at // CHUNK, minlength=counts.size)),
@@ -168,6 +168,21 @@ def assemble(
             "patch_codes": flat[at].astype("<i4").view("<u4"),
         }
     return Encoded(spec, arrays)
+
+
+def low_bits_of(codes: np.ndarray, shift: int, patched: np.ndarray) -> np.ndarray:
+    """Return the packed low bits of flat codes, u8; those of a patch are 0.
+
+    Args:
+        codes: int32.
+        shift: Bits of each code.
+        patched: Indices.
+    """
+    low = np.zeros(-(-codes.size // LANES) * LANES, dtype=np.int32)
+    low[: codes.size] = codes & np.int32((1 << shift) - 1)
+    low[patched] = 0
+    bits = low[:, None] >> np.arange(shift, dtype=np.int32) & 1
+    return np.packbits(bits.astype(np.uint8), bitorder="little")
 
 
 def codes_of(encoded: Encoded) -> np.ndarray:

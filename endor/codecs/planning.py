@@ -1,5 +1,6 @@
 """Which model stores integer codes in the fewest bits, from their histogram alone."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -13,6 +14,9 @@ _REACH = 1 << 16
 
 _RARE = (0, 1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128)
 """Counts up to which symbols are tried as patches: each symbol takes 1 of `SCALE` or more."""
+
+Counter = Callable[[np.ndarray, int, int], np.ndarray]
+"""Counts flat int32 codes as `count_codes` does."""
 
 _UNIT = 1 << 16
 _COST = np.concatenate([[0.0], np.log2(SCALE / np.arange(1, SCALE + 1))])
@@ -49,11 +53,17 @@ class CodePlan:
         return np.where(known, symbols, self.substitute).astype(np.uint8), ~known
 
 
-def plan_code(codes: np.ndarray) -> CodePlan:
+def count_codes(codes: np.ndarray, low: int, size: int) -> np.ndarray:
+    """Return how many of flat int32 `codes` are `low`, `low + 1`, ..., int64 `(size,)`."""
+    places = codes - np.int32(low)
+    return np.bincount(places[(places >= 0) & (places < size)], minlength=size)
+
+
+def plan_code(codes: np.ndarray, count: Counter = count_codes) -> CodePlan:
     """Return the plan with the fewest bits for flat int32 `codes`; on a tie the smallest shift."""
     if not codes.size:
         return CodePlan(0, 0, normalised(np.ones(2, dtype=np.int64)), 0.0)
-    low, counts, far = _histogram(codes)
+    low, counts, far = _histogram(codes, count)
     best = _plan(low, counts, far, 0)
     for shift in range(1, MAX_SHIFT + 1):  # the low bits of a narrow distribution are not noise
         plan = _plan(low, counts, far, shift)
@@ -63,15 +73,15 @@ def plan_code(codes: np.ndarray) -> CodePlan:
     return best
 
 
-def _histogram(codes: np.ndarray) -> tuple[int, np.ndarray, int]:
+def _histogram(codes: np.ndarray, count: Counter) -> tuple[int, np.ndarray, int]:
     """Return the least code counted, the counts from it on, and the codes beyond reach."""
     low, high = int(codes.min()), int(codes.max())
-    near = codes
     if high - low >= _REACH:
         middle = int(np.partition(codes, codes.size // 2)[codes.size // 2])
         low = middle - _REACH // 2
-        near = codes[(codes >= low) & (codes < low + _REACH)]
-    return low, np.bincount(near - np.int32(low)), codes.size - near.size
+        high = low + _REACH - 1
+    counts = count(codes, low, high - low + 1)
+    return low, counts, codes.size - int(counts.sum())
 
 
 def _plan(low: int, counts: np.ndarray, far: int, shift: int) -> CodePlan:

@@ -26,7 +26,8 @@ def encode(
     number, count = select(kernel), thread_count(threads)
 
     def code(symbols: np.ndarray, plan: CodePlan) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        return integer.code(symbols, plan, count)
+        assert number is not None
+        return integer.code(symbols, plan, count, number)
 
     coder = rans.code if number is None else code
     return reference.encode(bits, dtype, layout, shape=shape, coder=coder)

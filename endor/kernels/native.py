@@ -149,7 +149,13 @@ def _bind(library: ctypes.CDLL) -> ctypes.CDLL:
         (
             "int_encode",
             i32,
-            (pointer, u64, pointer, i32, i32, pointer, pointer, pointer, i32),
+            (i32, pointer, u64, pointer, i32, i32, pointer, pointer, pointer, i32),
+        ),
+        ("int_count", i32, (pointer, u64, ctypes.c_int32, ctypes.c_uint32, pointer)),
+        (
+            "int_symbols",
+            i32,
+            (pointer, u64, ctypes.c_int32, *(i32, pointer, i32, i32), *(pointer,) * 3, i32),
         ),
         ("int_matvec", i32, (i32, pointer, u64, u64, pointer, i32, u64, pointer, i32)),
         ("probe", u64, (i32, pointer, pointer, u64, i32)),

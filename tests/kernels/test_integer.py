@@ -8,7 +8,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from endor import codecs, kernels
-from endor.codecs import DTYPES, Encoded, integer
+from endor.codecs import DTYPES, Encoded, integer, planning, rans
+from endor.codecs.planning import CodePlan
 from endor.errors import FormatError
 
 from ..conftest import KERNELS, need
@@ -86,6 +87,52 @@ def test_every_kernel_agrees(
     start, stop = sorted(round(share * codes.size) for share in cut)
     for low, high in ((0, codes.size), (start, stop)):
         assert_decodes(wanted, dense, kernel, low, high, pad, threads=threads, streaming=streaming)
+
+
+@pytest.mark.parametrize("heavy", [0, 7, 4000])
+def test_symbols_of_any_frequency_are_coded(
+    compiled: str, heavy: int, rng: np.random.Generator
+) -> None:
+    """Symbols drawn evenly, whatever their frequencies: states reach every height."""
+    number = kernels.select(compiled)
+    assert number is not None
+    for kinds in (2, 3, 40, 96):
+        frequencies = np.ones(kinds, dtype=np.int64)
+        frequencies += rng.multinomial(4096 - kinds - min(heavy, 4096 - kinds), [1 / kinds] * kinds)
+        frequencies[-1] += 4096 - frequencies.sum()
+        plan = CodePlan(0, 0, frequencies, 0.0)
+        for size in (1, 31, 32768, 70001):
+            symbols = rng.integers(0, kinds, size, dtype=np.uint8)
+            found = kernels.integer.code(symbols, plan, 2, number)
+            for mine, wanted in zip(found, rans.code(symbols, plan), strict=True):
+                assert np.array_equal(mine, wanted)
+
+
+@pytest.mark.parametrize("shift", [0, 1, 3, 8])
+def test_codes_are_split_as_the_reference_splits_them(
+    compiled: str, shift: int, rng: np.random.Generator
+) -> None:
+    frequencies = np.array([5, 0, 4000, 91], dtype=np.int64)
+    plan = CodePlan(-2, shift, frequencies, 0.0)
+    for size in (0, 1, 7, 32, 33, 40000):
+        codes = rng.integers(-4 << shift, 4 << shift, size, dtype=np.int32)
+        codes[:: 1 + size // 3] = rng.choice([-(2**24), 2**24], codes[:: 1 + size // 3].size)
+        symbols, low_bits, patched = kernels.integer.split(codes, plan, 2)
+        wanted, unknown = plan.symbols_of(codes)
+        assert np.array_equal(symbols, wanted)
+        assert np.array_equal(patched, np.flatnonzero(unknown))
+        assert np.array_equal(low_bits, integer.low_bits_of(codes, shift, patched))
+
+
+@pytest.mark.parametrize(("low", "size"), [(-3, 6), (0, 1), (-100, 4096), (-2100, 4200)])
+def test_codes_are_counted_as_the_reference_counts_them(
+    compiled: str, low: int, size: int, rng: np.random.Generator
+) -> None:
+    for count in (0, 1, 5, 30000):
+        codes = rng.integers(-2500, 2500, count, dtype=np.int32)
+        codes[:2] = (-(2**24), 2**24)[:count]
+        found = kernels.integer.count_codes(codes, low, size)
+        assert np.array_equal(found, planning.count_codes(codes, low, size))
 
 
 def test_beyond_the_streaming_size(compiled: str, rng: np.random.Generator) -> None:

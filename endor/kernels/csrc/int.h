@@ -69,12 +69,21 @@ typedef struct {
     void (*low)(const uint8_t *bits, int shift, uint64_t n, uint8_t *low);
     /* n elements, a multiple of 32. */
     void (*values)(const endor_values *v, uint64_t n, void *out);
+    /* Code `rows` rows of 32 symbols, the last one first: the words go in front of `at`, the states move on. Writes up to
+     * as many words in front of `at` as there are symbols. Returns the first word. Table entry, of a symbol: frequency |
+     * start << 16. */
+    uint16_t *(*code)(const uint32_t *table, uint32_t *states, const uint8_t *symbols, uint64_t rows, uint16_t *at);
 } endor_int_ops;
+
+/* Those of a kernel that this CPU has; NULL of others. */
+const endor_int_ops *endor_int_ops_of(int kernel);
 
 const endor_int_ops *endor_int_scalar_ops(void);
 const endor_int_ops *endor_int_avx2_ops(void);   /* NULL where it was not compiled */
 const endor_int_ops *endor_int_avx512_ops(void);
 void endor_int_avx2_low(const uint8_t *bits, int shift, uint64_t n, uint8_t *low);
+uint16_t *endor_int_avx2_code(const uint32_t *table, uint32_t *states, const uint8_t *symbols, uint64_t rows,
+                              uint16_t *at);
 
 /* What all threads of a call read. */
 typedef struct {

@@ -12,14 +12,18 @@
 #include "glibc.h"
 
 static uint8_t spread_words[256][16] ENDOR_ALIGNED; /* by the lanes that need a word: shuffle of the next words */
+static uint8_t gather_words[256][16] ENDOR_ALIGNED; /* by the lanes that a word leaves: brings them to the end */
 
 static void fill_tables(void) {
     for (int mask = 0; mask < 256; mask++) {
         uint8_t next = 0;
+        int first = 16 - 2 * __builtin_popcount((unsigned)mask);
+        for (int i = 0; i < first; i++) gather_words[mask][i] = 0x80;
         for (int i = 0; i < 8; i++) {
             int need = mask >> i & 1;
             spread_words[mask][2 * i] = need ? next : 0x80;
             spread_words[mask][2 * i + 1] = need ? (uint8_t)(next + 1) : 0x80;
+            for (int j = 0; need && j < 2; j++) gather_words[mask][first + next + j] = (uint8_t)(2 * i + j);
             next = (uint8_t)(next + 2 * need);
         }
     }
@@ -120,9 +124,44 @@ static TARGET void values(const endor_values *v, uint64_t n, void *out) {
     else values_of(v, n, out, ENDOR_CODES, v->low != NULL);
 }
 
+/* A state below frequency << 20 is divided in float32: the ratio, below 2^20, is wrong by at most 2^-3 (state and division
+ * are rounded once each), so what is left of it after 1/4 is off ends at the quotient or at one less. */
+TARGET uint16_t *endor_int_avx2_code(const uint32_t *table, uint32_t *states, const uint8_t *symbols, uint64_t rows,
+                                     uint16_t *at) {
+    const __m256i low = _mm256_set1_epi32(0xffff), zero = _mm256_setzero_si256(), sixteen = _mm256_set1_epi32(16);
+    const __m256i scale = _mm256_set1_epi32(ENDOR_SCALE);
+    __m256i x[4];
+    for (int j = 0; j < 4; j++) x[j] = _mm256_loadu_si256((const __m256i *)(states + 8 * j));
+    for (symbols += rows * ENDOR_LANES; rows--;) {
+        symbols -= ENDOR_LANES;
+        for (int j = 4; j--;) {
+            __m256i entry = look_up(table, _mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i *)(symbols + 8 * j))));
+            __m256i frequency = _mm256_and_si256(entry, low), limit = _mm256_slli_epi32(entry, 20);
+            __m256i leaves = _mm256_cmpeq_epi32(_mm256_max_epu32(x[j], limit), x[j]);
+            unsigned mask = (unsigned)_mm256_movemask_ps(_mm256_castsi256_ps(leaves));
+            __m256i half = _mm256_blend_epi16(x[j], zero, 0xaa);
+            __m128i words = _mm_packus_epi32(_mm256_castsi256_si128(half), _mm256_extracti128_si256(half, 1));
+            words = _mm_shuffle_epi8(words, _mm_load_si128((const __m128i *)gather_words[mask]));
+            _mm_storeu_si128((__m128i *)(at - 8), words);
+            at -= __builtin_popcount(mask);
+            __m256i y = _mm256_srlv_epi32(x[j], _mm256_and_si256(leaves, sixteen));
+            __m256 whole = _mm256_fmadd_ps(_mm256_cvtepi32_ps(_mm256_srli_epi32(y, 16)), _mm256_set1_ps(65536),
+                                           _mm256_cvtepi32_ps(_mm256_blend_epi16(y, zero, 0xaa)));
+            __m256 ratio = _mm256_div_ps(whole, _mm256_cvtepi32_ps(frequency));
+            __m256i quotient = _mm256_cvttps_epi32(_mm256_sub_ps(ratio, _mm256_set1_ps(0.25f)));
+            __m256i rest = _mm256_sub_epi32(y, _mm256_mullo_epi32(quotient, frequency));
+            __m256i under = _mm256_cmpgt_epi32(frequency, rest);
+            y = _mm256_add_epi32(_mm256_slli_epi32(quotient, 12), _mm256_add_epi32(rest, _mm256_srli_epi32(entry, 16)));
+            x[j] = _mm256_add_epi32(y, _mm256_andnot_si256(under, _mm256_sub_epi32(scale, frequency)));
+        }
+    }
+    for (int j = 0; j < 4; j++) _mm256_storeu_si256((__m256i *)(states + 8 * j), x[j]);
+    return at;
+}
+
 const endor_int_ops *endor_int_avx2_ops(void) {
     static pthread_once_t once = PTHREAD_ONCE_INIT;
-    static const endor_int_ops ops = {rows, endor_int_avx2_low, values};
+    static const endor_int_ops ops = {rows, endor_int_avx2_low, values, endor_int_avx2_code};
     pthread_once(&once, fill_tables);
     return &ops;
 }

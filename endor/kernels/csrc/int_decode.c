@@ -27,12 +27,16 @@ static float power_of_two(int exponent) {
     return value;
 }
 
+const endor_int_ops *endor_int_ops_of(int kernel) {
+    if (!endor_ops_of(kernel)) return NULL;
+    if (kernel == ENDOR_AVX512) return endor_int_avx512_ops();
+    if (kernel == ENDOR_AVX2) return endor_int_avx2_ops();
+    return endor_int_scalar_ops(); /* NEON has no way of its own yet */
+}
+
 int endor_int_open(endor_int_reader *r, int kernel, const endor_int *t, int kind) {
     r->ops = endor_ops_of(kernel);
-    r->in = !r->ops                  ? NULL
-            : kernel == ENDOR_AVX512 ? endor_int_avx512_ops()
-            : kernel == ENDOR_AVX2   ? endor_int_avx2_ops()
-                                     : endor_int_scalar_ops(); /* NEON has no way of its own yet */
+    r->in = endor_int_ops_of(kernel);
     r->t = t;
     r->kind = kind;
     r->columns = NULL;

@@ -37,7 +37,21 @@ static void values(const endor_values *v, uint64_t n, void *out) {
     }
 }
 
+/* 32 lanes that do not wait for each other keep the divider busy. */
+static uint16_t *code(const uint32_t *table, uint32_t *states, const uint8_t *symbols, uint64_t rows, uint16_t *at) {
+    for (uint64_t i = rows * ENDOR_LANES; i--;) {
+        uint32_t entry = table[symbols[i]], frequency = entry & 0xffff, state = states[i % ENDOR_LANES];
+        if (state >= frequency << 20) {
+            *--at = (uint16_t)state;
+            state >>= 16;
+        }
+        uint32_t quotient = state / frequency;
+        states[i % ENDOR_LANES] = quotient * ENDOR_SCALE + (state - quotient * frequency) + (entry >> 16);
+    }
+    return at;
+}
+
 const endor_int_ops *endor_int_scalar_ops(void) {
-    static const endor_int_ops ops = {rows, low, values};
+    static const endor_int_ops ops = {rows, low, values, code};
     return &ops;
 }
