@@ -3,8 +3,9 @@
     python scripts/reproduce.py PAGE WORK [--dry-run]
 
 PAGE is cpu, experts, gpu, offload, planned, pruning or quality. Models, packed checkpoints and
-records go to WORK; the pages say how long it takes and what room it needs. A step whose result is there already
-goes on with it, or is quick. --dry-run prints the commands, as a shell would take them.
+records go to WORK; the pages say how long it takes and what room it needs. A step whose result is
+there already goes on with it, or is quick. --dry-run prints the commands, as a shell would take
+them.
 """
 
 import argparse
