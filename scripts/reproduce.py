@@ -99,6 +99,7 @@ def quality(work: str) -> list[Command]:
             f"{work}/rescaled",
             f"{work}/quality.jsonl",
             *("--samples", "32"),
+            *("--statistics", f"{work}/statistics.pt"),
             *("--rows", *rows.split()),
             *("--texts", f"{PERSUASION}:40"),
         ),
