@@ -18,8 +18,9 @@
 // block share out the segments of the same rows and add up in shared memory, in a fixed order: the
 // result does not depend on timing.
 //
-// Four weights of a lane: their values are consecutive, so 3 aligned 32-bit shared loads hold them, and a
-// 16-entry table turns the 4 bitmap bits into byte-permute selectors. No predicate, no branch.
+// Each lane leaves its bitmap word and the place of its first value in shared memory; one 64-bit load brings a
+// step's lanes both. Four weights of a lane: their values are consecutive, so 3 aligned 32-bit shared loads hold
+// them, and a 16-entry table turns the 4 bitmap bits into byte-permute selectors. No predicate, no branch.
 //
 // Bytes per weight at density d: 1/8 + 2d + 1/256 read: 1.13 at 0.5 where dense bf16 has 2. About 8
 // instructions per weight: on an H200 the limit is issue (predicted 55-70 % of memory bandwidth), on cards
@@ -78,6 +79,13 @@ __device__ __forceinline__ float widen(u32 bits) {
 #endif
 }
 
+// The hardware's own permute: __byte_perm masks its selector first, which a table of ours needs not.
+__device__ __forceinline__ u32 permute(u32 a, u32 b, u32 selector) {
+  u32 bytes;
+  asm("prmt.b32 %0, %1, %2, %3;" : "=r"(bytes) : "r"(a), "r"(b), "r"(selector));
+  return bytes;
+}
+
 __device__ __forceinline__ u16 narrow(float f) {
   u16 bits;
 #if ENDOR_HALF
@@ -133,20 +141,23 @@ __device__ __forceinline__ uint2 selectors(u32 nibble) {
   return v;
 }
 
-// Columns 4L..4L+3 of one row as two registers of two; the first stored of them is staged[at].
-__device__ __forceinline__ void gather(const u8* staged, const uint2* table, u32 at, u32 nibble,
-                                       u32& low, u32& high) {
-  const u32* words = reinterpret_cast<const u32*>(staged) + (at >> 1);
-  const u32 odd = (at & 1) * 16, w0 = words[0], w1 = words[1], w2 = words[2];
+// Columns 4L..4L+3 of one row as two registers of two.
+//
+//   at      byte in `buffers` of the first stored one of them, even
+//   entry   their bits, times the 8 bytes of an entry of `table`
+__device__ __forceinline__ void gather(const u8* buffers, const u8* table, u32 at, u32 entry, u32& low,
+                                       u32& high) {
+  const u32* words = reinterpret_cast<const u32*>(buffers + (at & ~3u));
+  const u32 odd = at * 8, w0 = words[0], w1 = words[1], w2 = words[2];  // modulo 32: 0 or 16 bits
   const u32 v01 = __funnelshift_r(w0, w1, odd), v23 = __funnelshift_r(w1, w2, odd);
-  const uint2 pick = table[nibble];
-  low = __byte_perm(v01, 0, pick.x & 0xffffu);
-  high = __byte_perm(v01, v23, pick.x >> 16) & pick.y;
+  const uint2 pick = *reinterpret_cast<const uint2*>(table + entry);
+  low = permute(v01, 0, pick.x);
+  high = permute(v01, v23, pick.x >> 16) & pick.y;
 }
 
 // grid     ceil(rows / ROWS); block: 1 to 8 warps, which share out the segments of the rows
-// shared   128 + warps * (2 * ROWS * slot + 4 * ROWS * COLUMNS) bytes, slot = 2 * segment_nnz + 32 rounded
-//          up to 16
+// shared   128 + warps * (2 * ROWS * slot + 256 * ROWS + 4 * ROWS * COLUMNS) bytes, slot = 2 * segment_nnz + 32
+//          rounded up to 16
 extern "C" __global__ void __launch_bounds__(256)
     product(const __grid_constant__ Product p) {
   ENDOR_SHARED(shared);
@@ -154,8 +165,9 @@ extern "C" __global__ void __launch_bounds__(256)
   const u32 row0 = blockIdx.x * ROWS;
   const u32 capacity = smaller(p.segment_nnz, SEGMENT), slot = (2 * capacity + 32 + 15) / 16 * 16;
   uint2* table = reinterpret_cast<uint2*>(shared);
-  u8* buffers = shared + 128 + static_cast<size_t>(warp) * 2 * ROWS * slot;
-  float* partial = reinterpret_cast<float*>(shared + 128 + static_cast<size_t>(warps) * 2 * ROWS * slot);
+  u8* buffers = shared + 128 + warp * 2 * ROWS * slot;
+  u8* places = shared + 128 + warps * 2 * ROWS * slot + warp * ROWS * 256;
+  float* partial = reinterpret_cast<float*>(shared + 128 + warps * ROWS * (2 * slot + 256));
   if (threadIdx.x < 16) table[threadIdx.x] = selectors(threadIdx.x);
   __syncthreads();
 
@@ -201,16 +213,18 @@ extern "C" __global__ void __launch_bounds__(256)
 
     for (u32 segment = begin; segment < end; segment++) {
       const u32 parity = (segment - begin) & 1;
-      const u8* staged = buffers + parity * ROWS * slot;
+      const u32 staged = parity * ROWS * slot;
 #pragma unroll
       for (int i = 0; i < ROWS; i++) {
         word2[i] = load_word(i, segment + 2);
         shift1[i] = stage(i, word1[i], buffers + (parity ^ 1) * ROWS * slot);
       }
       copy_commit();
-      u32 before[ROWS];
 #pragma unroll
-      for (int i = 0; i < ROWS; i++) before[i] = exclusive_sum(__popc(word[i]), lane) + shift[i];
+      for (int i = 0; i < ROWS; i++) {
+        const u32 before = exclusive_sum(__popc(word[i]), lane) + shift[i];
+        stage8(staged_address(places + 256 * i + 8 * lane), word[i], staged + i * slot + 2 * before);
+      }
       copy_wait<1>();  // this segment is here, the next one may still travel
       __syncwarp();
       const u32 steps = smaller((p.cols - segment * SEGMENT + 127) >> 7, 8);
@@ -227,15 +241,17 @@ extern "C" __global__ void __launch_bounds__(256)
           }
         }
         const u32 owner = j * 4 + (lane >> 3), bit = (lane & 7) * 4;
+        const u32 below = (1u << bit) - 1u, turn = (bit + 29) & 31;
 #pragma unroll
         for (int pair = 0; pair < PAIRS; pair++) {
           u32 a[4];
 #pragma unroll
           for (int h = 0; h < 2; h++) {
             const int i = 2 * pair + h;
-            const u32 bits = __shfl_sync(FULL_WARP, word[i], owner);
-            const u32 at = __shfl_sync(FULL_WARP, before[i], owner) + __popc(bits & ((1u << bit) - 1u));
-            gather(staged + i * slot, table, at, bits >> bit & 15u, a[h], a[2 + h]);
+            const uint2 held = *reinterpret_cast<const uint2*>(places + 256 * i + 8 * owner);
+            const u32 at = held.y + 2 * __popc(held.x & below);
+            const u32 entry = __funnelshift_r(held.x, held.x, turn) & 0x78u;
+            gather(buffers, shared, at, entry, a[h], a[2 + h]);
           }
 #pragma unroll
           for (int q = 0; q < COLUMNS; q++) {

@@ -305,7 +305,7 @@ def _planned_product(
     slot = -(-(2 * segment_nnz + 32) // 16) * 16
 
     def shared_bytes(pairs: int, warps: int) -> int:
-        return 128 + warps * 2 * pairs * (2 * slot + 4 * columns)
+        return 128 + warps * 2 * pairs * (2 * slot + 256 + 4 * columns)
 
     pairs = row_pairs or (2 if columns <= 4 else 1)
     warps = warps or min(-(-cols // SEGMENT), 8)

@@ -348,6 +348,7 @@ inline uint16_t narrow(float f) {
 #endif
   return bits;
 }
+inline uint32_t permute(uint32_t a, uint32_t b, uint32_t selector) { return __byte_perm(a, b, selector); }
 inline void multiply(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
   const unsigned thread = emulator::current->thread, base = thread / 32 * 32, lane = thread & 31;
   for (int i = 0; i < 4; i++) emulator::slots[thread * 8 + i] = a[i];

@@ -183,6 +183,18 @@ def to_predicates(m: Machine, i: Instruction, acting: np.ndarray) -> None:
             m.set_predicate(Operand("P", bit), (value >> np.uint32(bit) & 1).astype(bool), acting)
 
 
+@executes("P2R")
+def from_predicates(m: Machine, i: Instruction, acting: np.ndarray) -> None:
+    """Predicates as bits, where the mask says; the other bits from a register."""
+    if i.modifiers:
+        raise Fault("form of predicates to register")
+    rest, chosen = m.value(i.operands[-2]), np.uint32(i.operands[-1].index)
+    bits = np.zeros_like(m.R[0])
+    for bit in range(7):
+        bits |= m.P[bit].astype(np.uint32) << np.uint32(bit)
+    m.set(i.operands[0], (bits & chosen) | (rest & ~chosen), acting)
+
+
 @executes("SHF", "USHF")
 def shift(m: Machine, i: Instruction, acting: np.ndarray) -> None:
     """Shift the 64 bits of two registers and keep one half."""

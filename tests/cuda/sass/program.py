@@ -134,6 +134,8 @@ def _arguments_at(info: bytes) -> int:
 def _instruction(pc: int, item: dict[str, str]) -> Instruction:
     name, *modifiers = item["opcode"].split(".")
     guard, written = item.get("predicate", ""), item.get("operands", "")
+    if guard.strip() == "PR":  # of P2R: all predicates, not one that guards
+        guard = ""
     operands = tuple(_operand(text) for text in _split(written))
     return Instruction(
         pc,
