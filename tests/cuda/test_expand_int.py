@@ -27,7 +27,7 @@ def test_tensors_of_a_record_share_a_launch(expand, rng):
     bf16 = DTYPES["BF16"]
     tensors = [
         integer.encode(codes_of(rng, (rows, 640), spread), steps_of(rng, (640,)), bf16)
-        for rows, spread in ((1, 0.5), (200, 2.0), (52, 3000.0), (103, 4.0))
+        for rows, spread in ((1, 0.5), (200, 2.0), (52, 30.0), (103, 4.0))
     ]
     expand(*tensors[:2], tensors[3], launches=1)
     expand(*tensors, integer.encode(codes_of(rng, (64, 64), 1.0), 0.5, bf16), launches=3)
@@ -37,7 +37,7 @@ def test_tensors_of_a_record_share_a_launch(expand, rng):
 
 def test_wrong_bytes_never_reach_outside(expand, rng):
     """Noise in every array: all accesses stay inside."""
-    for shape, spread, steps in (((70, 1000), 2.0, (1000,)), ((40, 999), 3000.0, (40, 1))):
+    for shape, spread, steps in (((70, 1000), 2.0, (1000,)), ((40, 999), 30.0, (40, 1))):
         valid = integer.encode(codes_of(rng, shape, spread), steps_of(rng, steps), DTYPES["BF16"])
         assert valid.spec.patches
         for kept in ((), ("chunk_offsets", "patch_offsets"), ("frequencies", "chunk_offsets")):
