@@ -22,7 +22,7 @@ from transformers import AutoTokenizer
 
 import endor
 from endor.bench.generation.experts import POLICIES, compare, record_routing, simulate, table
-from endor.hf.kv_cache import CACHE_ARGUMENT
+from endor.hf.generation_cache import CACHE_ARGUMENT
 from endor.planning import Placement
 
 SHARES = (0.125, 0.25, 0.5, 0.75)

@@ -21,10 +21,10 @@ from endor.dependencies import changed, require
 from endor.errors import CheckpointError, ConfigError, OutputExistsError, ShapeError
 from endor.hf import adapters
 from endor.hf import model as behaviour
-from endor.hf.device import Wanted, host_reader, read_device_map
+from endor.hf.device_map import DeviceMap, host_reader, read_device_map
 from endor.hf.linear import pack_linear
 from endor.hf.loading import PlainFile, check_taken, plain_file
-from endor.hf.opening import Opener
+from endor.hf.placing import Placing
 from endor.hf.quantization_config import EndorConfig
 from endor.models.assignment import Assignment
 from endor.models.layers import is_linear
@@ -51,7 +51,7 @@ class EndorDiffusersQuantizer(DiffusersQuantizer):  # type: ignore[misc]
 
     def __init__(self, quantization_config: EndorConfig, **kwargs: Any) -> None:
         super().__init__(quantization_config, **kwargs)
-        self.wanted = Wanted()
+        self.device_map = DeviceMap()
         self._dtype: torch.dtype | None = None
         self._keys: list[str] = []
         self._files: list[str] = []
@@ -87,8 +87,8 @@ class EndorDiffusersQuantizer(DiffusersQuantizer):  # type: ignore[misc]
             BackendError: A device that packed weights do not run on.
             ConfigError: It is no device map.
         """
-        self.wanted = read_device_map(device_map)
-        self.wanted.devices()
+        self.device_map = read_device_map(device_map)
+        self.device_map.devices()
 
     def maybe_update_loaded_keys(self, loaded_keys: list[str], checkpoint_files: list[str]) -> Any:
         """Keep hold of both lists: what is loaded is known when the model is."""
@@ -133,7 +133,7 @@ class EndorDiffusersQuantizer(DiffusersQuantizer):  # type: ignore[misc]
         plan, config = self._assignment, self.quantization_config
         specs = [(spec, self._dtypes[spec.target]) for spec in plan.weights]
         dtype = self._dtype or torch.float32
-        opened = Opener(model, self._layouts, plan, specs, config, self.wanted, dtype).open()
+        opened = Placing(model, self._layouts, plan, specs, config, self.device_map, dtype).open()
         for name, spec in plan.linears.items():
             model.get_submodule(name).bind(opened.store.weights[spec.name])
         adapters.watch.install()

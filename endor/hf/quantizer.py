@@ -14,7 +14,7 @@ from endor.dependencies import internals, require
 from endor.errors import ConfigError
 from endor.hf import adapters, pipelines, register
 from endor.hf import model as behaviour
-from endor.hf.device import Wanted, host_reader, read_device_map
+from endor.hf.device_map import DeviceMap, host_reader, read_device_map
 from endor.hf.experts import (
     EndorExperts,
     ExpertStack,
@@ -23,12 +23,12 @@ from endor.hf.experts import (
     pack_experts,
     routes_tokens,
 )
-from endor.hf.kv_cache import keep_kv
+from endor.hf.generation_cache import keep_kv
 from endor.hf.linear import FastHead, pack_linear
 from endor.hf.loading import PlainFile, check_taken, plain_file
-from endor.hf.opening import Opener
 from endor.hf.packed_layer import PackedLayer
 from endor.hf.packed_module import pack_module
+from endor.hf.placing import Placing
 from endor.hf.quantization_config import EndorConfig
 from endor.hf.ranges import stay_on_device
 from endor.models.assignment import Assignment, assign
@@ -67,7 +67,7 @@ class EndorQuantizer(HfQuantizer):  # type: ignore[misc]
 
     def __init__(self, quantization_config: EndorConfig, **kwargs: Any) -> None:
         super().__init__(quantization_config, **kwargs)
-        self.wanted = Wanted()
+        self.device_map = DeviceMap()
         self._dtype = torch.float32
         self._layouts: list[FileLayout] = []
         self._assignment = Assignment()
@@ -93,9 +93,9 @@ class EndorQuantizer(HfQuantizer):  # type: ignore[misc]
             BackendError: A device that packed weights do not run on.
             ConfigError: It is no device map.
         """
-        self.wanted = read_device_map(device_map)
-        if self.wanted.mode is None:
-            self.wanted.devices()
+        self.device_map = read_device_map(device_map)
+        if self.device_map.mode is None:
+            self.device_map.devices()
         return "sequential" if device_map is not None or is_accelerate_available() else None
 
     def adjust_max_memory(self, max_memory: dict[Any, Any]) -> dict[Any, Any]:
@@ -105,8 +105,8 @@ class EndorQuantizer(HfQuantizer):  # type: ignore[misc]
             BackendError: A device that packed weights do not run on.
             ConfigError: A limit makes no sense.
         """
-        self.wanted.limit(max_memory)
-        self.wanted.devices()
+        self.device_map.limit(max_memory)
+        self.device_map.devices()
         return {"cpu": UNLIMITED}
 
     def update_attn_implementation(self, config: Any) -> Any:
@@ -169,7 +169,9 @@ class EndorQuantizer(HfQuantizer):  # type: ignore[misc]
             self._plain = None
         config, plan = self.quantization_config, self._assignment
         specs = [(spec, self._dtypes[spec.target]) for spec in plan.weights]
-        opened = Opener(model, self._layouts, plan, specs, config, self.wanted, self._dtype).open()
+        opened = Placing(
+            model, self._layouts, plan, specs, config, self.device_map, self._dtype
+        ).open()
         store = opened.store
         for name, spec in (plan.linears | plan.modules).items():
             layer = model.get_submodule(name)

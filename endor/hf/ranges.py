@@ -6,6 +6,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from endor.models.layers import largest_list
+
 _CONTAINERS = (nn.ModuleList, nn.ModuleDict)
 
 
@@ -26,7 +28,7 @@ def layer_ranges(
     """
     devices = list(budgets)
     places = {"": devices[0]}
-    found = _layers(model, layer_bytes)
+    found = largest_list(model, layer_bytes)
     if found is None or len(devices) == 1:
         return places
     container, count = found
@@ -35,11 +37,11 @@ def layer_ranges(
     after = [name for name in _after(model, container) if not _is_tied(model, name)]
     tail = sum(layer_bytes.get(name, 0) for name in after)
     line = [rest - tail, *sizes, tail]
-    homes = _cut(line, _shares(sum(line), list(budgets.values()), mode))
-    for at, home in enumerate(homes[1:-1]):
-        places[f"{container}.{at}"] = devices[home]
-    places[""] = devices[homes[0]]
-    return places | {name: devices[homes[-1]] for name in after}
+    chosen = _cut(line, _shares(sum(line), list(budgets.values()), mode))
+    for at, device in enumerate(chosen[1:-1]):
+        places[f"{container}.{at}"] = devices[device]
+    places[""] = devices[chosen[0]]
+    return places | {name: devices[chosen[-1]] for name in after}
 
 
 def _shares(total: int, budgets: Sequence[int], mode: str) -> list[float]:
@@ -56,24 +58,14 @@ def _shares(total: int, budgets: Sequence[int], mode: str) -> list[float]:
 
 def _cut(line: Sequence[int], shares: Sequence[float]) -> list[int]:
     """Return the device of each piece of a line: that in whose share its middle lies."""
-    homes, at, bound, seen = [], 0, shares[0], 0.0
+    chosen, at, bound, seen = [], 0, shares[0], 0.0
     for piece in line:
         while seen + piece / 2 > bound and at + 1 < len(shares):
             at += 1
             bound += shares[at]
-        homes.append(at)
+        chosen.append(at)
         seen += piece
-    return homes
-
-
-def _layers(model: nn.Module, sizes: Mapping[str, int]) -> tuple[str, int] | None:
-    """Return the name and length of the list of layers that holds most of the model."""
-    lists = [
-        (sum(sizes.get(f"{name}.{at}", 0) for at in range(len(module))), name, len(module))
-        for name, module in model.named_modules()
-        if isinstance(module, nn.ModuleList)
-    ]
-    return max(lists)[1:] if lists else None
+    return chosen
 
 
 def _after(model: nn.Module, container: str) -> list[str]:

@@ -165,13 +165,13 @@ def _share(model: nn.Module, parameters: Mapping[str, Any], out: Assignment) -> 
     for target, source in tied.items():
         if source not in out.claimed or target in out.claimed or target not in parameters:
             continue
-        (name, _, leaf), (home, _, stored) = target.rpartition("."), source.rpartition(".")
-        if home in out.experts:
-            out.experts.setdefault(name, {})[leaf] = out.experts[home][stored]
+        (name, _, leaf), (owner, _, stored) = target.rpartition("."), source.rpartition(".")
+        if owner in out.experts:
+            out.experts.setdefault(name, {})[leaf] = out.experts[owner][stored]
             out.transposed |= {target} if source in out.transposed else set()
             out.claimed.add(target)
         elif _multiplies(model, target):
-            out.claim(model, target, (out.linears | out.modules)[home])
+            out.claim(model, target, (out.linears | out.modules)[owner])
 
 
 def _missing(model: nn.Module, parameters: Mapping[str, Any], found: Sequence[Source]) -> list[str]:

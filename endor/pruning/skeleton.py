@@ -10,13 +10,13 @@ import torch
 from torch import nn
 
 from endor.checkpoint.sources.contract import CheckpointSource
-from endor.errors import BackendError, CheckpointError, PruningError, ShapeError
+from endor.errors import CheckpointError, PruningError, ShapeError
 from endor.models.mapping import map_parameters
 from endor.models.pieces import Pieces, is_whole
 from endor.packed import tensor_of
 from endor.pruning.activations import batches
+from endor.pruning.causal import causal_model, decoder_layers
 from endor.pruning.heap import map_large_blocks, return_memory
-from endor.trust import read_model_config
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,8 +70,8 @@ class Skeleton:
         map_large_blocks()
         self._source = source
         self._device = device
-        self._model = _empty_model(source, trust_remote_code=trust_remote_code)
-        self._prefix, self.layers = _decoder_layers(self._model)
+        self._model = causal_model(source, trust_remote_code=trust_remote_code)
+        self._prefix, self.layers = decoder_layers(self._model)
         self._rest: tuple[Any, ...] | None = None  # returned besides, where layers return tuples
         self.shapes = {name: tensor.shape for name, tensor in source.tensors.items()}
         try:
@@ -170,6 +170,29 @@ class Skeleton:
             "magnitude"
         )
 
+    def _tied(self, name: str) -> Pieces | None:
+        """Return the pieces of a stored parameter that shares its weight with `name`."""
+        tied: Mapping[str, str] = getattr(self._model, "all_tied_weights_keys", None) or {}
+        root = tied.get(name, name)
+        group = [root, *(target for target, source in tied.items() if source == root)]
+        stored = self._mapped.pieces
+        return next((stored[other] for other in group if name in group and other in stored), None)
+
+    def _missing(self, name: str) -> CheckpointError | PruningError:
+        """Return why a parameter has no value: the checkpoint may be that of another class."""
+        kind, config = type(self._model).__name__, self._source.config() or {}
+        saved = config.get("architectures")
+        saved = [str(each) for each in saved] if isinstance(saved, list) else []
+        if saved and kind not in saved:
+            return PruningError(
+                f"{self._source.path}: was saved from {saved[0]}, not from {kind}, the language "
+                f"model that calibrated pruning runs, whose {name} it does not name; prune with "
+                "magnitude"
+            )
+        return CheckpointError(
+            f"{self._source.path}: lacks {name}, which {kind} needs; is the checkpoint complete?"
+        )
+
     def _made_otherwise(self, name: str) -> PruningError:
         return PruningError(
             f"{name}: {self._mapped.otherwise[name]}, which calibrated pruning cannot undo; prune "
@@ -253,11 +276,9 @@ class Skeleton:
                 raise self._made_otherwise(prefix + name)
             if pieces is None and optional:
                 continue
+            pieces = pieces or self._tied(prefix + name)
             if pieces is None:
-                raise CheckpointError(
-                    f"{self._source.path}: lacks {prefix}{name}, which "
-                    f"{type(self._model).__name__} needs; is the checkpoint complete?"
-                )
+                raise self._missing(prefix + name)
             table = isinstance(owner, nn.Embedding)
             loaded = self._read(pieces, value, keep_dtype=table).to(self._device)
             setattr(owner, leaf, nn.Parameter(loaded, requires_grad=False))
@@ -317,70 +338,3 @@ def _drop(module: nn.Module, skip: str) -> None:
             owner = module.get_submodule(name.rpartition(".")[0])
             empty = torch.empty(value.shape, dtype=value.dtype, device="meta")
             setattr(owner, name.rpartition(".")[2], nn.Parameter(empty, requires_grad=False))
-
-
-def _empty_model(source: CheckpointSource, *, trust_remote_code: bool) -> Any:
-    """Return the causal language model with parameters on the meta device, in eval mode."""
-    try:
-        from accelerate import init_empty_weights
-        from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
-    except ImportError as error:
-        raise BackendError(
-            f"calibrated pruning needs transformers and accelerate: {error}; "
-            "pip install 'endor-sparse[hf]'"
-        ) from None
-    if source.directory is None or not (source.directory / "config.json").exists():
-        raise CheckpointError(
-            f"{source.path}: calibrated pruning needs config.json and a tokenizer beside the "
-            "weights; give the directory, or prune with magnitude"
-        )
-    config = read_model_config(source.directory, trust_remote_code=trust_remote_code)
-    if (source.config() or {}).get("quantization_config"):
-        raise PruningError(
-            f"{source.path}: config.json says that its weights are quantized, so they mean nothing "
-            "without their scales; prune the checkpoint it was made from"
-        )
-    if hasattr(config, "quantization_config"):
-        del config.quantization_config  # a sparse format that the source has undone
-    errors = []
-    for maker in (AutoModelForCausalLM, AutoModelForImageTextToText):
-        try:
-            with init_empty_weights(include_buffers=False):
-                model = maker.from_config(
-                    config, dtype=torch.float32, trust_remote_code=trust_remote_code
-                )
-            break
-        except ValueError as error:
-            errors.append(str(error).partition("\n")[0].partition(" Model type")[0])
-    else:
-        raise PruningError(
-            f"{source.path}: transformers makes no causal language model of it: {errors[0]}; prune "
-            "with magnitude"
-        )
-    if hasattr(model, "set_experts_implementation"):
-        model.set_experts_implementation("eager")
-    for module in model.modules():
-        if isinstance(module, nn.Embedding):  # tables stay in their own type: they can be large
-            module.register_forward_hook(lambda _module, _args, out: out.float())
-    return model.eval()
-
-
-def _decoder_layers(model: Any) -> tuple[str, nn.ModuleList]:
-    """Return the name of the list of decoder layers, and the list.
-
-    Of several lists as long, that of the text decoder: a tower for images can have as many layers.
-    """
-    count = model.config.get_text_config(decoder=True).num_hidden_layers
-    found = [
-        (name, module)
-        for name, module in model.named_modules()
-        if isinstance(module, nn.ModuleList) and len(module) == count
-    ]
-    decoder = model.get_decoder() if hasattr(model, "get_decoder") else None
-    within = {id(module) for module in decoder.modules()} if decoder is not None else set()
-    found.sort(key=lambda item: id(item[1]) not in within)
-    if found:
-        return found[0]
-    raise PruningError(
-        f"{type(model).__name__}: has no list of {count} decoder layers; prune with magnitude"
-    )

@@ -3,8 +3,8 @@
 import pytest
 
 from endor.errors import BackendError, ConfigError
-from endor.hf import device as places
-from endor.hf.device import Wanted, device_budget, open_reader_for, read_device_map
+from endor.hf import device_map as places
+from endor.hf.device_map import DeviceMap, device_budget, open_reader_for, read_device_map
 
 from ..support.fake_device import FakeDevice
 
@@ -45,7 +45,7 @@ def test_automatic_maps_use_the_devices_that_have_memory():
         assert wanted.limits == {"cuda:0": 5, "cuda:1": 0, "cuda:2": 7, "cpu": 9}
         assert wanted.devices() == ["cuda:0", "cuda:2"]
         assert wanted.tier_of("model") is None
-    wanted = Wanted()
+    wanted = DeviceMap()
     wanted.limit({0: 5, "cpu": 9})
     assert wanted.devices() == [], "without a device map, the processor computes"
 

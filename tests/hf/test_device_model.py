@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 
 import endor
 from endor.errors import BudgetError
-from endor.hf import device as places
+from endor.hf import device_map as places
 from endor.offload.device_mover import DeviceMover
 
 from ..support.fake_device import FakeDevice

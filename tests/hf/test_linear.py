@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from endor.errors import BackendError, ConfigError, EndorError
-from endor.hf import EndorLinear, linear, load_model, opening
+from endor.hf import EndorLinear, linear, load_model, placing
 from endor.hf.linear import FastHead
 from endor.offload import store
 from endor.planning import Placement
@@ -55,7 +55,7 @@ def test_many_rows_are_multiplied_in_float32_where_the_plan_says_so(
     pair = make_pair("opt")
     monkeypatch.setattr(store, "PANEL", panel)
     chosen = lambda costs, machine: Products({cost.name: 2 for cost in costs}, 3)  # noqa: E731
-    monkeypatch.setattr(opening, "choose", chosen)
+    monkeypatch.setattr(placing, "choose", chosen)
     units = load_model(pair.packed).endor.units
     room = 4 * max(unit.nbytes for unit in units)
     placement = Placement(dict.fromkeys((unit.name for unit in units), tier), room)

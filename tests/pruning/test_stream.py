@@ -273,6 +273,37 @@ def test_layers_that_are_given_what_depends_on_the_tokens_are_refused(tmp_path, 
     run(tmp_path / "without", small(text, method="wanda", sparsity=0.5))
 
 
+def test_a_checkpoint_of_another_class_is_refused_for_what_it_is(tmp_path, text):
+    """Bart's language model has an embedding of its own, which a Bart does not name."""
+    import transformers
+
+    from tests.pruning.conftest import save_tokenizer
+
+    sizes = {f"{side}_{key}": 64 for side in ("encoder", "decoder") for key in ("ffn_dim",)}
+    config = transformers.BartConfig(
+        **sizes, vocab_size=259, d_model=64, encoder_layers=2, decoder_layers=2
+    )
+    torch.manual_seed(0)
+    transformers.BartForConditionalGeneration(config).save_pretrained(tmp_path)
+    save_tokenizer(tmp_path)
+    with pytest.raises(PruningError, match="saved from BartForConditionalGeneration, not from"):
+        run(tmp_path, small(text, method="wanda", sparsity=0.5))
+
+
+def test_a_weight_that_is_stored_under_the_name_of_another(tmp_path, text, save):
+    """Of two parameters that share a weight, a file may name the one that comes later."""
+    from safetensors.torch import load_file, save_file
+
+    save(tmp_path, "gpt2")
+    path = tmp_path / "model.safetensors"
+    tensors = load_file(path)
+    assert "lm_head.weight" not in tensors
+    tensors["lm_head.weight"] = tensors.pop("transformer.wte.weight")
+    save_file(tensors, path, metadata={"format": "pt"})
+    found, _ = run(tmp_path, small(text, method="wanda", sparsity=0.5))
+    assert sum(float((item == 0).float().mean()) == 0.5 for item in found.values()) == 3 * 4
+
+
 def test_the_language_model_inside_another_is_renewed(tmp_path, text):
     """By text; the tower for images keeps its values."""
     import transformers

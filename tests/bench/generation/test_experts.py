@@ -17,7 +17,7 @@ from endor.bench.generation.experts import (
     table,
 )
 from endor.errors import ConfigError
-from endor.hf.kv_cache import CACHE_ARGUMENT
+from endor.hf.generation_cache import CACHE_ARGUMENT
 
 
 def trace_of(chosen, guessed=None, experts=4):

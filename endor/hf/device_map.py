@@ -26,7 +26,7 @@ RESERVE_SHARE = 10
 
 
 @dataclass(slots=True)
-class Wanted:
+class DeviceMap:
     """A device map and memory limits, as they were given.
 
     Attributes:
@@ -124,7 +124,7 @@ class Wanted:
         return "vram" if place.startswith("cuda") else "resident" if place == "cpu" else "disk"
 
 
-def read_device_map(device_map: Any) -> Wanted:
+def read_device_map(device_map: Any) -> DeviceMap:
     """Return what `device_map` asks for; transformers has turned single devices into maps.
 
     Raises:
@@ -132,13 +132,13 @@ def read_device_map(device_map: Any) -> Wanted:
         ConfigError: It is no device map.
     """
     if device_map is None or device_map in AUTOMATIC:
-        return Wanted(device_map)
+        return DeviceMap(device_map)
     if not isinstance(device_map, Mapping) or not device_map:
         raise ConfigError(
             f"device_map must be a map of module prefixes, or one of {', '.join(AUTOMATIC)}, got "
             f"{device_map!r}"
         )
-    return Wanted(places={name: _place_of(name, place) for name, place in device_map.items()})
+    return DeviceMap(places={name: _place_of(name, place) for name, place in device_map.items()})
 
 
 def _place_of(name: str, device: Any) -> str:

@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from endor.errors import ConfigError
-from endor.hf import device as places
+from endor.hf import device_map as places
 from endor.hf import ranges
 from endor.hf.config import workload
-from endor.hf.device import Wanted, device_budget, open_reader_for
-from endor.hf.kv_cache import refuse_kv
+from endor.hf.device_map import DeviceMap, device_budget, open_reader_for
+from endor.hf.generation_cache import refuse_kv
 from endor.models.assignment import Assignment
 from endor.models.outline import model_shape, most_common, parameter_bytes
 from endor.offload.device import Device
@@ -51,7 +51,7 @@ class Opened:
 
 
 @dataclass(slots=True)
-class Opener:
+class Placing:
     """Places the weights of one model and opens them.
 
     Attributes:
@@ -60,7 +60,7 @@ class Opener:
         assignment: Which weights are packed.
         specs: They, and the types they are expanded to.
         config: How the caller wants them.
-        wanted: The device map and the limits.
+        device_map: Where the caller wants them, and the limits.
         dtype: What the model computes in.
     """
 
@@ -69,7 +69,7 @@ class Opener:
     assignment: Assignment
     specs: Sequence[WeightType]
     config: "EndorConfig"
-    wanted: Wanted
+    device_map: DeviceMap
     dtype: torch.dtype
 
     def open(self) -> Opened:
@@ -81,15 +81,15 @@ class Opener:
             BackendError: A device cannot be used.
         """
         names = {name for name, _ in self.model.named_parameters()} | self.assignment.claimed
-        self.wanted.check(names)
+        self.device_map.check(names)
         self.workload.check()
-        devices = self.wanted.devices()
+        devices = self.device_map.devices()
         return self._on_devices(devices) if devices else self._on_host()
 
     @property
     def workload(self) -> Workload:
         wanted = workload(self.config.options)
-        if wanted.kv == "auto" and (len(self.wanted.devices()) > 1 or refuse_kv(self.model)):
+        if wanted.kv == "auto" and (len(self.device_map.devices()) > 1 or refuse_kv(self.model)):
             return replace(wanted, kv="device")  # nowhere else: a plan must not count on it
         return wanted
 
@@ -136,22 +136,24 @@ class Opener:
     def _on_devices(self, names: Sequence[str]) -> Opened:
         opened = {name: places.open_device(name) for name in names}
         budgets = {
-            name: device_budget(device, self.config.vram, self.wanted.limits.get(name))
+            name: device_budget(device, self.config.vram, self.device_map.limits.get(name))
             for name, device in opened.items()
         }
-        homes = self._homes(budgets)
-        used = [name for name in names if name in homes.values()]
+        devices_of = self._devices_of(budgets)
+        used = [name for name in names if name in devices_of.values()]
         specs = {
             name: [
-                item for item in self.specs if homes[ranges.prefix_of(item[0].name, homes)] == name
+                item
+                for item in self.specs
+                if devices_of[ranges.prefix_of(item[0].name, devices_of)] == name
             ]
             for name in used
         }
         units = {
             name: collect_units(self.layouts, [spec for spec, _ in specs[name]]) for name in used
         }
-        plans = self._plans(budgets, homes, specs, units)
-        devices = {prefix: opened[name].device for prefix, name in homes.items()}
+        plans = self._plans(budgets, devices_of, specs, units)
+        devices = {prefix: opened[name].device for prefix, name in devices_of.items()}
         ranges.place_parameters(self.model, devices)
         ledger = Ledger()
         shares: list[Share] = []
@@ -198,15 +200,15 @@ class Opener:
             reader.close()
             raise
 
-    def _homes(self, budgets: Mapping[str, int]) -> dict[str, str]:
+    def _devices_of(self, budgets: Mapping[str, int]) -> dict[str, str]:
         """Return the device that computes each module prefix; RAM and disk are used by the main."""
-        wanted = self.wanted
-        if wanted.mode is not None:
-            return ranges.layer_ranges(self.model, self._sizes(), budgets, wanted.mode)
-        homes = {"": wanted.main}
-        for prefix, place in wanted.places.items():
-            homes[prefix] = place if place.startswith("cuda") else wanted.main
-        return homes
+        device_map = self.device_map
+        if device_map.mode is not None:
+            return ranges.layer_ranges(self.model, self._sizes(), budgets, device_map.mode)
+        devices_of = {"": device_map.main}
+        for prefix, place in device_map.places.items():
+            devices_of[prefix] = place if place.startswith("cuda") else device_map.main
+        return devices_of
 
     def _sizes(self) -> dict[str, int]:
         """Return the bytes of each module: packed weights, parameters below it, and its cache."""
@@ -231,7 +233,7 @@ class Opener:
     def _plans(
         self,
         budgets: Mapping[str, int],
-        homes: Mapping[str, str],
+        devices_of: Mapping[str, str],
         specs: Mapping[str, Sequence[WeightType]],
         units: Mapping[str, Sequence[Unit]],
     ) -> dict[str, Plan]:
@@ -245,7 +247,7 @@ class Opener:
             machine = replace(machine, link=TYPICAL_LINK)
         whole = self._shape(self.specs)
         shapes = {
-            name: self._part(whole, homes, name, specs[name]) if len(units) > 1 else whole
+            name: self._part(whole, devices_of, name, specs[name]) if len(units) > 1 else whole
             for name in units
         }
         room = self._ram(available_bytes() + parameter_bytes(self.model))
@@ -272,21 +274,21 @@ class Opener:
     def _part(
         self,
         whole: ModelShape,
-        homes: Mapping[str, str],
+        devices_of: Mapping[str, str],
         name: str,
         specs: Sequence[WeightType],
     ) -> ModelShape:
         """Return the shape of what one of several devices holds."""
-        own = [prefix for prefix in homes if prefix and homes[prefix] == name]
+        own = [prefix for prefix in devices_of if prefix and devices_of[prefix] == name]
         layers = [prefix for prefix in own if prefix.rpartition(".")[2].isdigit()]
         share = min(1.0, len(layers) / whole.layers) if layers else 1.0
         other = sum(
             parameter.numel() * parameter.element_size()
             for key, parameter in self.model.named_parameters()
-            if homes[ranges.prefix_of(key, homes)] == name
+            if devices_of[ranges.prefix_of(key, devices_of)] == name
         )
         part = model_shape(self.model, self.assignment, self.layouts, specs, other, self.dtype)
-        if homes[ranges.prefix_of(_head_name(self.model), homes)] != name:
+        if devices_of[ranges.prefix_of(_head_name(self.model), devices_of)] != name:
             part = replace(part, head_bytes=0, vocab=0)
         return replace(
             part,
@@ -311,17 +313,17 @@ class Opener:
         ram: int | None = self.config.ram
         if ram is not None:
             return ram
-        limit = self.wanted.limits.get("cpu")
+        limit = self.device_map.limits.get("cpu")
         return room if limit is None else min(room, limit)
 
     def _wishes(self, units: Sequence[Unit], specs: Sequence[WeightType]) -> dict[str, Tier]:
         """Return the tier of each unit whose module the device map gives one."""
-        home = {tensor: unit.name for unit in units for tensor in unit.tensors}
+        unit_of = {tensor: unit.name for unit in units for tensor in unit.tensors}
         out: dict[str, Tier] = {}
         for spec, _ in specs:
-            tier = self.wanted.tier_of(spec.name)
+            tier = self.device_map.tier_of(spec.name)
             if tier is not None:
-                out |= {home[part.tensor]: tier for part in spec.parts}
+                out |= {unit_of[part.tensor]: tier for part in spec.parts}
         return out
 
 
@@ -339,10 +341,10 @@ def whole_weights(
     A weight stays expanded only when all its units do; with some of them elsewhere, the others are
     read for every use, and are to count as that.
     """
-    home = {tensor: unit.name for unit in units for tensor in unit.tensors}
+    unit_of = {tensor: unit.name for unit in units for tensor in unit.tensors}
     tiers = dict(placement.tiers)
     for spec, _ in specs:
-        inside = {home[part.tensor] for part in spec.parts}
+        inside = {unit_of[part.tensor] for part in spec.parts}
         if len({tiers[name] for name in inside}) > 1:
             tiers |= {name: "disk" for name in inside if tiers[name] == "dense"}
     return Placement(tiers, placement.staging_bytes)

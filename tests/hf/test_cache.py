@@ -13,8 +13,9 @@ from transformers.generation import GenerationMixin
 
 import endor
 from endor.errors import BudgetError, ConfigError, DependencyError, ShapeError
-from endor.hf.kv_cache import CACHE_ARGUMENT as CACHE
-from endor.hf.kv_cache import EndorCache, EndorCacheLayer, keep_kv, new_cache
+from endor.hf.cache import EndorCache, EndorCacheLayer
+from endor.hf.generation_cache import CACHE_ARGUMENT as CACHE
+from endor.hf.generation_cache import keep_kv, new_cache
 from endor.offload.kv.media import FileAccess
 from endor.offload.kv.store import KVStore
 
