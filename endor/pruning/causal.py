@@ -54,6 +54,11 @@ def causal_model(source: CheckpointSource, *, trust_remote_code: bool) -> Any:
             f"{source.path}: transformers makes no causal language model of it: {errors[0]}; prune "
             "with magnitude"
         )
+    if getattr(model.config, "is_encoder_decoder", False):
+        raise PruningError(
+            f"{source.path}: {type(model).__name__} has an encoder beside its decoder, and "
+            "calibrated pruning runs language models that are a decoder alone; prune with magnitude"
+        )
     if hasattr(model, "set_experts_implementation"):
         model.set_experts_implementation("eager")
     for module in model.modules():

@@ -290,6 +290,25 @@ def test_a_checkpoint_of_another_class_is_refused_for_what_it_is(tmp_path, text)
         run(tmp_path, small(text, method="wanda", sparsity=0.5))
 
 
+def test_a_model_with_an_encoder_beside_its_decoder_is_refused(tmp_path, text):
+    import transformers
+
+    from tests.pruning.conftest import COMMON, HEAD, save_tokenizer
+
+    if not hasattr(transformers, "T5Gemma2Config"):
+        pytest.skip("this transformers has no T5Gemma 2")
+    tower = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1}
+    vision = {**tower, "num_attention_heads": 2, "image_size": 28, "patch_size": 14}
+    config = transformers.T5Gemma2Config(
+        encoder={"text_config": COMMON | HEAD, "vision_config": vision}, decoder=COMMON | HEAD
+    )
+    torch.manual_seed(0)
+    transformers.T5Gemma2ForConditionalGeneration(config).save_pretrained(tmp_path)
+    save_tokenizer(tmp_path)
+    with pytest.raises(PruningError, match="has an encoder beside its decoder"):
+        run(tmp_path, small(text, method="wanda", sparsity=0.5))
+
+
 def test_a_weight_that_is_stored_under_the_name_of_another(tmp_path, text, save):
     """Of two parameters that share a weight, a file may name the one that comes later."""
     from safetensors.torch import load_file, save_file
