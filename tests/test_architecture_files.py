@@ -30,11 +30,9 @@ MODULE_LINES = 350
 LONG: dict[str, int] = {
     "cli/common.py": 369,
     "endor/checkpoint/convert.py": 377,
-    "endor/hf/kv_cache.py": 430,
     "endor/kernels/gpu.py": 402,
     "endor/offload/host_mover.py": 351,
     "endor/packed.py": 368,
-    "endor/pruning/skeleton.py": 386,
     "endor/pruning/stream.py": 366,
 }
 """Modules that are longer yet, and how long at most: a list that only shrinks."""
