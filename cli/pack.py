@@ -93,9 +93,10 @@ def pack_command(
     quality, 16 / 3.5 times fewer bytes than bfloat16.
 
     MODEL is a Hugging Face directory (safetensors or .bin, in one file or many; dense, already
-    pruned, or compressed-tensors sparse-bitmask) or a .safetensors file. Without --prune
-    and --bits nothing is lost: `endor unpack` gives back every bit. Codes of a checkpoint that is
-    quantised already (GPTQ, AWQ, fp8, int8, NF4, mxfp4 ...) are entropy-coded as they are.
+    pruned, or compressed-tensors sparse-bitmask), a .safetensors file or a .gguf file. Without
+    --prune and --bits nothing is lost: `endor unpack` gives back every bit. Codes of a checkpoint
+    that is quantised already (GPTQ, AWQ, fp8, int8, NF4, mxfp4, GGUF ...) are entropy-coded as they
+    are.
     """
     quantizes = options["bits"] is not None or options["quality"] is not None
     if prune == "none" and not quantizes:

@@ -25,8 +25,9 @@ def describe_file(path: Path) -> str | None:
         return "is a git-LFS pointer, not the file itself; run `git lfs pull` where it was cloned"
     if start.startswith(b"GGUF"):
         return (
-            "is a GGUF file, which is quantized and laid out for llama.cpp; give the Hugging Face "
-            "checkpoint that it was made from, or convert it with transformers: "
+            "is a GGUF file, laid out for llama.cpp; `endor pack FILE.gguf OUT` packs it as it is; "
+            "to run it, give the Hugging Face checkpoint that it was made from, or convert it with "
+            "transformers: "
             "from_pretrained(DIRECTORY, gguf_file=NAME).save_pretrained(OUT)"
         )
     if start.startswith(_TORCH_STARTS) and path.suffix.lower() in (_PYTORCH_SUFFIXES | {".pkl"}):

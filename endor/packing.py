@@ -18,7 +18,7 @@ from endor.checkpoint.manifest import Writes
 from endor.checkpoint.open import open_source
 from endor.checkpoint.output import check_output
 from endor.checkpoint.reading import WeightPruner
-from endor.checkpoint.recode import recodable
+from endor.checkpoint.recode import FieldedSource, recodable
 from endor.checkpoint.report import DenseReport, PackReport, Progress
 from endor.checkpoint.select import select
 from endor.checkpoint.single import pack_file
@@ -151,6 +151,8 @@ def pack_checkpoint(
             lossless = not (quantizes or found.pruner or is_calibrated(how))
             recoded = recodable(source, exclude) if lossless and codec == "auto" else {}
             if source.directory is None and out.suffix == ".safetensors":
+                if isinstance(source, FieldedSource):
+                    raise ConfigError(f"{out}: a GGUF file is packed into a directory; name one")
                 if resume:
                     raise ConfigError(f"{out}: a single file is packed in one go; drop --resume")
                 return pack_file(

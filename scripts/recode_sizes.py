@@ -3,18 +3,21 @@
     python scripts/recode_sizes.py MODEL [--matrices 24]
 
 The matrices of a checkpoint's layers are quantised by plain rounding; their codes, not their
-scales, are packed by codec `int`, read back and compared. One line a format: bits a code as stored
-and as coded. Take a model off its own grid first (scripts/rescale.py).
+scales, are packed into bytes, coded by codec `fields` as `endor pack` does it, read back and
+compared. One line a format: bits a code as stored and as coded. Take a model off its own grid
+first (scripts/rescale.py).
 """
 
 import argparse
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import numpy as np
 import torch
 from safetensors import safe_open
 
-import endor
+from endor import kernels
+from endor.codecs import DTYPES, fields
 
 NF4 = (-1.0, -0.6961928, -0.5250731, -0.3949175, -0.2844414, -0.1847734, -0.0910500, 0.0)
 NF4 += (0.0795803, 0.1609302, 0.2461123, 0.3379152, 0.4407098, 0.5626170, 0.7229568, 1.0)
@@ -48,6 +51,13 @@ def fp8(weight: torch.Tensor) -> torch.Tensor:
     return (weight / scale).to(torch.float8_e4m3fn).view(torch.uint8).int()
 
 
+def squares(weight: torch.Tensor) -> torch.Tensor:
+    """Return a row of each whole block of 128 x 128."""
+    rows, columns = (size // 128 * 128 for size in weight.shape)
+    blocks = weight[:rows, :columns].reshape(rows // 128, 128, columns // 128, 128)
+    return blocks.transpose(1, 2).reshape(-1, 128 * 128)
+
+
 def nf4(weight: torch.Tensor) -> torch.Tensor:
     """Return the codes of NF4 with one scale for 64 weights."""
     part = groups(weight, 64)
@@ -69,17 +79,24 @@ FORMATS: dict[str, tuple[int, Callable[[torch.Tensor], torch.Tensor]]] = {
     "int4, row": (4, lambda weight: integers(weight, weight.shape[1], 4)),
     "int8, row": (8, lambda weight: integers(weight, weight.shape[1], 8)),
     "fp8 e4m3, row": (8, fp8),
+    "fp8 e4m3, 128 x 128": (8, lambda weight: fp8(squares(weight))),
     "NF4, group 64": (4, nf4),
     "mxfp4, group 32": (4, mxfp4),
 }
 
 
-def coded_bits(codes: torch.Tensor) -> float:
-    """Return the bits a code that codec `int` stores, its one step and its tables counted."""
-    packed = endor.pack_codes(codes, torch.ones(()), dtype=torch.bfloat16)
-    if not torch.equal(packed.codes(), codes):
+def coded_bits(codes: torch.Tensor, bits: int) -> float:
+    """Return the bits a code that `endor pack` stores, tables counted, of codes of `bits` bits."""
+    raw = (codes.reshape(-1) & (1 << bits) - 1).to(torch.uint8).numpy()
+    if bits == 4:
+        raw = raw[0::2] | raw[1::2] << 4
+    layout = fields.choose(raw, fields.layouts(DTYPES["U8"]))
+    if layout is None:
+        return float(bits)
+    coded = kernels.fields.encode(raw, DTYPES["U8"], layout)
+    if coded is None or not np.array_equal(kernels.decode(coded, np.empty_like(raw)), raw):
         raise SystemExit("the codes did not come back as they were")
-    return packed.nbytes * 8 / codes.numel()
+    return coded.nbytes * 8 / codes.numel()
 
 
 def matrices(model: Path, count: int) -> Iterator[torch.Tensor]:
@@ -109,7 +126,7 @@ def main() -> None:
     weights = list(matrices(options.model, options.matrices))
     print("| format | stored | coded |\n|---|---|---|")
     for name, (bits, quantise) in FORMATS.items():
-        sizes = [(coded_bits(codes), codes.numel()) for codes in map(quantise, weights)]
+        sizes = [(coded_bits(codes, bits), codes.numel()) for codes in map(quantise, weights)]
         mean = sum(size * count for size, count in sizes) / sum(count for _, count in sizes)
         print(f"| {name} | {bits} | {mean:.2f} |")
 

@@ -67,6 +67,16 @@ def packed(folder: Path) -> Path:
     return folder / "packed"
 
 
+def gguf(folder: Path) -> Path:
+    """Write a GGUF file of one value and one tensor of two blocks."""
+    key, name = b"general.name", b"blk.0.x"
+    head = b"GGUF" + struct.pack("<IQQ", 3, 1, 1)
+    head += struct.pack("<Q", len(key)) + key + struct.pack("<IQ", 8, 2) + b"ab"
+    head += struct.pack("<Q", len(name)) + name + struct.pack("<IQIQ", 1, 64, 2, 0)
+    (folder / "x.gguf").write_bytes(head.ljust(-(-len(head) // 32) * 32, b"\0") + bytes(range(36)))
+    return folder
+
+
 def read_all(path: Path) -> None:
     with closing(open_source(path)) as source:
         source.config()
@@ -121,6 +131,7 @@ READERS: dict[str, tuple[Callable[[Path], Path], str, Callable[[Path], object]]]
     "bin": (lambda p: model(p, "bin"), "pytorch_model.bin", read_all),
     "legacy bin": (lambda p: model(p, "legacy"), "pytorch_model.bin", read_all),
     "bitmask": (lambda p: model(p, "bitmask"), "model.safetensors", read_all),
+    "gguf": (gguf, "x.gguf", lambda p: read_all(p / "x.gguf")),
     "packed index": (packed, "endor.safetensors.index.json", read_packed_index),
     "packed config": (packed, "config.json", read_all),
     "packed file": (packed, "endor-00001-of-00001.safetensors", read_all),

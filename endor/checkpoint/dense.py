@@ -32,7 +32,8 @@ from endor.checkpoint.plan import plan_units
 from endor.checkpoint.reading import Loaded, TensorLoader, WeightPruner
 from endor.checkpoint.report import DenseReport, Progress, no_progress
 from endor.checkpoint.sources.contract import CheckpointSource, SourceTensor
-from endor.errors import CheckpointError
+from endor.checkpoint.sources.gguf import HEAD, places_of
+from endor.errors import CheckpointError, FormatError
 from endor.storage import TemporaryFile
 from endor.storage.positioned import write_at
 from endor.storage.safetensors import Entry, file_head
@@ -171,6 +172,36 @@ class _DenseFile:
             self._temporary.discard()
 
 
+class _GgufFile(_DenseFile):
+    """One GGUF file: each tensor where the head says."""
+
+    def __init__(self, path: Path, tensors: Sequence[SourceTensor], head: bytes) -> None:
+        self.path = path
+        self._head = b""
+        places = places_of(head, {tensor.name: tensor for tensor in tensors})
+        self.offsets = {tensor.name: places[tensor.name] for tensor in tensors}
+        self.missing = set(self.offsets)
+        self._temporary: TemporaryFile | None = None
+
+
+def _dense_file(
+    source: CheckpointSource, path: Path, tensors: Sequence[SourceTensor]
+) -> _DenseFile:
+    """Return the file at `path` to be, of the format that its name says.
+
+    Raises:
+        FormatError: The head of a GGUF file is missing or does not describe the tensors.
+    """
+    if path.suffix != ".gguf":
+        return _DenseFile(path, tensors)
+    found = next((tensor for tensor in tensors if tensor.name == HEAD), None)
+    if found is None:
+        raise FormatError(f"{path.name}: {HEAD} is missing: there is no GGUF file without it")
+    head = np.empty(found.nbytes, dtype=np.uint8)
+    source.read_into(HEAD, head)
+    return _GgufFile(path, tensors, head.tobytes())
+
+
 class _Run:
     """One writing of a dense checkpoint."""
 
@@ -196,7 +227,8 @@ class _Run:
         for tensor in source.tensors.values():
             members.setdefault(names[tensor.name], []).append(tensor)
         self.files = {
-            name: _DenseFile(output.folder / name, tensors) for name, tensors in members.items()
+            name: _dense_file(source, output.folder / name, tensors)
+            for name, tensors in members.items()
         }
 
     def write(self, threads: int) -> None:

@@ -181,7 +181,7 @@ def check_together(layouts: Sequence[FileLayout]) -> None:
 def is_dense_name(name: str) -> bool:
     """Whether a dense file may have this name in an output: never one of Endor's own or a path."""
     return (
-        name.endswith(".safetensors")
+        name.endswith((".safetensors", ".gguf"))
         and Path(name).name == name
         and not name.startswith(".")
         and "\0" not in name
@@ -241,8 +241,8 @@ def _parse(path: Path) -> PackedIndex:
     odd = [name for name in names if not is_dense_name(name)]
     if odd:
         raise FormatError(
-            f"{path}: dense files must be named *.safetensors, without a directory and unlike "
-            f"Endor's own, got {odd[0]!r}; restore or re-make the checkpoint"
+            f"{path}: dense files must be named *.safetensors or *.gguf, without a directory and "
+            f"unlike Endor's own, got {odd[0]!r}; restore or re-make the checkpoint"
         )
     found = _checksum(document)
     if found != recorded:

@@ -9,6 +9,7 @@ from pathlib import Path
 from endor.checkpoint.directory import CONFIG_NAME, Choice, choose
 from endor.checkpoint.sources.bitmask import BitmaskSource, has_bitmasks
 from endor.checkpoint.sources.contract import CheckpointSource
+from endor.checkpoint.sources.gguf import MAGIC, GgufSource
 from endor.checkpoint.sources.packed import PackedSource
 from endor.checkpoint.sources.safetensors import SafetensorsSource
 from endor.checkpoint.sources.torch import TorchSource
@@ -34,6 +35,8 @@ def open_source(path: Path | str) -> CheckpointSource:
 
 def _open(path: Path) -> CheckpointSource:
     if path.is_file():
+        if is_gguf(path):
+            return GgufSource(path)
         described = describe_file(path)
         if described is not None:
             raise CheckpointError(f"{path}: {described}")
@@ -51,9 +54,16 @@ def _open(path: Path) -> CheckpointSource:
 
 
 _NOTHING = (
-    "no such checkpoint; give a directory with config.json and weights, or a .safetensors file "
+    "no such checkpoint; give a directory with config.json and weights, a .safetensors file or a "
+    ".gguf file "
     "(download from the Hub first: hf download MODEL --local-dir D)"
 )
+
+
+def is_gguf(path: Path) -> bool:
+    """Whether a file is one of llama.cpp's, and not the beginning of one alone."""
+    with path.open("rb") as file:
+        return file.read(len(MAGIC)) == MAGIC
 
 
 def _from_safetensors(path: Path, directory: Path | None, choice: Choice) -> CheckpointSource:

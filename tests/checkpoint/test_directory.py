@@ -185,7 +185,7 @@ def hub(folder):
 @pytest.mark.parametrize(
     ("files", "give", "message"),
     [
-        ({"x.gguf": b"GGUF\3\0"}, "x.gguf", "is a GGUF file.*convert"),
+        ({"x.gguf": b"GGUF\3\0"}, "x.gguf", "is a damaged or unknown GGUF file: .* ends too early"),
         ({"x.gguf": b"GGUF\3\0"}, "", "holds x.gguf, which is a GGUF file"),
         ({"x.bin": b"PK\3\4abc"}, "x.bin", "is a PyTorch file; give the directory"),
         ({"x.pth": b"\x80\2abc"}, "x.pth", "is a PyTorch file; give the directory"),

@@ -21,7 +21,7 @@ def test_codes_fit_and_take_no_more_than_stored(name: str) -> None:
     codes = quantise(weight)
     assert codes.max() - codes.min() < 2**bits
     assert codes.unique().numel() > 2 ** (bits - 1)
-    assert 0.5 * bits < recode_sizes.coded_bits(codes) < bits + 0.05
+    assert 0.5 * bits < recode_sizes.coded_bits(codes, bits) < bits + 0.05
 
 
 def test_formats_give_the_codes_that_they_define() -> None:
