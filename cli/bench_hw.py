@@ -1,13 +1,12 @@
 """`endor bench hw`: what this machine can do."""
 
-import json
 from dataclasses import asdict
 from pathlib import Path
 
 import click
 
 from endor.cli.tables import table
-from endor.cli.terminal import echo, show
+from endor.cli.terminal import emit, show
 
 
 @click.command("hw")
@@ -36,7 +35,7 @@ def hw_command(path: Path | None, dtype: str, remeasure: bool, as_json: bool) ->
     machine, disk = hw(dtype, path, refresh=remeasure)
     if as_json:
         found = {"machine": machine.to_dict(), "disk": asdict(disk) if disk else None}
-        echo(json.dumps(found, indent=2))
+        emit(found, indent=2)
         return
     rows = [[item.name, f"{item.value:.4g}", item.unit] for item in constants(machine, disk)]
     show(table([f"{machine.dtype}, {machine.threads} threads", "", "unit"], rows))

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from endor.cli.terminal import Interrupted, printable, say, show
+from endor.cli.terminal import Interrupted, is_quiet, printable, say, show
 from endor.hf.config import DEFAULTS
 
 if TYPE_CHECKING:
@@ -191,6 +191,9 @@ def progress_bar(
         unit: Of done and total; bytes are written in words.
         after_s: When the first line comes.
     """
+    if is_quiet():
+        yield _nothing
+        return
     if not sys.stderr.isatty():
         yield _lines(what, unit, after_s)
         return
@@ -218,6 +221,10 @@ def progress_bar(
             bar.close()
 
 
+def _nothing(done: int, total: int, what: str = "") -> None:
+    """Progress that nobody wants to see."""
+
+
 def _lines(what: str, unit: str, after_s: float) -> Callable[[int, int], None]:
     due: float | None = None
 
@@ -236,6 +243,9 @@ def _lines(what: str, unit: str, after_s: float) -> Callable[[int, int], None]:
 @contextmanager
 def calibration_progress() -> Iterator[Callable[[int, int, str], None]]:
     """Show layers done on stderr, once a calibrated run reports some: a second bar, or lines."""
+    if is_quiet():
+        yield _nothing
+        return
     if not sys.stderr.isatty():
         last = -1
 

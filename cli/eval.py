@@ -1,6 +1,5 @@
 """`endor eval`: perplexity, and agreement with a dense model."""
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -8,7 +7,7 @@ import click
 
 from endor.cli.common import MODEL, json_option, loading_options, progress_bar
 from endor.cli.tables import table
-from endor.cli.terminal import echo, show
+from endor.cli.terminal import emit, show
 
 if TYPE_CHECKING:
     from endor.bench.quality.evaluate import Evaluation, Precision
@@ -103,7 +102,7 @@ def eval_command(
             )
         found.append(one)
         if as_json:
-            echo(json.dumps(one.to_dict()))
+            emit(one.to_dict())
     if not as_json:
         show(report(found, (text or shipped_text()).name, against))
     if plot is not None:

@@ -1,6 +1,5 @@
 """`endor generate`: text from a packed checkpoint, and what it cost."""
 
-import json
 import time
 from dataclasses import asdict
 from pathlib import Path
@@ -9,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from endor.cli.common import MODEL, Text, expanded_line, loading_options
-from endor.cli.terminal import echo, show, stream
+from endor.cli.terminal import emit, show, stream
 
 if TYPE_CHECKING:
     from endor.hf.generation import Generation
@@ -132,7 +131,7 @@ def generate_command(
         write_trace(trace, store, seconds=(result.began_s, result.ended_s))
     if as_json:
         engine = store.report() if store is not None else None
-        echo(json.dumps({"text": result.text, **facts, "engine": engine}, indent=2))
+        emit({"text": result.text, **facts, "engine": engine}, indent=2)
         return
     show()
     show(summary(facts), err=True)

@@ -1,13 +1,12 @@
 """`endor info`: what will run on this machine, and what will not and why."""
 
-import json
 import platform
 from importlib.metadata import PackageNotFoundError, version
 
 import click
 
 from endor import __version__
-from endor.cli.terminal import echo, show
+from endor.cli.terminal import emit, show
 
 PACKAGES = (
     "numpy",
@@ -30,7 +29,7 @@ def info_command(as_json: bool) -> None:
     """Show versions, devices, and which kernels and readers will run."""
     facts = collect()
     if as_json:
-        echo(json.dumps(facts, indent=2))
+        emit(facts, indent=2)
         return
     for section, rows in facts.items():
         show(f"{section}")

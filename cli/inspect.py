@@ -1,6 +1,5 @@
 """`endor inspect`: what a packed checkpoint holds."""
 
-import json
 from pathlib import Path
 
 import click
@@ -15,7 +14,7 @@ from endor.cli.common import (
     recoded_line,
 )
 from endor.cli.tables import table
-from endor.cli.terminal import echo, show
+from endor.cli.terminal import emit, show
 
 
 @click.command("inspect")
@@ -38,7 +37,7 @@ def inspect_command(packed: Path, asks_model: bool, as_json: bool) -> None:
     expanded = expanded_at_load(packed) if asks_model else None
     if as_json:
         names = None if expanded is None else expanded[0]
-        echo(json.dumps(found.to_dict() | {"expanded_at_load": names}))
+        emit(found.to_dict() | {"expanded_at_load": names})
         return
     rows = []
     for row in found.rows:

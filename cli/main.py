@@ -9,7 +9,16 @@ from typing import Any
 import click
 
 from endor import __version__
-from endor.cli.terminal import Interrupted, ReaderGone, finish, mute, prepare, say, show
+from endor.cli.terminal import (
+    Interrupted,
+    ReaderGone,
+    finish,
+    mute,
+    prepare,
+    say,
+    show,
+    tell_more_or_less,
+)
 from endor.errors import EndorError
 
 COMMANDS = {
@@ -64,12 +73,22 @@ class LazyGroup(click.Group):
 
 @click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__, prog_name="endor")
+@click.option(
+    "-v",
+    "--verbose",
+    count=True,
+    help="Say what is decided on standard error; -vv says details.",
+)
+@click.option("-q", "--quiet", is_flag=True, help="Show no progress.")
 @click.option("--debug", is_flag=True, help="Show the Python trace of an error.")
-def cli(debug: bool) -> None:
+def cli(debug: bool, verbose: int, quiet: bool) -> None:
     """Pack, verify, stream and run language models that do not fit in your GPU.
 
     Typical use: `endor pack MODEL OUT`, `endor verify OUT`, `endor generate OUT --prompt "..."`.
     """
+    if verbose and quiet:
+        raise click.UsageError("--verbose and --quiet contradict each other")
+    tell_more_or_less(verbose=verbose, quiet=quiet)
 
 
 def main() -> None:

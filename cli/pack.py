@@ -1,6 +1,5 @@
 """`endor pack`: a dense checkpoint to a packed one, pruned on the way if asked."""
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
@@ -30,7 +29,7 @@ from endor.cli.pruning import (
     refuse_idle,
     requested,
 )
-from endor.cli.terminal import echo, show
+from endor.cli.terminal import emit, show
 from endor.codecs import CodecChoice
 from endor.pruning.contract import METHODS
 
@@ -131,7 +130,7 @@ def _say(out: Path, report: "PackReport", *, as_json: bool) -> None:
     expanded = expanded_at_load(out) if looked else None
     if as_json:
         names = None if expanded is None else expanded[0]
-        echo(json.dumps(report.to_dict() | {"expanded_at_load": names}))
+        emit(report.to_dict() | {"expanded_at_load": names})
         return
     sizes = report.sizes
     show(

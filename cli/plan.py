@@ -1,6 +1,5 @@
 """`endor plan`: where a packed checkpoint's weights would live, and how fast it would run."""
 
-import json
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Unpack
@@ -10,7 +9,7 @@ import click
 from endor.cli.common import loading_options
 from endor.cli.plan_sketch import find_target, sketched
 from endor.cli.plan_text import arithmetic, summary
-from endor.cli.terminal import echo, show
+from endor.cli.terminal import emit, show
 
 if TYPE_CHECKING:
     from endor.hf.config import Loading
@@ -90,7 +89,7 @@ def plan_command(
 
         placement(found.units, result, plot)
     if as_json:
-        echo(json.dumps(to_dict(planned), indent=2))
+        emit(to_dict(planned), indent=2)
         return
     show(summary(found.name, found.units, result, found.expanded, found.expanded_nbytes))
     if explain:

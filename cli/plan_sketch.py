@@ -1,6 +1,5 @@
 """`endor plan` of a model that is not packed, and of a machine that is not at hand."""
 
-import json
 from collections.abc import Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
@@ -9,7 +8,7 @@ import click
 
 from endor.cli.plan_text import TIERS, arithmetic, summary, tier_bytes
 from endor.cli.tables import table
-from endor.cli.terminal import echo, show
+from endor.cli.terminal import emit, show
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -81,7 +80,7 @@ def sketched(
             refused.append((way, str(error)))
     if as_json:
         made = [sketch_to_dict(each) for each in planned]
-        echo(json.dumps({"model": found.name, "machine": where, "ways": made}, indent=2))
+        emit({"model": found.name, "machine": where, "ways": made}, indent=2)
         return
     size = f"{found.parameters / 1e9:.1f} G parameters"
     if len(ways) == 1:

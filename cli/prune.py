@@ -1,6 +1,5 @@
 """`endor prune`: a dense checkpoint to a dense one with zeros in it, or to masks."""
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,7 @@ from endor.cli.common import (
     selection_options,
 )
 from endor.cli.pruning import calibration_options, method_help, requested
-from endor.cli.terminal import echo, show
+from endor.cli.terminal import emit, show
 from endor.pruning.contract import METHODS
 
 
@@ -93,7 +92,7 @@ def prune_command(
                 layers=layers,
             )
     if as_json:
-        echo(json.dumps(report.to_dict()))
+        emit(report.to_dict())
         return
     show(
         f"{out}: {report.zeros:,} of {report.weights:,} weights of {report.pruned_tensors} tensors "

@@ -1,6 +1,5 @@
 """`endor quantize`: a dense checkpoint to a dense one whose weights are quantised."""
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,7 @@ from endor.cli.common import (
     selection_options,
 )
 from endor.cli.pruning import calibration_options, quantize_options, requested
-from endor.cli.terminal import echo, show
+from endor.cli.terminal import emit, show
 from endor.pruning.contract import METHODS
 
 
@@ -75,7 +74,7 @@ def quantize_command(
             layers=layers,
         )
     if as_json:
-        echo(json.dumps(report.to_dict()))
+        emit(report.to_dict())
         return
     bits = report.quantize["bits"]
     show(

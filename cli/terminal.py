@@ -1,10 +1,13 @@
 """What goes to the terminal: names are escaped here, and a reader that went away is no error."""
 
+import json
+import logging
 import os
 import signal
 import sys
 import warnings
-from typing import TextIO
+from collections.abc import Mapping
+from typing import Any, TextIO
 
 import click
 
@@ -53,6 +56,41 @@ def echo(text: str, *, err: bool = False) -> None:
         click.echo(text, err=err)
     except BrokenPipeError:
         mute(sys.stderr if err else sys.stdout)
+
+
+SCHEMA_VERSION = 1
+"""Of what `--json` prints (docs/json.md); raised when a key goes or changes its meaning."""
+
+
+def emit(value: Mapping[str, Any], *, indent: int | None = None) -> None:
+    """Print one JSON object, with the version of its schema, on the standard output."""
+    echo(json.dumps({"schema_version": SCHEMA_VERSION, **value}, indent=indent))
+
+
+class _Saying(logging.Handler):
+    """Prints what the library logs."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        say(record.getMessage())
+
+
+_quiet = False
+
+
+def is_quiet() -> bool:
+    """Return whether progress is to be left out."""
+    return _quiet
+
+
+def tell_more_or_less(*, verbose: int, quiet: bool) -> None:
+    """Show what the library logs: its decisions (1), its details too (2); or not even progress."""
+    global _quiet
+    _quiet = quiet
+    logger = logging.getLogger("endor")
+    logger.handlers = [one for one in logger.handlers if not isinstance(one, _Saying)]
+    if verbose:
+        logger.addHandler(_Saying())
+        logger.setLevel(logging.DEBUG if verbose > 1 else logging.INFO)
 
 
 def say(message: str) -> None:

@@ -1,6 +1,5 @@
 """`endor unpack`: an ordinary checkpoint again."""
 
-import json
 from pathlib import Path
 
 import click
@@ -15,7 +14,7 @@ from endor.cli.common import (
     refuse_existing,
     resumable,
 )
-from endor.cli.terminal import echo, show
+from endor.cli.terminal import emit, show
 
 
 @click.command("unpack")
@@ -48,7 +47,7 @@ def unpack_command(
             progress=progress,
         )
     if as_json:
-        echo(json.dumps(report.to_dict()))
+        emit(report.to_dict())
         return
     show(
         f"{out}: {report.tensors} tensors, {human(report.dense_bytes)} in {report.files} file(s), "

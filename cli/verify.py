@@ -1,6 +1,5 @@
 """`endor verify`: is a packed checkpoint whole, and is it that model?"""
 
-import json
 import sys
 from dataclasses import asdict
 from pathlib import Path
@@ -8,7 +7,7 @@ from pathlib import Path
 import click
 
 from endor.cli.common import MODEL, human, json_option, progress_bar
-from endor.cli.terminal import echo, say, show
+from endor.cli.terminal import emit, say, show
 
 SHOWN = 20
 """Problems that are printed one by one."""
@@ -37,7 +36,7 @@ def verify_command(packed: Path, against: Path | None, threads: int | None, as_j
     with progress_bar("verify") as progress:
         report = verify_checkpoint(packed, against=against, threads=threads, progress=progress)
     if as_json:
-        echo(json.dumps(asdict(report) | {"path": str(report.path), "ok": report.ok}))
+        emit(asdict(report) | {"path": str(report.path), "ok": report.ok})
     else:
         for problem in report.problems[:SHOWN]:
             say(problem)

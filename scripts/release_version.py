@@ -13,7 +13,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 def version() -> str:
     """Return the version that the package says, without importing it."""
-    text = (ROOT / "endor" / "__init__.py").read_text(encoding="utf-8")
+    text = (ROOT / "endor" / "version.py").read_text(encoding="utf-8")
     return re.search(r'^__version__ = "([^"]+)"$', text, re.MULTILINE)[1]
 
 

@@ -31,7 +31,7 @@ def test_the_versions_agree():
 def test_a_version_that_only_the_package_knows_is_refused(tmp_path, monkeypatch):
     release = script("release_version")
     (tmp_path / "endor").mkdir()
-    (tmp_path / "endor" / "__init__.py").write_text('__version__ = "7.0"\n')
+    (tmp_path / "endor" / "version.py").write_text('__version__ = "7.0"\n')
     (tmp_path / "CITATION.cff").write_text("version: 6.0\n")
     (tmp_path / "CHANGELOG.md").write_text("\n## [7.0.1]\n")
     monkeypatch.setattr(release, "ROOT", tmp_path)
@@ -113,3 +113,10 @@ def test_the_library_built_here_needs_no_newer_glibc():
     wheels = script("build_wheels")
     said = wheels.library_problems(Path(path), wheels.platform.machine())
     assert [line for line in said if "glibc" in line] == []
+
+
+def test_every_package_is_listed():
+    settings = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
+    folders = {path.parent for path in (ROOT / "endor").rglob("__init__.py")}
+    named = {".".join(("endor", *folder.relative_to(ROOT / "endor").parts)) for folder in folders}
+    assert set(settings["packages"]) == named | {"endor.cli", "endor.cuda"}

@@ -1,5 +1,6 @@
 """One call that loads a packed checkpoint as a transformers model."""
 
+import logging
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Unpack
 
@@ -13,6 +14,9 @@ from endor.trust import one_line_errors, read_model_config
 
 if TYPE_CHECKING:
     import torch
+
+
+_log = logging.getLogger(__name__)
 
 
 @spelled_out
@@ -76,6 +80,12 @@ def load_model(
         )
     if getattr(model, "endor", None) is None:
         raise changed("transformers", "from_pretrained did not call Endor's quantizer")
+    plan = getattr(model, "endor_plan", None)
+    for tier, count in model.endor.count_tiers().items():
+        _log.info("%s: %d units %s", path, count["units"], tier)
+    if plan is not None:
+        rate, bound = plan.decode_tokens_per_s, plan.decode.bound
+        _log.info("%s: %.3g tokens/s expected, bound by the %s", path, rate, bound)
     return model
 
 

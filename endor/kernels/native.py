@@ -6,6 +6,7 @@ and an install without a C compiler simply has no library.
 
 import ctypes
 import functools
+import logging
 import operator
 import sys
 import weakref
@@ -16,6 +17,8 @@ import numpy as np
 from endor.codecs import Encoded, TensorSpec
 from endor.codecs.coding import Coding, matrix_shape
 from endor.errors import BackendError, FormatError, ShapeError
+
+_log = logging.getLogger(__name__)
 
 KERNELS = ("scalar", "avx2", "avx512", "neon")
 """Instruction sets by their number in the library; of those one CPU has, the last is the best."""
@@ -99,7 +102,9 @@ def load() -> tuple[ctypes.CDLL | None, str]:
     failures = []
     for path in sorted(folder.glob("_native*.so"), key=_foreign):
         try:
-            return _bind(ctypes.CDLL(str(path))), str(path)
+            library = _bind(ctypes.CDLL(str(path)))
+            _log.debug("CPU kernels from %s", path)
+            return library, str(path)
         except OSError as error:  # of another architecture or C library, or damaged
             failures.append(f"{path} does not load: {error}")
         except AttributeError as error:
