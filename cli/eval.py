@@ -5,7 +5,8 @@ from typing import TYPE_CHECKING
 
 import click
 
-from endor.cli.common import MODEL, json_option, loading_options, progress_bar
+from endor.cli.common import MODEL, json_option, loading_options
+from endor.cli.progress import progress_bar
 from endor.cli.tables import table
 from endor.cli.terminal import emit, show
 

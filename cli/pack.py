@@ -8,7 +8,6 @@ import click
 from endor.cli.common import (
     MODEL,
     Size,
-    calibration_progress,
     change,
     companion_lines,
     expanded_at_load,
@@ -16,12 +15,12 @@ from endor.cli.common import (
     human,
     json_option,
     output_options,
-    progress_bar,
     recoded_line,
     refuse_existing,
     resumable,
     selection_options,
 )
+from endor.cli.progress import calibration_progress, progress_bar
 from endor.cli.pruning import (
     calibration_options,
     method_help,

@@ -7,16 +7,15 @@ import click
 
 from endor.cli.common import (
     MODEL,
-    calibration_progress,
     companion_lines,
     human,
     json_option,
     output_options,
-    progress_bar,
     refuse_existing,
     resumable,
     selection_options,
 )
+from endor.cli.progress import calibration_progress, progress_bar
 from endor.cli.pruning import calibration_options, method_help, requested
 from endor.cli.terminal import emit, show
 from endor.pruning.contract import METHODS

@@ -10,10 +10,10 @@ from endor.cli.common import (
     human,
     json_option,
     output_options,
-    progress_bar,
     refuse_existing,
     resumable,
 )
+from endor.cli.progress import progress_bar
 from endor.cli.terminal import emit, show
 
 

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import click
 
-from endor.cli.common import MODEL, human, json_option, progress_bar
+from endor.cli.common import MODEL, human, json_option
+from endor.cli.progress import progress_bar
 from endor.cli.terminal import emit, say, show
 
 SHOWN = 20

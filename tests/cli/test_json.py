@@ -95,10 +95,13 @@ def test_quiet_and_verbose_contradict():
 
 
 def test_quiet_shows_no_progress(monkeypatch, capsys):
-    from endor.cli import common, terminal
+    from endor.cli import progress, terminal
 
     monkeypatch.setattr(terminal, "_quiet", True)
-    with common.progress_bar("work", after_s=0) as move, common.calibration_progress() as layers:
+    with (
+        progress.progress_bar("work", after_s=0) as move,
+        progress.calibration_progress() as layers,
+    ):
         move(1, 2)
         layers(1, 2, "wanda")
     assert capsys.readouterr().err == ""
