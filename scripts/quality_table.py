@@ -3,8 +3,9 @@
     python scripts/quality_table.py OUT.jsonl [MORE.jsonl] [--plot FILE.svg] [--pairs A,B ...]
 
 Perplexity, what it is more than the dense model's (in percent, with the 95 % interval of the paired
-differences of windows) and KL to the dense model (nats a token, same interval). A pair says how
-much lower A's loss is than B's, window by window, with the interval of a bootstrap over windows.
+differences of windows) and KL to the dense model (nats a token, same interval). A row measured on
+fewer windows than another says on how many: its perplexity is theirs alone. A pair says how much
+lower A's loss is than B's on the windows that both have, with the interval of a bootstrap.
 """
 
 import argparse
@@ -45,6 +46,7 @@ def table(records: list[dict[str, Any]]) -> str:
     """Return the records as Markdown, fewest bits first."""
     texts = texts_of(records[0])
     heads = "".join(f" {text}: perplexity | over dense | KL |" for text in texts)
+    most = {text: max(one[text]["windows"] for one in records) for text in texts}
     lines = [f"| bits | what |{heads}", "|---" * (2 + 3 * len(texts)) + "|"]
     for record in sorted(records, key=lambda one: float(one["bits"])):
         cells = [f"{record['bits']:.2f}", label(record["row"])]
@@ -53,8 +55,9 @@ def table(records: list[dict[str, Any]]) -> str:
             more, error = found["nats_more"], SIGMA * found["nats_more_stderr"]
             low, high = math.expm1(more - error), math.expm1(more + error)
             dense = record["row"] == "dense"
+            part = "" if found["windows"] == most[text] else f" ({found['windows']} windows)"
             cells += [
-                f"{found['perplexity']:.2f}",
+                f"{found['perplexity']:.2f}{part}",
                 "" if dense else f"{low:+.1%} to {high:+.1%}",
                 "0" if dense else f"{found['kl']:.4f} ± {SIGMA * found['kl_stderr']:.4f}",
             ]
@@ -64,7 +67,9 @@ def table(records: list[dict[str, Any]]) -> str:
 
 def compare(first: dict[str, Any], second: dict[str, Any], text: str) -> str:
     """Return how the loss of `first` differs from that of `second` on the same windows."""
-    change = np.subtract(first[text]["window_nll"], second[text]["window_nll"])
+    shared = min(one[text]["windows"] for one in (first, second))
+    ours, theirs = (one[text]["window_nll"][:shared] for one in (first, second))
+    change = np.subtract(ours, theirs)
     draws = np.random.default_rng(0).integers(0, change.size, (DRAWS, change.size))
     low, high = np.quantile(change[draws].mean(axis=1), [0.025, 0.975])
     wins = int((change < 0).sum())
@@ -79,13 +84,17 @@ def plot(records: list[dict[str, Any]], text: str, path: Path) -> None:
     """Draw perplexity on `text` against bits, a line through the rows of each method."""
     from endor.bench.plot import Point, quality
 
-    records = sorted(records, key=lambda one: -one[text]["perplexity"])
+    dense = {one["row"]: one for one in records}.get("dense")
+    if dense is None:
+        raise SystemExit("--plot: needs the row dense")
+    level = dense[text]["perplexity"]
+    # By the difference to dense on the row's own windows, of which some rows have fewer.
     points = [
-        Point(short(one["row"]), one["bits"], one[text]["perplexity"], series(one["row"]))
-        for one in records
-        if one["row"] != "dense"
+        Point(short(row), one["bits"], level * math.exp(one[text]["nats_more"]), series(row))
+        for one in sorted(records, key=lambda one: -one[text]["nats_more"])
+        if (row := one["row"]) != "dense"
     ]
-    quality(points, path, title=f"{text}: {records[0][text]['windows']} windows")
+    quality(points, path, title=f"{text}: perplexity, dense {level:.1f}")
 
 
 def series(row: str) -> str:

@@ -98,6 +98,7 @@ def test_the_table_sorts_by_bits_and_pairs_say_who_is_better(tmp_path):
         record("gptq:4:64", 4.25, [3.2, 4.2, 5.2]),
         record("ecq:3.5", 3.5, [3.1, 4.1, 5.1]),
     ]
+    rows[1]["novel"] |= {"windows": 2, "window_nll": [3.2, 4.2]}
     path = tmp_path / "out.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     command = [sys.executable, str(SCRIPTS / "quality_table.py"), str(path)]
@@ -108,7 +109,8 @@ def test_the_table_sorts_by_bits_and_pairs_say_who_is_better(tmp_path):
     assert [line.split(" | ")[0] for line in lines[2:5]] == ["| 3.50", "| 4.25", "| 16.00"]
     assert "+8.4% to +12.7%" in lines[2]
     assert "0.1000 ± 0.0196" in lines[2]
-    assert "-0.1000 nats a token (-0.1000 to -0.1000), lower in 3 of 3 windows" in lines[5]
+    assert "56.00 (2 windows)" in lines[3]
+    assert "-0.1000 nats a token (-0.1000 to -0.1000), lower in 2 of 2 windows" in lines[5]
     wrong = subprocess.run([*command, "--pairs", "ecq:3,dense"], capture_output=True, text=True)
     assert wrong.returncode == 2
     assert "--pairs ecq:3,dense: not measured" in wrong.stderr
