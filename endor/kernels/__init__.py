@@ -241,11 +241,13 @@ def prepared_matvec(
         raise ShapeError(f"a product takes a weight of shape (rows, cols), not {spec.shape}")
     if number is None:
         return None
-    view, multiply = ctypes.byref(native.view(encoded)), native.library().endor_matvec
-    rows, cols = spec.shape
+    view, library = ctypes.byref(native.view(encoded)), native.library()
+    coded = spec.codec == "int"
+    multiply = library.endor_int_matvec if coded else library.endor_matvec
+    operand = (view, *spec.shape) if coded else (view, kind, *spec.shape)
 
     def run(x: int, batch: int, out: int, _encoded: Encoded = encoded) -> None:
-        status = multiply(number, view, kind, rows, cols, x, kind, batch, out, count)
+        status = multiply(number, *operand, x, kind, batch, out, count)
         if status:
             native.check(status)
 

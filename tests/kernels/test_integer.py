@@ -213,3 +213,20 @@ def test_products(kernel: str, name: str, batch: int, rng: np.random.Generator) 
             out = np.full((batch, shape[0]), np.nan, np.float32)
             kernels.matvec(encoded, x, out, threads=threads, kernel=kernel)
             assert (np.abs(out - x.astype(np.float64) @ weight.T) <= bound).all()
+
+
+@pytest.mark.parametrize("name", ["BF16", "F16", "F32"])
+@pytest.mark.parametrize("batch", [1, 3, 8, 9])
+def test_prepared_products(compiled: str, name: str, batch: int, rng: np.random.Generator) -> None:
+    item = DTYPES[name]
+    codes = np.rint(rng.standard_normal((257, 576)) * 3).astype(np.int32)
+    codes[1, 1] = 2**20
+    encoded = kernels.integer.encode(codes, integer.round_steps(rng.random(576) + 0.01), item)
+    bits = rng.standard_normal((batch, 576)).astype(np.float32)
+    x = integer.to_dtype(bits, item)
+    wanted, found = np.empty((2, batch, 257), np.float32)
+    kernels.matvec(encoded, x, wanted, threads=2, kernel=compiled)
+    run = kernels.prepared_matvec(encoded, threads=2, kernel=compiled)
+    assert run is not None
+    run(x.ctypes.data, batch, found.ctypes.data)
+    assert np.array_equal(found.view(np.uint32), wanted.view(np.uint32))
