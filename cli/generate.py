@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from endor.cli.common import MODEL, Text, expanded_line, loading_options
+from endor.cli.common import MODEL, expanded_line, loading_options
 from endor.cli.terminal import emit, show, stream
+from endor.cli.types import Text
 
 if TYPE_CHECKING:
     from endor.hf.generation import Generation

@@ -7,7 +7,6 @@ import click
 
 from endor.cli.common import (
     MODEL,
-    Size,
     change,
     companion_lines,
     expanded_at_load,
@@ -29,6 +28,7 @@ from endor.cli.pruning import (
     requested,
 )
 from endor.cli.terminal import emit, show
+from endor.cli.types import Size
 from endor.codecs import CodecChoice
 from endor.pruning.contract import METHODS
 

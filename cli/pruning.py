@@ -8,7 +8,8 @@ from typing import Any
 import click
 from click.core import ParameterSource
 
-from endor.cli.common import Command, Share, Size, trust_option
+from endor.cli.common import Command, trust_option
+from endor.cli.types import Share, Size
 from endor.codecs.rounding import LEAST_BITS, MOST_BITS
 from endor.pruning.contract import METHODS, NOTHING, Pattern, PruneOptions
 from endor.quantization.contract import QuantizeOptions

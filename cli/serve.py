@@ -5,8 +5,9 @@ from typing import TYPE_CHECKING
 
 import click
 
-from endor.cli.common import MODEL, Size, loading_options
+from endor.cli.common import MODEL, loading_options
 from endor.cli.terminal import say, show
+from endor.cli.types import Size
 
 if TYPE_CHECKING:
     from endor.planning.kv import KVSetting

@@ -1,6 +1,5 @@
 """One torch tensor, packed and unpacked."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -357,12 +356,3 @@ def _names() -> dict["torch.dtype", str]:
 
 
 _NAMES: dict["torch.dtype", str] = {}
-
-
-def map_nested(change: Callable[[Any], Any], value: Any) -> Any:
-    """Return `value` with `change` done to it, or to each item of nested lists and dicts."""
-    if isinstance(value, dict):
-        return {key: map_nested(change, item) for key, item in value.items()}
-    if isinstance(value, list | tuple) and type(value) in (list, tuple):
-        return type(value)(map_nested(change, item) for item in value)
-    return change(value)

@@ -30,8 +30,7 @@ MODULE_LINES = 350
 LONG: dict[str, int] = {
     "endor/checkpoint/convert.py": 377,
     "endor/kernels/gpu.py": 402,
-    "endor/offload/host_mover.py": 351,
-    "endor/packed.py": 368,
+    "endor/packed.py": 358,
     "endor/pruning/stream.py": 366,
 }
 """Modules that are longer yet, and how long at most: a list that only shrinks."""

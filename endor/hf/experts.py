@@ -14,9 +14,9 @@ from endor.hf.compiling import outside_graphs
 from endor.hf.linear import fast_product
 from endor.hf.packed_layer import initialised, refuse_conversion, refuse_packed_keys
 from endor.hf.routing import Router, routers
+from endor.models.nested import map_nested
 from endor.offload.state import State
 from endor.offload.weight import Weight
-from endor.packed import map_nested
 from endor.planning.products import NEVER
 
 

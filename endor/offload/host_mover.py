@@ -10,8 +10,7 @@ Three rules make every order of takes end: a thread holds at most one unit, and 
 it waits for another; a demand may take the memory of anything that is neither held nor awaited nor
 just being read; and what is being read becomes READY or FAILED, since a read ends.
 
-Where only a part of the experts fits in memory, that part is not fixed: the memory of the experts
-placed there becomes a cache of all, which starts with them.
+Where only a part of the experts fits in memory, it becomes a cache of all, which starts with them.
 """
 
 import heapq

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from endor.errors import PruningError
-from endor.packed import map_nested
+from endor.models.nested import map_nested
 from endor.pruning.contract import Statistics
 from endor.pruning.statistics import moment, neutral
 
