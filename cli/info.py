@@ -43,7 +43,7 @@ def collect() -> dict[str, dict[str, object]]:
     import torch
 
     from endor import kernels
-    from endor.kernels import gpu
+    from endor.kernels import gpu_device
 
     versions: dict[str, object] = {"endor": __version__, "python": platform.python_version()}
     for name in PACKAGES:
@@ -59,5 +59,5 @@ def collect() -> dict[str, dict[str, object]]:
         "versions": versions,
         "devices": devices,
         "CPU kernels": dict(kernels.describe()),
-        "GPU kernels": dict(gpu.describe()),
+        "GPU kernels": dict(gpu_device.describe()),
     }

@@ -81,7 +81,7 @@ nvidia-smi --query-gpu=name,driver_version,memory.total,pcie.link.gen.current,pc
     --format=csv >"$logs/device.txt" 2>&1 || echo "nvidia-smi: not there" >>"$logs/device.txt"
 # The C kernels where a compiler is at hand; without them the numpy reference encodes, more slowly.
 timeout 150 "$python" setup.py build_ext --inplace >"$logs/build.log" 2>&1 || note build "no C kernels (build.log): numpy encodes"
-step device 60 "$python" -c 'from endor.kernels import gpu; gpu.require("cuda"); print(gpu.describe())' || {
+step device 60 "$python" -c 'from endor.kernels import gpu_device as gpu; gpu.require("cuda"); print(gpu.describe())' || {
     failed=1
     finish
 }

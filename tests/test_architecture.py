@@ -20,6 +20,7 @@ ROOMS = [
     "jsontext",
     "threads",
     "codecs",
+    "dtypes",
     "kernels",
     "machine",
     "trust",

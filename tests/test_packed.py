@@ -6,8 +6,9 @@ import pytest
 import torch
 
 import endor
+from endor.dtypes import endor_dtype, torch_dtype
 from endor.errors import DTypeError, ShapeError
-from endor.packed import bits_of, endor_dtype, tensor_of, torch_dtype
+from endor.packed import bits_of, tensor_of
 
 pytestmark = pytest.mark.usefixtures("each_kernel")
 

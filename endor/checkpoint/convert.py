@@ -37,23 +37,18 @@ from endor.checkpoint.output import OutputDirectory
 from endor.checkpoint.pipeline import OrderedWork, ScratchPool
 from endor.checkpoint.plan import Unit, plan_units
 from endor.checkpoint.reading import TensorLoader, WeightPruner
-from endor.checkpoint.recode import Layouts, largest_fields_spec, recode
+from endor.checkpoint.recode import Layouts, recode
+from endor.checkpoint.record_sizes import RecordSizes
 from endor.checkpoint.report import PackReport, Progress, Sizes, no_progress
 from endor.checkpoint.sources.contract import CheckpointSource, CodedSource, SourceTensor
 from endor.checkpoint.verify import check_file
-from endor.codecs import CodecChoice, Encoded, TensorSpec, dense
+from endor.codecs import CodecChoice, Encoded, dense
 from endor.errors import CheckpointError
 from endor.kernels import integer
-from endor.storage import FileLayout, FileWriter, header_capacity, largest_spec
-from endor.storage.layout import ALIGN, FORMAT_VERSION
-from endor.storage.writer import largest_int_spec
+from endor.storage import FileLayout, FileWriter
+from endor.storage.layout import FORMAT_VERSION
 
 DEFAULT_SHARD_BYTES = 4 << 30
-MAX_HEADER_ROOM = 32 << 20
-"""A shard ends before its header would need more than this."""
-
-ENTRY_ROOM = 2048
-"""More than a tensor's part of a header takes besides its name, which is there once per array."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -211,6 +206,9 @@ class _Run:
         self.shards: list[Path] = []
         self.coded = source if isinstance(source, CodedSource) else None
         self.codes: dict[str, tuple[np.ndarray, np.ndarray]] = {}
+        self.sizes = RecordSizes(
+            selected, recoded, options.codec, options.max_shard_bytes, coded=self.coded is not None
+        )
         self.loader = TensorLoader(source, pruner, selected)
         self.scratches = ScratchPool(self.loader.budget_bytes)
         self.threads = 1
@@ -306,12 +304,12 @@ class _Run:
 
     def _write_shard(self, results: Iterator[tuple[SourceTensor, _Encoded]]) -> None:
         path = self.output.folder / f"endor-{len(self.shards) + 1:05d}.safetensors"
-        capacity, stop = self._header_room()
+        capacity, count = self.sizes.header_room(self.units[self.done :])
         first = self.done
         with FileWriter(path, header_capacity=capacity) as writer:
-            while self.done < stop:
+            while self.done < first + count:
                 unit = self.units[self.done]
-                full = writer.nbytes + self._most(unit) > self.options.max_shard_bytes
+                full = writer.nbytes + self.sizes.most(unit) > self.options.max_shard_bytes
                 if full and self.done > first:
                     break
                 with writer.record(unit.name) as record:
@@ -328,44 +326,6 @@ class _Run:
         # The header holds the checksums of all records, so its own stands for the whole file.
         header = FileLayout.read(path).checksum
         self.output.finish_file({"file": path.name, "header": header})
-
-    def _header_room(self) -> tuple[int, int]:
-        """Return bytes to reserve for the next header, and the unit its shard must end before."""
-        plan: dict[str, dict[str, TensorSpec]] = {}
-        room = least = 0
-        stop = self.done
-        for unit in self.units[self.done :]:
-            specs = {tensor.name: self._largest(tensor) for tensor in unit.tensors}
-            room += sum(ENTRY_ROOM + 24 * len(tensor.name) for tensor in unit.tensors)
-            least += sum(self._least(tensor) for tensor in unit.tensors)
-            if plan and (room > MAX_HEADER_ROOM or least > self.options.max_shard_bytes):
-                break
-            plan[unit.name] = specs
-            stop += 1
-        return header_capacity(plan), stop
-
-    def _largest(self, tensor: SourceTensor) -> TensorSpec:
-        """Return a spec whose header entry is at least as long as the real one."""
-        if self.coded and tensor.name in self.selected:
-            return largest_int_spec(tensor.shape, tensor.dtype, (1, 1))
-        if tensor.name in self.recoded and tensor.name not in self.selected:
-            return largest_fields_spec(tensor, self.recoded[tensor.name])
-        if tensor.name not in self.selected or self.options.codec == "dense":
-            return TensorSpec(tensor.shape, tensor.dtype, "dense", False, tensor.numel)
-        if self.options.codec == "raw":
-            return TensorSpec(tensor.shape, tensor.dtype, "raw", True, tensor.numel)
-        return largest_spec(tensor.shape, tensor.dtype)
-
-    def _least(self, tensor: SourceTensor) -> int:
-        """Return bytes that the stored tensor needs at least: its bitmap, or all of it."""
-        if tensor.name in self.recoded:
-            return tensor.nbytes // 64
-        return tensor.numel // 8 if tensor.name in self.selected else tensor.nbytes
-
-    def _most(self, unit: Unit) -> int:
-        """Return bytes that the record needs at most; a forced codec may exceed the dense size."""
-        size = unit.nbytes + 2 * ALIGN * len(unit.tensors)
-        return size if self.options.codec == "auto" else size + unit.nbytes // 2
 
     def name_shards(self) -> list[FileLayout]:
         """Give the shards their final names and return their layouts."""

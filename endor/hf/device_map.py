@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from endor.errors import BackendError, ConfigError
-from endor.kernels import gpu
+from endor.kernels import gpu_device
 from endor.offload.device import CudaDevice, Device
 from endor.planning.tiers import Tier
 from endor.storage import FileLayout, RecordReader, open_reader
@@ -159,7 +159,7 @@ def _place_of(name: str, device: Any) -> str:
 
 def refuse(device: str) -> str | None:
     """Return why packed weights cannot run on a device, None when they can."""
-    return gpu.refusal(device)
+    return gpu_device.refusal(device)
 
 
 def open_device(name: str) -> Device:

@@ -6,7 +6,6 @@ waits, so it can be captured into a CUDA graph once the kernel has run a first t
 """
 
 import functools
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -15,25 +14,14 @@ import numpy as np
 import torch
 
 from endor.codecs import Encoded, TensorSpec
+from endor.dtypes import torch_dtype
 from endor.errors import BackendError, DTypeError, ShapeError
-from endor.kernels import gpu_build, gpu_plan
+from endor.kernels import gpu_build, gpu_device, gpu_plan
+from endor.kernels.gpu_device import require
 from endor.kernels.gpu_launch import Kernel, Launch, Part
 
 ALIGN = 256
 """Where `upload` places arrays, as records do."""
-
-_TORCH = {
-    "BF16": torch.bfloat16,
-    "F16": torch.float16,
-    "F32": torch.float32,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2,
-    "I8": torch.int8,
-    "U8": torch.uint8,
-}
-_DENSE_ONLY = {"F64": "float64", "BOOL": "bool", "C64": "complex64", "F8_E8M0": "float8_e8m0fnu"}
-_DENSE_ONLY |= {f"{sign}{bits}": f"{name}{bits}" for sign, name in (("I", "int"), ("U", "uint"))
-                for bits in (16, 32, 64)}  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,7 +81,7 @@ class Expansion:
 
 def upload(encoded: Encoded, device: torch.device | str) -> DeviceEncoded:
     """Return `encoded` in device memory: one allocation, one copy."""
-    target = _device(device)
+    target = gpu_device.checked_device(device)
     offsets, end = {}, 0
     for suffix, array in encoded.arrays.items():
         offsets[suffix] = end
@@ -119,19 +107,6 @@ def download(packed: DeviceEncoded) -> Encoded:
     return Encoded(packed.spec, arrays)
 
 
-def torch_dtype(spec: TensorSpec) -> torch.dtype:
-    """Return torch's name for the element type of `spec`.
-
-    Raises:
-        DTypeError: This torch has none.
-    """
-    name = spec.dtype.name
-    found = _TORCH.get(name) or getattr(torch, _DENSE_ONLY.get(name, ""), None)
-    if not isinstance(found, torch.dtype):
-        raise DTypeError(f"this torch has no dtype for {name}")
-    return found
-
-
 def decode(packed: DeviceEncoded, out: torch.Tensor | None = None) -> torch.Tensor:
     """Write the dense form of `packed` and return it, bit-exact.
 
@@ -148,7 +123,9 @@ def decode(packed: DeviceEncoded, out: torch.Tensor | None = None) -> torch.Tens
         DTypeError, ShapeError: `out` does not fit.
     """
     if out is None:
-        out = torch.empty(packed.spec.shape, dtype=torch_dtype(packed.spec), device=packed.device)
+        out = torch.empty(
+            packed.spec.shape, dtype=torch_dtype(packed.spec.dtype), device=packed.device
+        )
     prepare([(packed, out)]).run()
     return out
 
@@ -175,7 +152,7 @@ def prepare(items: Sequence[tuple[DeviceEncoded, torch.Tensor]]) -> Expansion:
             copies.append((out.view(-1).view(torch.uint8), stored))
         else:
             parts.append(Part(packed.spec, packed.addresses, out.data_ptr()))
-    index = _index(items[0][0].device) if items else 0
+    index = gpu_device.index_of(items[0][0].device) if items else 0
     return Expansion(gpu_plan.plan_expansion(parts), copies, index)
 
 
@@ -200,11 +177,11 @@ def product(
         ShapeError: x or `out` has another shape, layout, alignment or device.
     """
     require(packed.device)
-    refusal = gpu_plan.product_refusal(packed.spec)
-    if refusal:
-        raise DTypeError(f"the product kernel cannot run: {refusal}; expand the weight instead")
+    why = gpu_plan.product_refusal(packed.spec)
+    if why:
+        raise DTypeError(f"the product kernel cannot run: {why}; expand the weight instead")
     rows, cols = packed.spec.shape
-    dtype = torch_dtype(packed.spec)
+    dtype = torch_dtype(packed.spec.dtype)
     if x.dtype != dtype:
         raise DTypeError(f"x must be {dtype} like the weight, got {x.dtype}")
     if x.ndim != 2 or x.shape[1] != cols or not x.is_contiguous() or x.device != packed.device:
@@ -221,7 +198,7 @@ def product(
             f"out must be contiguous ({len(x)}, {rows}) on {packed.device}, got "
             f"{tuple(out.shape)} with strides {out.stride()} on {out.device}"
         )
-    index = _index(packed.device)
+    index = gpu_device.index_of(packed.device)
     launch = gpu_plan.plan_product(
         packed.spec,
         packed.addresses,
@@ -236,108 +213,8 @@ def product(
     return out
 
 
-def refusal(device: torch.device | str = "cuda") -> str | None:
-    """Return why the kernels cannot run on `device`, with the next step; None when they can."""
-    target = torch.device(device)
-    if target.type != "cuda":
-        return f"the kernels run on CUDA devices, not on {target}"
-    if _forked_after_start:
-        return (
-            "this process was forked after CUDA had started, and CUDA does not live through that: "
-            "start it with multiprocessing's 'spawn', or fork before the first use of the GPU"
-        )
-    if not torch.cuda.is_available():
-        built = f"built for CUDA {torch.version.cuda}" if torch.version.cuda else "a CPU build"
-        return f"torch {torch.__version__} ({built}) sees no CUDA device; check the driver"
-    index, count = _index(target), torch.cuda.device_count()
-    if index >= count:
-        seen = ", ".join(f"cuda:{at}" for at in range(count))
-        return (
-            f"there is no cuda:{index}: torch sees {count} CUDA device{'s' if count > 1 else ''} "
-            f"({seen}); CUDA_VISIBLE_DEVICES is {os.environ.get('CUDA_VISIBLE_DEVICES', 'not set')}"
-        )
-    return _refusal(index)
-
-
-def require(device: torch.device | str) -> None:
-    """Raise `BackendError` unless the kernels can run on `device`."""
-    found = refusal(device)
-    if found:
-        raise BackendError(found)
-
-
-def describe() -> dict[str, Any]:
-    """Return what the kernels run on, or why they do not, for `endor info`."""
-    found = refusal()
-    if found:
-        return {"available": False, "reason": found}
-    cupy = _cupy()
-    properties = torch.cuda.get_device_properties(0)
-    return {
-        "available": True,
-        "device": properties.name,
-        "capability": f"{properties.major}.{properties.minor}",
-        "cupy": cupy.__version__,
-        "driver": cupy.cuda.runtime.driverGetVersion(),
-        "nvrtc": ".".join(str(part) for part in cupy.cuda.nvrtc.getVersion()),
-        "oldest_capability": ".".join(str(part) for part in gpu_build.OLDEST_CAPABILITY),
-    }
-
-
-_forked_after_start = False
-
-
-def _note_fork() -> None:
-    global _forked_after_start
-    _forked_after_start = _forked_after_start or torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
-
-
-os.register_at_fork(after_in_child=_note_fork)
-
-
-@functools.cache
-def _refusal(index: int) -> str | None:
-    extra = "cuda12" if (torch.version.cuda or "").startswith("12") else "cuda13"
-    try:
-        cupy = _cupy()
-    except ImportError as error:
-        return f"the kernels need CuPy ({error}): pip install 'endor-sparse[{extra}]'"
-    try:
-        driver = int(cupy.cuda.runtime.driverGetVersion())
-        runtime = int(cupy.cuda.runtime.runtimeGetVersion())
-    except cupy.cuda.runtime.CUDARuntimeError as error:
-        return f"CuPy cannot reach the driver ({error}); check that it fits the CUDA of CuPy"
-    if driver // 1000 < runtime // 1000:
-        return (
-            f"the driver speaks CUDA {driver // 1000}.{driver % 1000 // 10}, too old for CuPy's "
-            f"CUDA {runtime // 1000}: update it or pip install 'endor-sparse[cuda{driver // 1000}]'"
-        )
-    capability = torch.cuda.get_device_capability(index)
-    if capability < gpu_build.OLDEST_CAPABILITY:
-        return (
-            f"{torch.cuda.get_device_name(index)} has compute capability "
-            f"{capability[0]}.{capability[1]}; the kernels need 7.5 (Turing) or newer"
-        )
-    return None
-
-
-def _cupy() -> Any:
-    import cupy
-
-    return cupy
-
-
-def _index(device: torch.device) -> int:
-    return torch.cuda.current_device() if device.index is None else device.index
-
-
-def _device(device: torch.device | str) -> torch.device:
-    require(device)
-    return torch.device("cuda", _index(torch.device(device)))
-
-
 def _check_out(packed: DeviceEncoded, out: torch.Tensor) -> None:
-    dtype = torch_dtype(packed.spec)
+    dtype = torch_dtype(packed.spec.dtype)
     if out.dtype != dtype:
         raise DTypeError(f"out must be {dtype}, got {out.dtype}")
     if out.shape != packed.spec.shape or not out.is_contiguous():
@@ -352,7 +229,7 @@ def _check_out(packed: DeviceEncoded, out: torch.Tensor) -> None:
 @functools.cache
 def _function(kernel: Kernel) -> Any:
     """The compiled kernel. CuPy loads it once per device, at its first launch there."""
-    module = _cupy().RawModule(
+    module = gpu_device.cupy_module().RawModule(
         code=gpu_build.source(kernel.name), options=gpu_build.options(kernel), backend="nvrtc"
     )
     return module.get_function(kernel.name)
@@ -361,13 +238,13 @@ def _function(kernel: Kernel) -> Any:
 @functools.cache
 def _stream(pointer: int) -> Any:
     """CuPy's view of a torch stream. It owns nothing, so caching it is safe."""
-    return _cupy().cuda.ExternalStream(pointer)
+    return gpu_device.cupy_module().cuda.ExternalStream(pointer)
 
 
 @functools.cache
 def shared_limit(index: int) -> int:
     """Return the shared memory that a product's block may take: two fit a multiprocessor."""
-    attributes = _cupy().cuda.Device(index).attributes
+    attributes = gpu_device.cupy_module().cuda.Device(index).attributes
     return int(attributes["MaxSharedMemoryPerBlockOptin"]) // 2 - 1024
 
 
@@ -376,7 +253,7 @@ _enlarged: dict[tuple[Kernel, int], int] = {}
 
 def _launch(launch: Launch, index: int) -> None:
     """Enqueue on the current stream of device `index`, whichever device the thread is on."""
-    cupy = _cupy()
+    cupy = gpu_device.cupy_module()
     stream = torch.cuda.current_stream(index)
     with cupy.cuda.Device(index), _stream(stream.cuda_stream):
         try:

@@ -10,10 +10,10 @@ import torch
 from endor.checkpoint.index import read_packed_index
 from endor.checkpoint.loadable import is_packed, open_layouts, read_config, refuse_quantized
 from endor.codecs import DTYPES
+from endor.dtypes import torch_dtype
 from endor.errors import ConfigError
 from endor.models.assignment import Assignment, assign
 from endor.models.empty import empty_model, model_class
-from endor.packed import torch_dtype
 from endor.planning.scratch import scratch_bytes
 from endor.planning.shape import ModelShape
 from endor.planning.units import Unit, WeightSpec, collect_units

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from endor.errors import BackendError
-from endor.kernels import gpu
+from endor.kernels import gpu, gpu_device
 from endor.kernels.gpu import DeviceEncoded
 from endor.offload.page_locks import PageLocks
 
@@ -119,7 +119,7 @@ class CudaDevice:
     """
 
     def __init__(self, device: torch.device | str = "cuda") -> None:
-        gpu.require(device)
+        gpu_device.require(device)
         target = torch.device(device)
         index = torch.cuda.current_device() if target.index is None else target.index
         self.device = torch.device("cuda", index)

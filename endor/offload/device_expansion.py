@@ -6,6 +6,7 @@ from collections.abc import Sequence
 import torch
 
 from endor.codecs import DType, TensorSpec
+from endor.dtypes import torch_dtype
 from endor.errors import BackendError
 from endor.kernels import gpu, gpu_plan
 from endor.kernels.gpu import DeviceEncoded
@@ -13,7 +14,6 @@ from endor.offload.device import Device, Runnable
 from endor.offload.device_mover import DeviceMover, OnDevice
 from endor.offload.expansion import Expansion
 from endor.offload.state import State
-from endor.packed import torch_dtype
 from endor.planning.scratch import align_view
 from endor.planning.units import Part, WeightSpec
 

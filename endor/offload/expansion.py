@@ -7,9 +7,9 @@ from typing import Any
 import torch
 
 from endor.codecs import DType
+from endor.dtypes import torch_dtype
 from endor.offload.mover import Mover
 from endor.offload.state import State
-from endor.packed import torch_dtype
 from endor.planning.units import Part, WeightSpec
 
 PRODUCT_DTYPES = {"BF16", "F16", "F32"}

@@ -10,10 +10,11 @@ import torch
 
 from endor import kernels
 from endor.codecs import DType
+from endor.dtypes import torch_dtype
 from endor.offload.expansion import Expansion
 from endor.offload.mover import Mover
 from endor.offload.state import Bound, State
-from endor.packed import bits_of, tensor_of, torch_dtype
+from endor.packed import bits_of, tensor_of
 from endor.planning.products import PANEL
 from endor.planning.scratch import align_view
 from endor.planning.units import Part, WeightSpec

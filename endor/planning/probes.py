@@ -20,11 +20,12 @@ import torch
 
 from endor import kernels
 from endor.codecs import DTYPES, Encoded
+from endor.dtypes import torch_dtype
 from endor.errors import DTypeError
 from endor.packed import bits_of, plain_matrix
 from endor.storage.buffers import HostBuffer
 
-TORCH_TYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
+TORCH_TYPES = {name: torch_dtype(DTYPES[name]) for name in ("BF16", "F16", "F32")}
 READ_THREADS = 4
 READ_BYTES = 4 << 20
 ROWS, COLS = 4096, 4096

@@ -5,8 +5,8 @@ from collections.abc import Iterable, Sequence
 import torch
 
 from endor.codecs import DType
+from endor.dtypes import torch_dtype
 from endor.errors import DTypeError
-from endor.packed import torch_dtype
 from endor.planning.units import WeightSpec, stored_dtype
 from endor.storage import FileLayout
 

@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 import torch
 
 from endor.checkpoint.sources.contract import CheckpointSource
+from endor.dtypes import torch_dtype
 from endor.errors import QuantizationError
-from endor.packed import torch_dtype
 from endor.pruning.contract import Coded, LayerQuantizer
 from endor.pruning.layer import LayerMatrices, Matrix
 

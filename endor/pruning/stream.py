@@ -13,11 +13,9 @@ import torch
 from torch import nn
 
 from endor import machine
-from endor.checkpoint.select import is_linear
 from endor.checkpoint.sources.contract import CheckpointSource
 from endor.codecs.integer import size_bits
-from endor.errors import PruningError
-from endor.packed import torch_dtype
+from endor.dtypes import torch_dtype
 from endor.pruning.activations import Activations, batches
 from endor.pruning.allocation import layer_sparsities, outlier_share
 from endor.pruning.calibration import calibration_and_held_out
@@ -37,6 +35,7 @@ from endor.pruning.finetune import Schedule, autocast, finetune
 from endor.pruning.finished import FinishedLayers, fingerprint
 from endor.pruning.heap import reused_blocks
 from endor.pruning.layer import LayerMatrices
+from endor.pruning.renewed import renewed
 from endor.pruning.sensitivity import probe
 from endor.pruning.skeleton import Call, Skeleton
 from endor.pruning.statistics import collect
@@ -89,7 +88,7 @@ class LayerStream:
             machine.compute_dtype(self._device) if self._method.finetune else torch.float32
         )
         # `left`: a tower for images, say; calibrated by text, the language model is renewed.
-        self._names, self.left = _renewed(self._skeleton, source, options, selected)
+        self._names, self.left = renewed(self._skeleton, source, options, selected)
         for index in range(self.layers):
             matrices = self._matrices(index)  # what cannot be renewed is refused before any work
             if quantizer is not None:
@@ -338,29 +337,3 @@ class LayerStream:
                 self._skeleton.drop_layer(index)
         hidden.close()
         return shares
-
-
-def _renewed(
-    skeleton: Skeleton, source: CheckpointSource, options: PruneOptions, selected: frozenset[str]
-) -> tuple[dict[str, int], tuple[str, ...]]:
-    """Return the layer of each tensor that is renewed, and selected ones outside of all layers.
-
-    Raises:
-        PruningError: There are none, or one outside was asked for by name.
-    """
-    names = {
-        piece.name: index
-        for index in range(len(skeleton.layers))
-        for pieces in skeleton.pieces(index).values()
-        for piece in pieces
-        if piece.name in selected and options.selects(piece.name)
-    }
-    stray = sorted(name for name in selected - names.keys() if options.selects(name))
-    asked = [name for name in stray if not is_linear(source.tensors[name])]
-    if asked or not names:
-        name = (asked or stray or ["nothing chosen"])[0]
-        raise PruningError(
-            f"{name}: lies outside the decoder layers, where calibration does not reach; "
-            f"leave it out (--exclude '{name}'), or prune with magnitude"
-        )
-    return names, tuple(stray)

@@ -10,17 +10,9 @@ import numpy as np
 
 from endor import kernels
 from endor.codecs import Encoded, TensorSpec
+from endor.dtypes import endor_dtype, torch_dtype
 from endor.errors import ConfigError, DTypeError, ReadError
-from endor.packed import (
-    PackedTensor,
-    bits_of,
-    compress,
-    decompress,
-    endor_dtype,
-    endor_shape,
-    torch_dtype,
-    torch_shape,
-)
+from endor.packed import PackedTensor, bits_of, compress, decompress, endor_shape, torch_shape
 from endor.storage.buffers import HostBuffer
 from endor.storage.check import bind_checked, check_bytes, read_records
 from endor.storage.layout import FileLayout, no_tensor

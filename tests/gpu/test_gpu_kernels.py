@@ -7,6 +7,7 @@ import torch
 import endor
 from endor import codecs, kernels
 from endor.codecs import DTYPES, DType
+from endor.dtypes import torch_dtype
 from endor.errors import DTypeError, ShapeError
 from endor.kernels import gpu
 
@@ -39,7 +40,7 @@ def guarded(packed: gpu.DeviceEncoded) -> tuple[torch.Tensor, torch.Tensor]:
     """A poisoned destination, and the memory around it."""
     around = torch.full((packed.spec.dense_nbytes + 512,), POISON, dtype=torch.uint8, device="cuda")
     inside = around[256 : 256 + packed.spec.dense_nbytes]
-    return inside.view(gpu.torch_dtype(packed.spec)).view(packed.spec.shape), around
+    return inside.view(torch_dtype(packed.spec.dtype)).view(packed.spec.shape), around
 
 
 def bits(tensor: torch.Tensor) -> np.ndarray:

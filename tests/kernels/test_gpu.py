@@ -9,21 +9,21 @@ import torch
 from endor import codecs
 from endor.codecs import DTYPES
 from endor.errors import BackendError, ShapeError
-from endor.kernels import gpu
+from endor.kernels import gpu, gpu_device
 from endor.kernels.gpu_launch import Part
 from endor.kernels.gpu_plan import plan_expansion
 
 
 def test_another_device_is_refused():
     with pytest.raises(BackendError, match="run on CUDA devices, not on cpu"):
-        gpu.require("cpu")
+        gpu_device.require("cpu")
 
 
 def test_without_a_device_the_reason_is_given(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(BackendError, match="sees no CUDA device"):
-        gpu.require("cuda")
-    assert gpu.describe() == {"available": False, "reason": gpu.refusal()}
+        gpu_device.require("cuda")
+    assert gpu_device.describe() == {"available": False, "reason": gpu_device.refusal()}
 
 
 def fake_cupy(monkeypatch, driver: int, capability: tuple[int, int]) -> None:
@@ -42,44 +42,44 @@ def fake_cupy(monkeypatch, driver: int, capability: tuple[int, int]) -> None:
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: capability)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: "Old Card")
-    monkeypatch.setattr(gpu, "_cupy", lambda: Cupy)
-    gpu._refusal.cache_clear()
+    monkeypatch.setattr(gpu_device, "cupy_module", lambda: Cupy)
+    gpu_device._refusal.cache_clear()
 
 
 def test_too_old_a_driver_is_named(monkeypatch):
     fake_cupy(monkeypatch, 12040, (9, 0))
     with pytest.raises(BackendError, match=r"speaks CUDA 12\.4, too old for .* 13.*cuda12"):
-        gpu.require("cuda:0")
-    gpu._refusal.cache_clear()
+        gpu_device.require("cuda:0")
+    gpu_device._refusal.cache_clear()
 
 
 def test_too_old_a_card_is_named(monkeypatch):
     fake_cupy(monkeypatch, 13000, (7, 0))
     with pytest.raises(BackendError, match=r"Old Card has compute capability 7\.0; .* need 7\.5"):
-        gpu.require("cuda:0")
-    gpu._refusal.cache_clear()
+        gpu_device.require("cuda:0")
+    gpu_device._refusal.cache_clear()
     fake_cupy(monkeypatch, 13000, (7, 5))
-    gpu.require("cuda:0")
-    gpu._refusal.cache_clear()
+    gpu_device.require("cuda:0")
+    gpu_device._refusal.cache_clear()
 
 
 def test_a_device_that_is_not_there_is_named(monkeypatch):
     fake_cupy(monkeypatch, 13000, (9, 0))
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "MIG-12")
     with pytest.raises(BackendError, match=r"no cuda:3: torch sees 1 .*cuda:0.* is MIG-12"):
-        gpu.require("cuda:3")
+        gpu_device.require("cuda:3")
 
 
 def test_after_a_fork_the_way_out_is_named(monkeypatch):
     fake_cupy(monkeypatch, 13000, (9, 0))
-    monkeypatch.setattr(gpu, "_forked_after_start", False)
-    gpu._note_fork()
-    gpu.require("cuda:0")
+    monkeypatch.setattr(gpu_device, "_forked_after_start", False)
+    gpu_device._note_fork()
+    gpu_device.require("cuda:0")
     monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
-    gpu._note_fork()
+    gpu_device._note_fork()
     with pytest.raises(BackendError, match=r"forked after CUDA had started.*'spawn'"):
-        gpu.require("cuda:0")
-    gpu._refusal.cache_clear()
+        gpu_device.require("cuda:0")
+    gpu_device._refusal.cache_clear()
 
 
 class StubCupy:
@@ -132,7 +132,7 @@ def launch(rng):
 
 def test_a_launch_goes_to_the_tensors_device(monkeypatch, launch):
     cupy = StubCupy()
-    monkeypatch.setattr(gpu, "_cupy", lambda: cupy)
+    monkeypatch.setattr(gpu_device, "cupy_module", lambda: cupy)
     stream = type("Stream", (), {})
     monkeypatch.setattr(
         torch.cuda,
@@ -151,7 +151,7 @@ def test_every_failure_of_a_launch_is_ours(monkeypatch, launch, error):
         error = cupy.cuda.compiler.CompileException
     failing = StubCupy(error("cannot find CUDA headers"))
     failing.cuda.compiler = cupy.cuda.compiler
-    monkeypatch.setattr(gpu, "_cupy", lambda: failing)
+    monkeypatch.setattr(gpu_device, "cupy_module", lambda: failing)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: f"card {index}")
     monkeypatch.setattr(
         torch.cuda, "current_stream", lambda index=None: type("S", (), {"cuda_stream": 0})
@@ -166,13 +166,15 @@ def test_without_cupy_the_extra_is_named(monkeypatch):
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-    monkeypatch.setattr(gpu, "_cupy", missing)
+    monkeypatch.setattr(gpu_device, "cupy_module", missing)
     for version, extra in (("12.8", "cuda12"), ("13.0", "cuda13")):
         monkeypatch.setattr(torch.version, "cuda", version)
-        gpu._refusal.cache_clear()
-        with pytest.raises(BackendError, match=rf"need CuPy .*pip install 'endor\[{extra}\]'"):
-            gpu.require("cuda:0")
-    gpu._refusal.cache_clear()
+        gpu_device._refusal.cache_clear()
+        with pytest.raises(
+            BackendError, match=rf"need CuPy .*pip install 'endor-sparse\[{extra}\]'"
+        ):
+            gpu_device.require("cuda:0")
+    gpu_device._refusal.cache_clear()
 
 
 def test_addresses_must_be_aligned(rng):

@@ -104,7 +104,8 @@ def weight(case: Case) -> np.ndarray:
     """
     import torch
 
-    from endor.packed import bits_of, torch_dtype
+    from endor.dtypes import torch_dtype
+    from endor.packed import bits_of
 
     item = case.check()
     shape = (case.rows, case.cols)

@@ -10,7 +10,7 @@ from endor import kernels
 from endor.bench.records import BenchRecord, environment
 from endor.codecs import DTYPES, CodecChoice, Encoded
 from endor.errors import EndorError
-from endor.kernels import gpu
+from endor.kernels import gpu, gpu_device
 from endor.kernels.gpu import DeviceEncoded
 
 
@@ -130,7 +130,7 @@ def gpu_record(
     p20, p50, p80 = (float(value) for value in np.quantile(samples, (0.2, 0.5, 0.8)))
     properties = torch.cuda.get_device_properties(0)
     described = environment(f"{properties.name}, {properties.multi_processor_count} SMs")
-    driver = f"CUDA driver {gpu.describe()['driver']}"
+    driver = f"CUDA driver {gpu_device.describe()['driver']}"
     return BenchRecord(
         bench="gpu",
         subject=subject,

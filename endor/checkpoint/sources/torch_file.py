@@ -26,9 +26,10 @@ from endor.checkpoint.sources.torch_pickle import (
     Unsupported,
 )
 from endor.codecs import DType
+from endor.dtypes import endor_dtype
 from endor.errors import CheckpointError, DTypeError
 from endor.foreign import describe_file
-from endor.packed import bits_of, endor_dtype
+from endor.packed import bits_of
 from endor.storage.safetensors import is_count, is_shape
 
 ADVICE = "fetch it again, or re-save it with safetensors"

@@ -14,7 +14,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from endor.codecs import DType, dtype
-from endor.packed import TORCH_NAMES
+from endor.dtypes import TORCH_NAMES
 
 _STORAGES = {
     "BFloat16Storage": "BF16",

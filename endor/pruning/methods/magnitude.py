@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from endor.codecs import DType, dtype
+from endor.dtypes import TORCH_NAMES
 from endor.errors import DTypeError, PruningError
 from endor.kernels.threshold import count16, zero_below16
 from endor.pruning.contract import Pattern, PruneOptions
@@ -51,8 +52,8 @@ class Magnitude:
         """Return `weight` with its smallest elements set to +0.0; survivors keep their bits."""
         import torch
 
-        code = _TORCH_CODES.get(str(weight.dtype))
-        if code is None:
+        code = TORCH_NAMES.get(str(weight.dtype).removeprefix("torch."), "")
+        if code not in PRUNABLE:
             raise DTypeError(f"{name}: cannot prune {weight.dtype}; use a float type or int8")
         kind = dtype(code)
         host = weight.detach().to("cpu", copy=True).contiguous()
@@ -100,16 +101,6 @@ class RowMagnitude(Magnitude):
 
     def __init__(self, options: PruneOptions) -> None:
         super().__init__(options, per_row=True)
-
-
-_TORCH_CODES = {
-    "torch.bfloat16": "BF16",
-    "torch.float16": "F16",
-    "torch.float32": "F32",
-    "torch.float8_e4m3fn": "F8_E4M3",
-    "torch.float8_e5m2": "F8_E5M2",
-    "torch.int8": "I8",
-}
 
 
 def zero_count(numel: int, sparsity: float) -> int:
