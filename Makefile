@@ -37,6 +37,8 @@ lint: $(STAMP)
 	$(BIN)/python -m ruff check .
 	$(BIN)/python -m ruff format --check .
 	$(BIN)/python -m mypy
+	MYPYPATH=scripts $(BIN)/python -m mypy --explicit-package-bases --follow-imports=silent scripts/*.py tests/support
+	MYPYPATH=scripts/make_model $(BIN)/python -m mypy --explicit-package-bases --follow-imports=silent scripts/make_model
 
 docs: $(STAMP)
 	$(BIN)/python scripts/build_docs.py

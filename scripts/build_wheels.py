@@ -21,6 +21,7 @@ import tarfile
 import tempfile
 import zipfile
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 GLIBC = (2, 28)
@@ -47,14 +48,14 @@ print("kernels", *native.available(), "of", native.load()[1])
 """
 
 
-def run(*command: str | Path, **options: object) -> str:
+def run(*command: str | Path, **options: Any) -> str:
     """Run a command and return what it said; leave with its message when it fails."""
     done = subprocess.run(
         [str(part) for part in command], capture_output=True, text=True, check=False, **options
     )
     if done.returncode:
         sys.exit(f"{' '.join(str(part) for part in command)}:\n{done.stdout}{done.stderr}")
-    return done.stdout
+    return str(done.stdout)
 
 
 def compiler(machine: str) -> str | None:

@@ -23,7 +23,7 @@ from transformers import AutoTokenizer
 import endor
 from endor.bench.generation.experts import POLICIES, compare, record_routing, simulate, table
 from endor.hf.generation_cache import CACHE_ARGUMENT
-from endor.planning import Placement
+from endor.planning import Placement, Tier
 
 SHARES = (0.125, 0.25, 0.5, 0.75)
 HALF_LIVES = (4.0, 16.0, 64.0, 256.0)
@@ -37,7 +37,7 @@ def with_cache(packed: Path, share: float) -> tuple[Any, int]:
     routed = [unit for unit in store.units if not unit.scheduled]
     capacity = round(share * len(routed))
     slot = max(unit.nbytes for unit in routed)
-    tiers = dict.fromkeys((unit.name for unit in store.units), "resident")
+    tiers: dict[str, Tier] = dict.fromkeys((unit.name for unit in store.units), "resident")
     tiers |= dict.fromkeys((unit.name for unit in routed), "disk")
     store.close()
     return endor.load_model(packed, placement=Placement(tiers, capacity * slot)), capacity

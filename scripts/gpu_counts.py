@@ -60,7 +60,7 @@ def gweights(found: dict[str, float], card: Card) -> float:
     cycles_of_memory = found["bytes"] / (card.copy_gbps / card.multiprocessors / card.clock_ghz)
     limits = (cycles_of_memory, found["instructions"] / 4 / ISSUED, found["transfers"] / PASSED)
     cycles = sum(limit**4 for limit in limits) ** 0.25
-    return 1024 / cycles * card.multiprocessors * card.clock_ghz
+    return float(1024 / cycles * card.multiprocessors * card.clock_ghz)
 
 
 def model(costs: Costs) -> str:

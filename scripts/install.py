@@ -51,7 +51,10 @@ def lowest() -> Iterator[str]:
     wanted = [*project["dependencies"], *extras["hf"], *extras["plot"]]
     wanted += [item for item in extras["dev"] if item.startswith(TESTING)]
     for item in wanted:
-        name, bound = re.fullmatch(r"([\w-]+)>=([\w.]+)(?:,.*)?", item).groups()
+        found = re.fullmatch(r"([\w-]+)>=([\w.]+)(?:,.*)?", item)
+        if found is None:
+            raise SystemExit(f"pyproject.toml: {item} has no lower bound")
+        name, bound = found.groups()
         if name != "torch":
             yield f"{name}=={bound}"
 

@@ -25,10 +25,17 @@ def make(model: Path, nbytes: int) -> None:
         return
     layer = 2 * (4 * HIDDEN * HIDDEN + 3 * HIDDEN * INNER + 2 * HIDDEN)
     ends = 2 * (2 * VOCAB * HIDDEN + HIDDEN)
-    words = ["--layers", -(-(nbytes - ends) // layer), "--hidden", HIDDEN, "--intermediate", INNER]
+    words: list[object] = [
+        "--layers",
+        -(-(nbytes - ends) // layer),
+        "--hidden",
+        HIDDEN,
+        "--intermediate",
+        INNER,
+    ]
     words += ["--heads", 12, "--vocab", VOCAB]
     script = Path(__file__).with_name("make_model")
-    command = [sys.executable, script, "random", model, *map(str, words)]
+    command = [sys.executable, str(script), "random", str(model), *map(str, words)]
     subprocess.run(command, check=True, stdout=sys.stderr)
 
 

@@ -51,7 +51,7 @@ def statistics(model: Any, model_dir: Path, samples: int, path: Path) -> dict[st
     leaders = [name for name in matrices(model) if shared(name) == name]
     handles = [matrices(model)[name].register_forward_pre_hook(watch(name)) for name in leaders]
     with torch.no_grad():
-        for window in ids.split(4):
+        for window in torch.split(ids, 4):
             model.model(window, use_cache=False)
     for handle in handles:
         handle.remove()

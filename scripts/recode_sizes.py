@@ -19,7 +19,16 @@ from safetensors import safe_open
 from endor import kernels
 from endor.codecs import DTYPES, fields
 
-NF4 = (-1.0, -0.6961928, -0.5250731, -0.3949175, -0.2844414, -0.1847734, -0.0910500, 0.0)
+NF4: tuple[float, ...] = (
+    -1.0,
+    -0.6961928,
+    -0.5250731,
+    -0.3949175,
+    -0.2844414,
+    -0.1847734,
+    -0.0910500,
+    0.0,
+)
 NF4 += (0.0795803, 0.1609302, 0.2461123, 0.3379152, 0.4407098, 0.5626170, 0.7229568, 1.0)
 """Levels of NF4 (QLoRA, arXiv 2305.14314, appendix E)."""
 
@@ -42,7 +51,8 @@ def integers(weight: torch.Tensor, size: int, bits: int) -> torch.Tensor:
     """Return symmetric codes of `bits` bits with one scale for `size` weights of a row."""
     part, top = groups(weight, size), 2 ** (bits - 1) - 1
     scale = part.abs().amax(1, keepdim=True).clamp_min(1e-12) / (top + 0.5)
-    return (part / scale).round().clamp(-top - 1, top).int()
+    codes: torch.Tensor = (part / scale).round().clamp(-top - 1, top).int()
+    return codes
 
 
 def fp8(weight: torch.Tensor) -> torch.Tensor:

@@ -14,7 +14,10 @@ ROOT = Path(__file__).resolve().parent.parent
 def version() -> str:
     """Return the version that the package says, without importing it."""
     text = (ROOT / "endor" / "version.py").read_text(encoding="utf-8")
-    return re.search(r'^__version__ = "([^"]+)"$', text, re.MULTILINE)[1]
+    found = re.search(r'^__version__ = "([^"]+)"$', text, re.MULTILINE)
+    if found is None:
+        raise SystemExit("endor/version.py says no version")
+    return found[1]
 
 
 def problems(tag: str | None) -> list[str]:

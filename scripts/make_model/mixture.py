@@ -35,7 +35,7 @@ def inputs_of_blocks(model: Any, ids: torch.Tensor) -> list[torch.Tensor]:
         for at, layer in enumerate(model.model.layers)
     ]
     with torch.no_grad():
-        for window in ids.split(WINDOW):
+        for window in torch.split(ids, WINDOW):
             model(window[None])
     for hook in hooks:
         hook.remove()
@@ -72,13 +72,15 @@ def fit_router(inputs: torch.Tensor, norms: torch.Tensor) -> torch.Tensor:
     gram = inputs.T @ inputs
     gram.diagonal().add_(1e-2 * gram.diagonal().mean())
     weight = torch.linalg.solve(gram, inputs.T @ norms).T
-    return weight * (TEMPERATURE / (inputs @ weight.T).std())
+    scaled: torch.Tensor = weight * (TEMPERATURE / (inputs @ weight.T).std())
+    return scaled
 
 
 def convert(dense: Any, ids: torch.Tensor, experts: int, top_k: int) -> Any:
     """Return the mixture made from `dense`."""
     old = dense.config
-    same = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads")
+    same: tuple[str, ...] = ("vocab_size", "hidden_size", "num_hidden_layers")
+    same += ("num_attention_heads",)
     same += ("num_key_value_heads", "max_position_embeddings", "rms_norm_eps", "rope_parameters")
     same += ("bos_token_id", "eos_token_id", "pad_token_id", "tie_word_embeddings")
     shared = old.intermediate_size // 2
@@ -121,7 +123,9 @@ def convert(dense: Any, ids: torch.Tensor, experts: int, top_k: int) -> Any:
 def loss(model: Any, ids: torch.Tensor) -> float:
     """Return the mean negative log-likelihood of a text."""
     with torch.no_grad():
-        parts = [model(window[None], labels=window[None]).loss for window in ids.split(WINDOW)]
+        parts = [
+            model(window[None], labels=window[None]).loss for window in torch.split(ids, WINDOW)
+        ]
     return float(torch.stack(parts).mean())
 
 

@@ -12,6 +12,7 @@ from safetensors.torch import save_file as stock_save
 import endor
 from endor import PackedTensor, compress, decompress, load_file, safe_open, save_file
 from endor.codecs import CodecChoice
+from endor.dtypes import _names
 from endor.errors import (
     BackendError,
     CheckpointError,
@@ -20,7 +21,6 @@ from endor.errors import (
     FormatError,
     ReadError,
 )
-from endor.packed import _names
 
 pytestmark = pytest.mark.usefixtures("each_kernel")
 

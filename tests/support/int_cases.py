@@ -1,10 +1,11 @@
 """Tensors in codec `int` of every kind that the GPU kernel tells apart."""
 
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 
-from endor.codecs import DTYPES, Encoded, integer
+from endor.codecs import DTYPES, DType, Encoded, integer
 
 
 def codes_of(rng: np.random.Generator, shape: tuple[int, ...], spread: float) -> np.ndarray:
@@ -24,7 +25,13 @@ def cases(rng: np.random.Generator) -> Iterator[tuple[str, Encoded]]:
     """Names and tensors."""
     bf16 = DTYPES["BF16"]
 
-    def make(shape, steps, dtype=bf16, spread=2.0, block=None) -> Encoded:
+    def make(
+        shape: tuple[int, ...],
+        steps: Any,
+        dtype: DType = bf16,
+        spread: float = 2.0,
+        block: Any = None,
+    ) -> Encoded:
         return integer.encode(codes_of(rng, shape, spread), steps, dtype, block=block)
 
     for name, spread in (("narrow", 0.3), ("usual", 2.0), ("wide", 40.0), ("low bits", 300.0)):

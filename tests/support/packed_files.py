@@ -8,15 +8,17 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 
 from endor import kernels
-from endor.codecs import DTYPES
+from endor.codecs import DTYPES, CodecChoice
 from endor.offload import Store
 from endor.offload.host_mover import HostMover
-from endor.planning import Part, Placement, Unit, WeightSpec, collect_units
+from endor.offload.state import Bound
+from endor.planning import Part, Placement, Tier, Unit, WeightSpec, collect_units
 from endor.storage import FileLayout, FileWriter, header_capacity, largest_spec, open_reader
 
 TIMEOUT_S = 60.0
@@ -70,21 +72,28 @@ class Packed:
         return sum(unit.nbytes for unit in self.units)
 
     def placement(self, staging: int | None = None, resident: Sequence[int] = ()) -> Placement:
-        tiers = {unit.name: "resident" if unit.index in resident else "disk" for unit in self.units}
+        tiers: dict[str, Tier] = {
+            unit.name: "resident" if unit.index in resident else "disk" for unit in self.units
+        }
         return Placement(tiers, self.largest if staging is None else staging)
 
-    def mover(self, placement: Placement | None = None, **options) -> HostMover:
+    def mover(self, placement: Placement | None = None, **options: Any) -> HostMover:
         reader = open_reader("buffered", preadv=self.disk)
         return HostMover(self.units, placement or self.placement(), reader, **options)
 
-    def store(self, placement: Placement | None = None, dtype=torch.bfloat16, **options) -> Store:
+    def store(
+        self,
+        placement: Placement | None = None,
+        dtype: torch.dtype = torch.bfloat16,
+        **options: Any,
+    ) -> Store:
         reader = open_reader("buffered", preadv=self.disk)
         specs = [(spec, dtype) for spec in self.specs]
         return Store.open(
             [self.layout], self.units, specs, placement or self.placement(), reader, **options
         )
 
-    def check(self, name: str, bound) -> None:
+    def check(self, name: str, bound: Bound) -> None:
         """Assert that a unit's tensors decode to the matrix that was packed."""
         expected = self.dense[name]
         out = np.empty(expected.size, dtype=expected.dtype)
@@ -97,11 +106,11 @@ def make_packed(
     shapes: Sequence[tuple[int, int]],
     *,
     routed: Sequence[int] = (),
-    dtype="BF16",
-    codec="auto",
+    dtype: str = "BF16",
+    codec: CodecChoice = "auto",
 ) -> Packed:
     item, rng = DTYPES[dtype], np.random.default_rng(len(shapes))
-    dense = {}
+    dense: dict[str, np.ndarray] = {}
     for at, shape in enumerate(shapes):
         values = rng.normal(size=shape).astype(np.float32)
         values[rng.random(shape) < 0.5] = 0
