@@ -242,10 +242,10 @@ def doubt(dtype: str, predicted_s: float, found_s: float) -> str:
     """
     key = _machine_key(fingerprint_facts(), dtype)
     found = _remembered_machine(key)
-    off = found_s / predicted_s - 1
-    if found is None or abs(off) <= DOUBT:
+    ratio = found_s / predicted_s
+    if found is None or abs(ratio - 1) <= DOUBT:
         return ""
-    text = f"steps took {off:+.0%} of what was predicted from constants of {found.measured}"
+    text = f"steps took {ratio:.2f}x what was predicted from constants of {found.measured}"
     try:
         age = datetime.now(UTC) - datetime.fromisoformat(found.measured)
         recent = age.total_seconds() < DOUBT_AGE_S
