@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 @click.command("plan")
-@click.argument("model", type=click.Path(exists=True, path_type=Path))
+@click.argument("model", required=False, type=click.Path(exists=True, path_type=Path))
 @loading_options("vram", "ram", "context", "prompt", "batch", "exact", "kv")
 @click.option(
     "--for",
@@ -45,7 +45,7 @@ if TYPE_CHECKING:
 )
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def plan_command(
-    model: Path,
+    model: Path | None,
     trust_remote_code: bool,
     machine_name: str | None,
     sparsity: float | None,
@@ -69,6 +69,8 @@ def plan_command(
     target = find_target(machine_name, disk_gbps)
     if machine_name == "list":
         return
+    if model is None:
+        raise click.UsageError("Missing argument 'MODEL': a directory, or a config.json")
     if not (model.is_dir() and is_packed(model)):
         sketched(model, target, sparsity, bits, trust_remote_code, as_json, explain, options)
         return

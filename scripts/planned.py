@@ -111,7 +111,7 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
 HEAD = """# Predicted: large models on machines that are not at hand
 
 **Nothing on this page was measured.** Tokens a second of one sequence, 1024 tokens of context, from
-the cost model of `endor plan` with published constants (`endor plan MODEL --for list`; sources in
+the cost model of `endor plan` with published constants (`endor plan --for list`; sources in
 `endor/planning/catalogue.py`); weights are expanded on the device and multiplied there. 50 % and
 70 % are shares of zeros; what they and 3.5 bits cost in quality is in [quality.md](quality.md). The
 word beside a rate is what limits the step. Sizes are of bf16 weights: gpt-oss and DeepSeek are

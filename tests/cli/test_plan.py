@@ -120,8 +120,8 @@ def test_a_model_is_planned_before_it_is_packed(packed):
     assert found["ways"][0]["decode"]["tokens_per_s"] > 0
 
 
-def test_machines_are_listed(packed):
-    out = run(packed, "--for", "list")
+def test_machines_are_listed():
+    out = CliRunner().invoke(plan_command, ["--for", "list"], catch_exceptions=False).stdout
     assert "rtx4060-laptop" in out
     assert "white paper" in out
 
@@ -137,3 +137,9 @@ def test_options_that_do_not_apply_are_refused(packed, arguments, said):
     ran = CliRunner().invoke(plan_command, [str(packed), *arguments])
     assert ran.exit_code == 2
     assert said in ran.stderr
+
+
+def test_a_model_is_asked_for():
+    ran = CliRunner().invoke(plan_command, ["--for", "rtx4090"])
+    assert ran.exit_code == 2
+    assert "MODEL" in ran.stderr
