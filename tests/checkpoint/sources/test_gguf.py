@@ -14,6 +14,9 @@ from endor.packing import pack_checkpoint
 
 gguf = pytest.importorskip("gguf")
 Type = gguf.GGMLQuantizationType
+NAMES = {int(kind): kind.name for kind in Type if int(kind) in BLOCKS}
+"""What this gguf package knows of the types that Endor knows: older ones lack the newest."""
+
 QUANTISERS = ["Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0"]
 
 
@@ -48,14 +51,15 @@ def write(path: Path, kinds: list[Type], alignment: int = 32) -> Path:
 
 def test_blocks_are_those_of_the_gguf_package() -> None:
     known = {int(kind): tuple(sizes) for kind, sizes in gguf.GGML_QUANT_SIZES.items()}
-    assert {kind: known[kind] for kind in BLOCKS} == BLOCKS
+    assert {kind: known[kind] for kind in NAMES} == {kind: BLOCKS[kind] for kind in NAMES}
+    assert len(NAMES) > len(BLOCKS) - 3
     for kind, layout in LAYOUTS.items():
         layout.check()
         assert layout.block == BLOCKS[kind][1]
-    assert {kind: Type(kind).name for kind in PLAIN} == PLAIN
+    assert all(NAMES.get(kind, name) == name for kind, name in PLAIN.items())
 
 
-@pytest.mark.parametrize("name", [Type(kind).name for kind in BLOCKS])
+@pytest.mark.parametrize("name", list(NAMES.values()))
 def test_the_same_file_comes_back(tmp_path: Path, name: str) -> None:
     path = write(tmp_path / "model.gguf", [Type[name]])
     report = pack_checkpoint(path, tmp_path / "packed")
