@@ -38,7 +38,8 @@ lint: $(STAMP)
 	$(BIN)/python -m ruff format --check .
 	$(BIN)/python -m mypy
 	MYPYPATH=scripts $(BIN)/python -m mypy --explicit-package-bases --follow-imports=silent scripts/*.py tests/support
-	MYPYPATH=scripts/make_model $(BIN)/python -m mypy --explicit-package-bases --follow-imports=silent scripts/make_model
+	for folder in make_model models_matrix torture; do MYPYPATH=scripts/$$folder \
+		$(BIN)/python -m mypy --explicit-package-bases --follow-imports=silent scripts/$$folder || exit 1; done
 
 docs: $(STAMP)
 	$(BIN)/python scripts/build_docs.py

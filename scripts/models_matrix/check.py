@@ -282,7 +282,7 @@ def _compare_files(source: Path, back: Path) -> None:
     from safetensors import safe_open
 
     def contents(folder: Path) -> dict[str, torch.Tensor]:
-        out = {}
+        out: dict[str, torch.Tensor] = {}
         for path in sorted(folder.glob("*.safetensors")):
             with safe_open(path, framework="pt") as file:
                 out |= {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118

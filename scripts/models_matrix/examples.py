@@ -34,7 +34,7 @@ def text_inputs(model: Any) -> Iterator[Inputs]:
         for each in images:
             yield each
             yield each | {key: value[:1] for key, value in decoder.items()}
-    for name, shapes in {
+    shaped: dict[str, list[tuple[int, ...]]] = {
         "input_values": [(1, 4000), (1, 16, 128), (1, 128, 16), (1, 1, 4000)],
         "input_features": [
             (1, 16, 128),
@@ -54,7 +54,8 @@ def text_inputs(model: Any) -> Iterator[Inputs]:
         "spectrogram": [(1, 32, 16)],
         "input_embeds": [(1, LENGTH, WIDTH)],
         "encoder_hidden_states": [(1, LENGTH, WIDTH)],
-    }.items():
+    }
+    for name, shapes in shaped.items():
         if name in names:
             for shape in shapes:
                 found = {name: _floats(model, shape)}

@@ -254,7 +254,7 @@ def _shrink(values: Mapping[str, Any], ids: _Ids, attempt: int) -> dict[str, Any
     heads = values.get("num_attention_heads")
     if heads is not None and values.get("num_key_value_heads") == heads:
         out["num_key_value_heads"] = out["num_attention_heads"]
-    parts = values.get("qk_rope_head_dim"), values.get("qk_nope_head_dim")
+    parts: tuple[Any, Any] = values.get("qk_rope_head_dim"), values.get("qk_nope_head_dim")
     if all(_is_count(part) for part in parts):
         out |= {
             key: 2 * HEAD
@@ -383,7 +383,9 @@ def _rope(rope: dict[str, Any], attempt: int, config: Mapping[str, Any]) -> dict
     half = int(HEAD * factor) // 2
     section = [half // 4, half * 3 // 8, half - half // 4 - half * 3 // 8]
     if attempt:
-        kept = {key: rope[key] for key in ("rope_theta", "partial_rotary_factor") if key in rope}
+        kept: dict[str, Any] = {
+            key: rope[key] for key in ("rope_theta", "partial_rotary_factor") if key in rope
+        }
         return {"rope_theta": 10000.0, **kept, "rope_type": "default", "mrope_section": section}
     if isinstance(rope.get("mrope_section"), list) and len(rope["mrope_section"]) == 3:
         rope["mrope_section"] = section

@@ -14,6 +14,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 import child
 
@@ -86,7 +87,7 @@ def main() -> None:
     sys.exit(any(result.failures for result in results))
 
 
-def show(result):
+def show(result: Any) -> Any:
     """Print a result and return it."""
     outcomes = ", ".join(f"{count} {name}" for name, count in sorted(result.outcomes.items()))
     print(

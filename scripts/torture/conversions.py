@@ -11,6 +11,7 @@ from contextlib import closing
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from child import MODES, Ended, calls, run
 from models import tree, weights, write, write_language_model
@@ -54,28 +55,28 @@ class Conversion:
     old: Path | None = None
 
 
-def pack(source: Path, out: Path, **options: object) -> None:
+def pack(source: Path, out: Path, **options: Any) -> None:
     from endor.packing import pack_checkpoint
 
     _quiet()
     pack_checkpoint(source, out, max_shard_bytes=MIB, threads=2, **options)
 
 
-def unpack(source: Path, out: Path, **options: object) -> None:
+def unpack(source: Path, out: Path, **options: Any) -> None:
     from endor.checkpoint import unpack_checkpoint
 
     _quiet()
     unpack_checkpoint(source, out, threads=2, **options)
 
 
-def prune(source: Path, out: Path, **options: object) -> None:
+def prune(source: Path, out: Path, **options: Any) -> None:
     from endor.packing import prune_checkpoint
 
     _quiet()
     prune_checkpoint(source, out, threads=2, **options)
 
 
-def calibrated(source: Path, scratch: Path, out: Path, **options: object) -> None:
+def calibrated(source: Path, scratch: Path | None, out: Path, **options: Any) -> None:
     """Pack with Wanda; finished layers wait in `scratch`, or in TMPDIR without one."""
     from endor.checkpoint import open_source
     from endor.checkpoint.select import select
@@ -154,7 +155,7 @@ class Yard:
             shutil.copytree(conversion.old, self.out)
             self.old = tree(self.out)
 
-    def act(self, **options: object) -> None:
+    def act(self, **options: Any) -> None:
         if self.old is not None:
             options["overwrite"] = True
         self.conversion.act(self.out, **options)
@@ -214,12 +215,12 @@ class Yard:
         raise AssertionError("a complete OUT was not refused")
 
 
-def disturbed(work: Path, conversion: Conversion, **how: object) -> tuple[str, str | None]:
+def disturbed(work: Path, conversion: Conversion, **how: Any) -> tuple[str, str | None]:
     """Run a conversion while something goes wrong, then again; return outcome and problem."""
     yard = Yard(work, conversion)
     try:
         killed = "kill" in str(how.get("mode")) or how.get("kill_after_s") is not None
-        below = {"below": work} if "mode" in how else {}
+        below: dict[str, Any] = {"below": work} if "mode" in how else {}
         ended = run(yard.act, **below, **how)
         outcome = "killed" if ended.signal else "refused" if ended.refused else "succeeded"
         return outcome, yard.problem(ended, killed=killed) or yard.again()
