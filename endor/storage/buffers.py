@@ -6,7 +6,7 @@ import mmap
 import numpy as np
 
 from endor.errors import ShapeError
-from endor.storage.layout import ALIGN, align_up
+from endor.storage.layout import ALIGN, Record, align_up
 
 _HUGE_PAGE = 2 << 20
 
@@ -37,3 +37,26 @@ class HostBuffer:
     def address(self) -> int:
         """Address of the first byte, a multiple of 4096."""
         return int(self.array.ctypes.data)
+
+
+def destination(buffer: HostBuffer | np.ndarray, needed: int, record: Record) -> np.ndarray:
+    """Return the `needed` bytes at the beginning of a buffer that a record may be read into.
+
+    Raises:
+        ShapeError: It is too small, or not memory that O_DIRECT takes.
+    """
+    array = buffer.array if isinstance(buffer, HostBuffer) else buffer
+    if (
+        array.dtype != np.uint8
+        or array.ndim != 1
+        or array.size < needed
+        or not array.flags.c_contiguous
+        or not array.flags.writeable
+        or array.ctypes.data % ALIGN
+    ):
+        raise ShapeError(
+            f"record {record.name!r}: buffer must be flat writable u8 of at least {needed} bytes "
+            f"at an address that {ALIGN} divides, got {array.dtype} {array.shape} at "
+            f"{array.ctypes.data:#x}; HostBuffer makes such memory"
+        )
+    return array[:needed]

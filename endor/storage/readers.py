@@ -15,7 +15,7 @@ import numpy as np
 
 from endor.errors import BackendError, ConfigError, ReadError, ShapeError, TruncatedError
 from endor.kernels.dispatch import check_threads
-from endor.storage.buffers import HostBuffer
+from endor.storage.buffers import HostBuffer, destination
 from endor.storage.layout import ALIGN, Record, align_up
 from endor.storage.source import BlockStat, Preadv, ReaderKind, Source
 from endor.storage.ticket import ReadStat, Ticket
@@ -81,14 +81,25 @@ class RecordReader:
             ReadError: The reader is closed.
             OSError: The file cannot be opened.
         """
-        stop = record.nbytes if stop is None else stop
+        return self._submit(record, buffer, start, record.nbytes if stop is None else stop)
+
+    def _submit(
+        self,
+        record: Record,
+        buffer: HostBuffer | np.ndarray,
+        start: int,
+        stop: int,
+        *,
+        takes_part: bool = False,
+    ) -> Ticket:
+        """Start reading; a caller that waits anyway `takes_part` by reading one block itself."""
         if not 0 <= start <= stop <= record.nbytes:
             raise ShapeError(
                 f"{record.path}: record {record.name!r}: range must lie in 0..{record.nbytes}, got "
                 f"{start}:{stop}"
             )
         first = start // ALIGN * ALIGN
-        data = _destination(buffer, align_up(stop, ALIGN) - first, record)
+        data = destination(buffer, align_up(stop, ALIGN) - first, record)
         ticket = Ticket(record, data, start - first, stop - start)
         with self._lock:
             if self._closed:
@@ -98,9 +109,10 @@ class RecordReader:
             self._enter()
             spans = _spans(data.size, self._block_bytes)
             ticket._blocks = len(spans) + 1
-            submitted = 0
+            own = spans[:1] if takes_part else []
+            submitted = len(own)
             try:
-                for begin, end in spans:
+                for begin, end in spans[len(own) :]:
                     out, at = data[begin:end].data, record.offset + first + begin
                     future = self._pool.submit(self._read_block, ticket, source, out, at)
                     submitted += 1
@@ -108,6 +120,8 @@ class RecordReader:
             except BaseException as error:  # no thread to be had, Ctrl-C: the rest never starts
                 ticket._fail(_without_thread(error, record))
                 ticket._forget(len(spans) - submitted)
+        for begin, end in own:
+            self._read_block(ticket, source, data[begin:end].data, record.offset + first + begin)
         self._end_block(ticket, BlockStat(), 0.0)
         if isinstance(ticket._error, KeyboardInterrupt):
             self.wait(ticket)
@@ -126,8 +140,8 @@ class RecordReader:
         return ticket._result()
 
     def read(self, record: Record, buffer: HostBuffer | np.ndarray) -> ReadStat:
-        """Read a whole record; errors as for `submit` and `wait`."""
-        return self.wait(self.submit(record, buffer))
+        """Read a whole record, a block of it on this thread; errors as for `submit`, `wait`."""
+        return self.wait(self._submit(record, buffer, 0, record.nbytes, takes_part=True))
 
     def read_range(
         self, record: Record, start: int, stop: int, buffer: HostBuffer | np.ndarray
@@ -310,24 +324,6 @@ def _without_thread(error: BaseException, record: Record) -> BaseException:
         f"{record.path}: record {record.name!r}: no thread to read it with ({error}): raise the "
         "limit of processes (ulimit -u) or of memory, or ask for fewer threads"
     )
-
-
-def _destination(buffer: HostBuffer | np.ndarray, needed: int, record: Record) -> np.ndarray:
-    array = buffer.array if isinstance(buffer, HostBuffer) else buffer
-    if (
-        array.dtype != np.uint8
-        or array.ndim != 1
-        or array.size < needed
-        or not array.flags.c_contiguous
-        or not array.flags.writeable
-        or array.ctypes.data % ALIGN
-    ):
-        raise ShapeError(
-            f"record {record.name!r}: buffer must be flat writable u8 of at least {needed} bytes "
-            f"at an address that {ALIGN} divides, got {array.dtype} {array.shape} at "
-            f"{array.ctypes.data:#x}; HostBuffer makes such memory"
-        )
-    return array[:needed]
 
 
 def _spans(nbytes: int, block_bytes: int) -> list[tuple[int, int]]:

@@ -329,7 +329,7 @@ def test_a_late_refusal_is_an_error_not_a_fallback(layout: FileLayout) -> None:
         open_reader("auto", threads=1, block_bytes=BLOCK, preadv=preadv) as reader,
         pytest.raises(ReadError, match="Invalid argument"),
     ):
-        reader.read(record, HostBuffer(record.nbytes))
+        reader.wait(reader.submit(record, HostBuffer(record.nbytes)))
 
 
 def test_close_cancels_what_waits_and_ends_the_threads(layout: FileLayout) -> None:
