@@ -46,7 +46,8 @@ class Model(nn.Module):
 
 if Rope is not None:
     try:
-        Rope().convert({"q.weight": [torch.zeros(12, 5)]}, ["q.weight"], ["q.weight"], config=Config)
+        names = ["q.weight"]
+        Rope().convert({"q.weight": [torch.zeros(12, 5)]}, names, names, config=Config)
     except TypeError:
         Rope = None  # older ones need the layers' names: what they make is expanded at load
 
