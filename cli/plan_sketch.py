@@ -1,7 +1,7 @@
 """`endor plan` of a model that is not packed, and of a machine that is not at hand."""
 
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -24,14 +24,15 @@ SKETCHED_BITS = (4.0, 3.5, 3.0)
 
 def find_target(name: str | None, disk_gbps: float | None) -> "Described | None":
     """Return the machine that `--for` names, and print all of them for `list`."""
-    from endor.planning.catalogue import MACHINES, changed, described
+    from endor.planning.catalogue import MACHINES, described
 
     if name is None:
         if disk_gbps is not None:
             raise click.UsageError("--disk changes the disk of a machine that --for names")
         return None
     if name != "list":
-        return changed(described(name), disk_gbps=disk_gbps)
+        found = described(name)
+        return found if disk_gbps is None else replace(found, disk_gbps=disk_gbps)
     rows = [
         [
             each.name,

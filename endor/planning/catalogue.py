@@ -1,10 +1,10 @@
 """Machines that are not at hand: published constants, from which a plan can be made for them.
 
 Nothing here was measured. Bandwidths and peak rates are those of the makers' data sheets, brought
-down by shares that `docs/benchmarks` found on machines that were measured.
+down by assumed shares.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from endor.errors import ConfigError
 from endor.planning.machine import KINDS, Disk, Link, Machine
@@ -16,8 +16,7 @@ VRAM_SHARE = 0.85
 GEMM_SHARE = 0.5
 """What torch's products reach of a device's dense bf16 peak."""
 CORE_EXPAND_GBPS, CORE_PRODUCT_GBPS, CORE_GFLOPS = 12.0, 6.0, 40.0
-"""One core with AVX2: dense bytes expanded, packed bytes multiplied, float32 product; see
-docs/benchmarks/cpu.md."""
+"""Assumed of one core with AVX2: dense bytes expanded, packed bytes multiplied, float32 product."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,19 +124,3 @@ def described(name: str) -> Described:
     if name not in MACHINES:
         raise ConfigError(f"{name}: is no machine of the table; there are {', '.join(MACHINES)}")
     return MACHINES[name]
-
-
-def changed(
-    machine: Described,
-    *,
-    ram_gib: float | None = None,
-    vram_gib: float | None = None,
-    disk_gbps: float | None = None,
-) -> Described:
-    """Return `machine` with another size of memory, or another disk."""
-    return replace(
-        machine,
-        ram_gib=machine.ram_gib if ram_gib is None else ram_gib,
-        vram_gib=machine.vram_gib if vram_gib is None else vram_gib,
-        disk_gbps=machine.disk_gbps if disk_gbps is None else disk_gbps,
-    )

@@ -1,9 +1,11 @@
 """Machines that are not at hand, and models that are not packed."""
 
+from dataclasses import replace
+
 import pytest
 
 from endor.errors import ConfigError
-from endor.planning.catalogue import MACHINES, changed, described
+from endor.planning.catalogue import MACHINES, described
 from endor.planning.plan import Workload, plan_costs
 from endor.planning.shape import ModelShape
 from endor.planning.sketch import Matrix, method, sketch_costs
@@ -59,8 +61,8 @@ def test_fewer_bytes_are_never_slower_where_the_link_is_the_limit():
 
 
 def test_a_machine_can_be_changed_and_an_unknown_one_is_named():
-    assert changed(described("rtx4090"), ram_gib=128).ram_bytes == int(128 * 0.9 * 2**30)
-    assert changed(described("rtx4090"), disk_gbps=14.0).disk.read_gbps == 14.0
+    assert replace(described("rtx4090"), ram_gib=128).ram_bytes == int(128 * 0.9 * 2**30)
+    assert replace(described("rtx4090"), disk_gbps=14.0).disk.read_gbps == 14.0
     with pytest.raises(ConfigError, match=r"rtx1: .*rtx4090"):
         described("rtx1")
 
