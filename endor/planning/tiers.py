@@ -44,10 +44,6 @@ class Placement:
     staging_bytes: int
     slots: int = 0
 
-    def bytes_in(self, tier: Tier, units: Sequence[Unit]) -> int:
-        """Return the packed bytes of the units in `tier`."""
-        return sum(unit.nbytes for unit in units if self.tiers[unit.name] == tier)
-
     def outside(self, units: Sequence[Unit]) -> list[Unit]:
         """Return the units that are copied to a device: for each use, or once to be expanded."""
         return [unit for unit in units if self.tiers[unit.name] != "vram"]
