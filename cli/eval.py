@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 import click
 
 from endor.cli.common import MODEL, json_option, loading_options
+from endor.cli.hub import at_hand, revision_option
 from endor.cli.progress import progress_bar
 from endor.cli.tables import table
 from endor.cli.terminal import emit, show
@@ -61,6 +62,7 @@ if TYPE_CHECKING:
     metavar="FILE.png",
     help="Draw perplexity against bits per weight (needs matplotlib).",
 )
+@revision_option
 @json_option
 def eval_command(
     models: tuple[Path, ...],
@@ -74,6 +76,7 @@ def eval_command(
     ram: str | None,
     plot: Path | None,
     trust_remote_code: bool,
+    revision: str | None,
     as_json: bool,
 ) -> None:
     """Measure the perplexity of each MODEL, a packed or dense checkpoint, on a text.
@@ -83,6 +86,8 @@ def eval_command(
     """
     from endor.bench.quality.evaluate import evaluate, load, read_text, shipped_text
 
+    models = tuple(at_hand(model, revision) for model in models)
+    against = at_hand(against) if against else None
     content = read_text(text or shipped_text())
     reference = load(against, dtype=dtype, trust_remote_code=trust_remote_code) if against else None
     found = []

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from endor.cli.common import MODEL, expanded_line, loading_options
+from endor.cli.hub import at_hand, revision_option
 from endor.cli.terminal import emit, show, stream
 from endor.cli.types import Text
 
@@ -44,6 +45,7 @@ LEAST_STEPS = 5
     metavar="FILE.json",
     help="Write that timeline for Perfetto or chrome://tracing.",
 )
+@revision_option
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object when all is done.")
 def generate_command(
     packed: Path,
@@ -61,6 +63,7 @@ def generate_command(
     seed: int | None,
     report: Path | None,
     trace: Path | None,
+    revision: str | None,
     as_json: bool,
 ) -> None:
     """Generate text from the checkpoint PACKED.
@@ -74,6 +77,7 @@ def generate_command(
 
     sampling = Sampling(max_new_tokens, temperature, top_p, seed)
     sampling.check()
+    packed = at_hand(packed, revision)
     tokenizer = read_tokenizer(packed, trust_remote_code=trust_remote_code)
     inputs = encode_prompt(tokenizer, prompt, chat=chat)
     prompt_tokens = inputs["input_ids"].shape[-1]

@@ -13,6 +13,7 @@ from endor.cli.common import (
     json_option,
     recoded_line,
 )
+from endor.cli.hub import at_hand, revision_option
 from endor.cli.tables import table
 from endor.cli.terminal import emit, show
 
@@ -25,14 +26,16 @@ from endor.cli.terminal import emit, show
     is_flag=True,
     help="Also name what its model needs expanded (takes seconds: imports transformers).",
 )
+@revision_option
 @json_option
-def inspect_command(packed: Path, asks_model: bool, as_json: bool) -> None:
+def inspect_command(packed: Path, asks_model: bool, revision: str | None, as_json: bool) -> None:
     """Show what PACKED holds, tensor by tensor: shape, codec, density, bits per weight.
 
     Reads headers only; `endor verify` checks the content.
     """
     from endor.checkpoint import inspect_checkpoint
 
+    packed = at_hand(packed, revision)
     found = inspect_checkpoint(packed)
     expanded = expanded_at_load(packed) if asks_model else None
     if as_json:

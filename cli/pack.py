@@ -19,6 +19,7 @@ from endor.cli.common import (
     resumable,
     selection_options,
 )
+from endor.cli.hub import at_hand, revision_option
 from endor.cli.progress import calibration_progress, progress_bar
 from endor.cli.pruning import (
     calibration_options,
@@ -70,6 +71,7 @@ count; of smaller ones `endor inspect --model` tells."""
     help="Size that a file does not exceed.",
 )
 @output_options
+@revision_option
 @json_option
 def pack_command(
     model: Path,
@@ -82,6 +84,7 @@ def pack_command(
     resume: bool,
     overwrite: bool,
     threads: int | None,
+    revision: str | None,
     as_json: bool,
     **options: Any,
 ) -> None:
@@ -91,10 +94,10 @@ def pack_command(
     quality, 16 / 3.5 times fewer bytes than bfloat16.
 
     MODEL is a Hugging Face directory (safetensors or .bin, in one file or many; dense, already
-    pruned, or compressed-tensors sparse-bitmask), a .safetensors file or a .gguf file. Without
-    --prune and --bits nothing is lost: `endor unpack` gives back every bit. Codes of a checkpoint
-    that is quantised already (GPTQ, AWQ, fp8, int8, NF4, mxfp4, GGUF ...) are entropy-coded as they
-    are.
+    pruned, or compressed-tensors sparse-bitmask), a .safetensors file, a .gguf file, or a model on
+    the Hub (org/name). Without --prune and --bits nothing is lost: `endor unpack` gives back every
+    bit. Codes of a checkpoint that is quantised already (GPTQ, AWQ, fp8, int8, NF4, mxfp4, GGUF
+    ...) are entropy-coded as they are.
     """
     quantizes = options["bits"] is not None or options["quality"] is not None
     if prune == "none" and not quantizes:
@@ -105,6 +108,7 @@ def pack_command(
     from endor.packing import pack_checkpoint
 
     request = requested(prune, options)
+    model = at_hand(model, revision)
     with resumable(out), calibration_progress() as layers, progress_bar("pack") as progress:
         report = pack_checkpoint(
             model,

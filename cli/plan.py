@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING, Any, Unpack
 
 import click
 
-from endor.cli.common import loading_options
+from endor.cli.common import MODEL, json_option, loading_options
+from endor.cli.hub import revision_option
 from endor.cli.plan_sketch import find_target, sketched
 from endor.cli.plan_text import arithmetic, summary
 from endor.cli.terminal import emit, show
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
 
 
 @click.command("plan")
-@click.argument("model", required=False, type=click.Path(exists=True, path_type=Path))
+@click.argument("model", required=False, type=MODEL)
 @loading_options("vram", "ram", "context", "prompt", "batch", "exact", "kv")
 @click.option(
     "--for",
@@ -43,7 +44,8 @@ if TYPE_CHECKING:
     metavar="FILE.png",
     help="Draw the placement over depth (needs matplotlib).",
 )
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+@revision_option
+@json_option
 def plan_command(
     model: Path | None,
     trust_remote_code: bool,
@@ -54,28 +56,35 @@ def plan_command(
     remeasure: bool,
     explain: bool,
     plot: Path | None,
+    revision: str | None,
     as_json: bool,
     **options: Unpack["Loading"],
 ) -> None:
     """Place MODEL in VRAM, RAM and on disk, and predict its speed.
 
     Nothing is loaded: the headers of a packed checkpoint, or the config.json of any model, and
-    measured constants of this machine are enough. The constants are remembered; `endor bench hw`
-    shows them. A MODEL that is not packed is planned for as `endor pack` would make it: with
-    --sparsity or --bits, or with each of several ways.
+    measured constants of this machine are enough; of a model on the Hub (org/name) only these are
+    fetched. The constants are remembered; `endor bench hw` shows them. A MODEL that is not packed
+    is planned for as `endor pack` would make it: with --sparsity or --bits, or with each of several
+    ways.
     """
     from endor.checkpoint.loadable import is_packed
+    from endor.checkpoint.remote import headers_at_hand
 
     target = find_target(machine_name, disk_gbps)
     if machine_name == "list":
         return
     if model is None:
-        raise click.UsageError("Missing argument 'MODEL': a directory, or a config.json")
+        raise click.UsageError("Missing argument 'MODEL': a directory, a config.json, or an id")
+    given = model
+    model, probe = click.get_current_context().with_resource(
+        headers_at_hand(given, revision, probe=target is None)
+    )
     if not (model.is_dir() and is_packed(model)):
         sketched(model, target, sparsity, bits, trust_remote_code, as_json, explain, options)
         return
     if sparsity is not None or bits is not None:
-        raise click.UsageError(f"--sparsity and --bits are for models that are not packed: {model}")
+        raise click.UsageError(f"--sparsity and --bits are for models that are not packed: {given}")
     from endor.hf.planned import plan_checkpoint
 
     planned = plan_checkpoint(
@@ -83,6 +92,7 @@ def plan_command(
         remeasure=remeasure,
         trust_remote_code=trust_remote_code,
         target=target,
+        disk_file=probe,
         **options,
     )
     found, result = planned.outline, planned.plan

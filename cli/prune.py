@@ -15,6 +15,7 @@ from endor.cli.common import (
     resumable,
     selection_options,
 )
+from endor.cli.hub import at_hand, revision_option
 from endor.cli.progress import calibration_progress, progress_bar
 from endor.cli.pruning import calibration_options, method_help, requested
 from endor.cli.terminal import emit, show
@@ -39,6 +40,7 @@ from endor.pruning.contract import METHODS
 )
 @selection_options
 @output_options
+@revision_option
 @json_option
 def prune_command(
     model: Path,
@@ -50,6 +52,7 @@ def prune_command(
     resume: bool,
     overwrite: bool,
     threads: int | None,
+    revision: str | None,
     as_json: bool,
     **options: Any,
 ) -> None:
@@ -63,6 +66,7 @@ def prune_command(
     from endor.pruning.mask_writer import MaskReport
 
     request = requested(method, options)
+    model = at_hand(model, revision)
     with resumable(out), calibration_progress() as layers, progress_bar("prune") as progress:
         report: DenseReport | MaskReport
         if mask_only:

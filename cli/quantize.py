@@ -15,6 +15,7 @@ from endor.cli.common import (
     resumable,
     selection_options,
 )
+from endor.cli.hub import at_hand, revision_option
 from endor.cli.progress import calibration_progress, progress_bar
 from endor.cli.pruning import calibration_options, quantize_options, requested
 from endor.cli.terminal import emit, show
@@ -35,6 +36,7 @@ from endor.pruning.contract import METHODS
 @calibration_options
 @selection_options
 @output_options
+@revision_option
 @json_option
 def quantize_command(
     model: Path,
@@ -45,6 +47,7 @@ def quantize_command(
     resume: bool,
     overwrite: bool,
     threads: int | None,
+    revision: str | None,
     as_json: bool,
     **options: Any,
 ) -> None:
@@ -59,6 +62,7 @@ def quantize_command(
     from endor.packing import prune_checkpoint
 
     request = requested(prune, options)
+    model = at_hand(model, revision)
     with resumable(out), calibration_progress() as layers, progress_bar("quantize") as progress:
         report = prune_checkpoint(
             model,

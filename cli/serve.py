@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 import click
 
 from endor.cli.common import MODEL, loading_options
+from endor.cli.hub import at_hand, revision_option
 from endor.cli.terminal import say, show
 from endor.cli.types import Size
 
@@ -60,6 +61,7 @@ if TYPE_CHECKING:
     show_default=True,
     help="Seconds for open answers once the server shall stop.",
 )
+@revision_option
 def serve_command(
     packed: Path,
     host: str,
@@ -77,6 +79,7 @@ def serve_command(
     max_request: int,
     max_waiting: int,
     grace: int,
+    revision: str | None,
 ) -> None:
     """Serve the checkpoint PACKED to OpenAI's clients.
 
@@ -97,6 +100,7 @@ def serve_command(
             "raise --context"
         )
     limits = Limits(max_new_tokens, max_request, max_waiting, context)
+    given, packed = packed, at_hand(packed, revision)
     tokenizer = read_tokenizer(packed, trust_remote_code=trust_remote_code)
     if not getattr(tokenizer, "is_fast", False):
         raise ConfigError(f"{packed}: serving needs a fast tokenizer (tokenizer.json)")
@@ -112,7 +116,7 @@ def serve_command(
     )
     if api_key is None and host not in ("127.0.0.1", "localhost", "::1"):
         say(f"warning: anybody who reaches {host} may use this server; give --api-key")
-    called = name or served_name(packed)
+    called = name or served_name(given)
 
     def ready(address: str) -> None:
         show(f"{called} at {address}/v1")

@@ -13,6 +13,7 @@ from endor.cli.common import (
     refuse_existing,
     resumable,
 )
+from endor.cli.hub import at_hand, revision_option
 from endor.cli.progress import progress_bar
 from endor.cli.terminal import emit, show
 
@@ -21,9 +22,16 @@ from endor.cli.terminal import emit, show
 @click.argument("packed", type=MODEL)
 @click.argument("out", type=MODEL)
 @output_options
+@revision_option
 @json_option
 def unpack_command(
-    packed: Path, out: Path, resume: bool, overwrite: bool, threads: int | None, as_json: bool
+    packed: Path,
+    out: Path,
+    resume: bool,
+    overwrite: bool,
+    threads: int | None,
+    revision: str | None,
+    as_json: bool,
 ) -> None:
     """Write PACKED to OUT as an ordinary Hugging Face checkpoint, bit for bit.
 
@@ -34,6 +42,7 @@ def unpack_command(
     from endor.checkpoint.composite import is_composite
     from endor.checkpoint.output import check_output
 
+    packed = at_hand(packed, revision)
     if not is_composite(packed):  # which looks for itself
         check_output(out, packed, resume=resume, overwrite=overwrite)
 

@@ -7,6 +7,7 @@ from pathlib import Path
 import click
 
 from endor.cli.common import MODEL, human, json_option
+from endor.cli.hub import at_hand, revision_option
 from endor.cli.progress import progress_bar
 from endor.cli.terminal import emit, say, show
 
@@ -23,8 +24,15 @@ SHOWN = 20
     help="Also compare every tensor with this checkpoint (dense or packed), bit for bit.",
 )
 @click.option("--threads", type=click.IntRange(1, 256), help="Workers; every CPU when omitted.")
+@revision_option
 @json_option
-def verify_command(packed: Path, against: Path | None, threads: int | None, as_json: bool) -> None:
+def verify_command(
+    packed: Path,
+    against: Path | None,
+    threads: int | None,
+    revision: str | None,
+    as_json: bool,
+) -> None:
     """Check PACKED: checksums, structure, index; with --against, equality of every bit.
 
     Tensors that --bits quantised equal those of the model that PACKED was made from only nearly:
@@ -34,6 +42,8 @@ def verify_command(packed: Path, against: Path | None, threads: int | None, as_j
     """
     from endor.checkpoint import verify_checkpoint
 
+    packed = at_hand(packed, revision)
+    against = at_hand(against) if against else None
     with progress_bar("verify") as progress:
         report = verify_checkpoint(packed, against=against, threads=threads, progress=progress)
     if as_json:

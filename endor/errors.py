@@ -7,7 +7,8 @@ EndorError
 ├── ShapeError             a buffer or tensor has the wrong shape or layout
 ├── DTypeError             an element type that the operation does not take
 ├── CheckpointError        a checkpoint directory is incomplete or contradicts itself
-│   └── OutputExistsError  the output is there already
+│   ├── OutputExistsError  the output is there already
+│   └── HubError           a model on the Hub cannot be had, or nothing put there
 ├── ReadError              the operating system failed to deliver bytes
 ├── IntegrityError         a packed file changed while a model was reading from it
 ├── BackendError           a kernel, reader or device that was asked for cannot run here
@@ -55,6 +56,10 @@ class CheckpointError(EndorError):
 
 class OutputExistsError(CheckpointError):
     """The output is there already."""
+
+
+class HubError(CheckpointError):
+    """A model on the Hub that cannot be had, or nothing can be put there."""
 
 
 class ReadError(EndorError):

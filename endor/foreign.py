@@ -1,12 +1,9 @@
 """Files and directories that people take for a checkpoint: what they are, and what to do."""
 
-import os
-import re
 from pathlib import Path
 
 LFS_PREFIX = b"version https://git-lfs.github.com/spec/"
 
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}")
 _TORCH_STARTS = (b"PK\x03\x04", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")
 _PYTORCH_SUFFIXES = {".bin", ".pt", ".pth", ".ckpt"}
 
@@ -77,29 +74,6 @@ def describe_directory(path: Path) -> str | None:
             "checkpoint, or convert it with the script of transformers"
         )
     return None
-
-
-def describe_absent(path: Path) -> str | None:
-    """Return what a path that does not exist may have meant; None for no guess."""
-    text = str(path)
-    if not _HUB_ID.fullmatch(text):
-        return None
-    cached = hub_cache() / f"models--{text.replace('/', '--')}"
-    if (cached / "snapshots").is_dir():
-        return (
-            "no such directory; if the model on the Hub is meant, it is in the cache: "
-            f"{snapshot(cached)}"
-        )
-    return (
-        "no such directory; if the model on the Hub is meant, fetch it first: "
-        f"hf download {text} --local-dir {path.name}"
-    )
-
-
-def hub_cache() -> Path:
-    """Return the directory in which huggingface_hub keeps models, by its environment."""
-    home = os.environ.get("HF_HOME") or Path("~/.cache/huggingface").expanduser()
-    return Path(os.environ.get("HF_HUB_CACHE") or Path(home) / "hub")
 
 
 def snapshot(path: Path) -> Path:

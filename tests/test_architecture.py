@@ -19,6 +19,7 @@ ROOMS = [
     "foreign",
     "jsontext",
     "threads",
+    "hub",
     "codecs",
     "dtypes",
     "kernels",

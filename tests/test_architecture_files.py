@@ -14,6 +14,7 @@ ROOT = Path(endor.__file__).resolve().parent.parent
 ORDER = [
     *("version", "errors", "dependencies", "namesake", "sizes", "foreign", "jsontext", "threads"),
     *(
+        "hub",
         "codecs",
         "dtypes",
         "kernels",

@@ -15,6 +15,7 @@ from endor.checkpoint.composite import (
 )
 from endor.checkpoint.dense import write_dense
 from endor.checkpoint.inspect import Inspection
+from endor.checkpoint.located import located
 from endor.checkpoint.report import DenseReport, Progress
 from endor.checkpoint.sources.packed import PackedSource
 from endor.checkpoint.targets import output_path
@@ -25,6 +26,7 @@ def unpack_checkpoint(
     packed_dir: Path | str,
     out_dir: Path | str,
     *,
+    revision: str | None = None,
     resume: bool = False,
     overwrite: bool = False,
     threads: int | None = None,
@@ -32,11 +34,13 @@ def unpack_checkpoint(
 ) -> DenseReport:
     """Write a packed checkpoint as an ordinary one, bit for bit, in files like its source's.
 
-    Every checksum is checked on the way. Arguments and errors as for `endor.pack_checkpoint`.
+    Every checksum is checked on the way. Arguments (`packed_dir` like `model`) and errors as for
+    `endor.pack_checkpoint`.
 
     Raises:
         FormatError: the packed checkpoint is damaged.
     """
+    packed_dir = located(packed_dir, revision=revision)
     if is_composite(packed_dir):
         return unpack_composite(
             Path(packed_dir),
@@ -64,6 +68,7 @@ def unpack_checkpoint(
 def verify_checkpoint(
     packed_dir: Path | str,
     *,
+    revision: str | None = None,
     against: Path | str | None = None,
     threads: int | None = None,
     progress: Progress | None = None,
@@ -72,19 +77,21 @@ def verify_checkpoint(
 
     Arguments and errors as for `endor.checkpoint.verify.verify_checkpoint`.
     """
+    packed_dir = located(packed_dir, revision=revision)
+    against = None if against is None else located(against)
     if is_composite(packed_dir):
-        reference = None if against is None else Path(against)
         return verify_composite(
-            Path(packed_dir), against=reference, threads=threads, progress=progress
+            Path(packed_dir), against=against, threads=threads, progress=progress
         )
     return verify.verify_checkpoint(packed_dir, against=against, threads=threads, progress=progress)
 
 
-def inspect_checkpoint(packed_dir: Path | str) -> Inspection:
+def inspect_checkpoint(packed_dir: Path | str, *, revision: str | None = None) -> Inspection:
     """Return what a packed checkpoint, a packed file, or a folder of packed checkpoints holds.
 
     Errors as for `endor.checkpoint.inspect.inspect_checkpoint`.
     """
+    packed_dir = located(packed_dir, revision=revision)
     if is_composite(packed_dir):
         return inspect_composite(Path(packed_dir))
     return inspect.inspect_checkpoint(packed_dir)

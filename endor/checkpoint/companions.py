@@ -62,6 +62,11 @@ class Companions:
         return tuple(sorted(name for name in self.files if name.endswith(".py")))
 
 
+def is_weights(name: str) -> bool:
+    """Whether a file's name says that it holds weights."""
+    return bool(_WEIGHTS.search(name))
+
+
 def find_companions(source: CheckpointSource) -> Companions:
     """Return what to carry over besides config.json.
 

@@ -14,7 +14,7 @@ from endor.checkpoint.sources.packed import PackedSource
 from endor.checkpoint.sources.safetensors import SafetensorsSource
 from endor.checkpoint.sources.torch import TorchSource
 from endor.errors import CheckpointError
-from endor.foreign import describe_absent, describe_directory, describe_file
+from endor.foreign import describe_directory, describe_file
 
 
 def open_source(path: Path | str) -> CheckpointSource:
@@ -42,7 +42,7 @@ def _open(path: Path) -> CheckpointSource:
             raise CheckpointError(f"{path}: {described}")
         return _from_safetensors(path, None, Choice("safetensors", (path.name,), None, {}))
     if not path.is_dir():
-        raise CheckpointError(f"{path}: {describe_absent(path) or _NOTHING}")
+        raise CheckpointError(f"{path}: {_NOTHING}")
     if (path / "snapshots").is_dir() and not (path / CONFIG_NAME).exists():
         raise CheckpointError(f"{path}: {describe_directory(path)}")
     choice = choose(path)
@@ -54,9 +54,8 @@ def _open(path: Path) -> CheckpointSource:
 
 
 _NOTHING = (
-    "no such checkpoint; give a directory with config.json and weights, a .safetensors file or a "
-    ".gguf file "
-    "(download from the Hub first: hf download MODEL --local-dir D)"
+    "no such checkpoint; give a directory with config.json and weights, a .safetensors file, a "
+    ".gguf file, or the id of a model on the Hub (org/name)"
 )
 
 

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any, Unpack
 
 from endor.checkpoint.index import read_packed_index
 from endor.checkpoint.loadable import is_packed
+from endor.checkpoint.located import located
 from endor.dependencies import changed
 from endor.errors import CheckpointError, ConfigError
 from endor.hf.config import Loading, settled, spelled_out
@@ -23,6 +24,7 @@ _log = logging.getLogger(__name__)
 def load_model(
     packed_dir: str | Path,
     *,
+    revision: str | None = None,
     device: str = "cpu",
     dtype: "torch.dtype | str" = "auto",
     attn_implementation: str | None = None,
@@ -35,7 +37,8 @@ def load_model(
     checkpoint names.
 
     Args:
-        packed_dir: Directory that `endor pack` wrote.
+        packed_dir: Directory that `endor pack` wrote, or the id of such a model on the Hub.
+        revision: A branch, tag or commit there.
         device: Where it runs: `"cpu"`, `"cuda"` or `"cuda:N"`.
         dtype: Element type to run in; packed weights are converted as they are expanded. `"auto"`
             is the checkpoint's own.
@@ -58,9 +61,10 @@ def load_model(
     """
     from endor.hf.quantization_config import EndorConfig
 
-    path, found = Path(packed_dir), settled(options)
+    found = settled(options)
     if device == "cpu" and found["vram"] is not None:
         raise ConfigError("vram needs a device other than the CPU: pass device='cuda'")
+    path = located(packed_dir, revision=revision)
     if not is_packed(path):
         raise ConfigError(
             f"{path}: config.json names no packed checkpoint; make one with `endor pack`"
@@ -109,11 +113,12 @@ def open_model(
     """
     import transformers
 
-    if not (Path(path) / "config.json").is_file():
+    path = located(path)
+    if not (path / "config.json").is_file():
         raise CheckpointError(f"{path}: no such checkpoint; give a directory with config.json")
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    if is_packed(Path(path)):
+    if is_packed(path):
         model = load_model(
             path, device=device, dtype=dtype, trust_remote_code=trust_remote_code, **options
         )
@@ -124,8 +129,8 @@ def open_model(
         raise ConfigError(
             f"{path} is an ordinary checkpoint: vram, ram, kv and fast products need a packed one"
         )
-    read_model_config(Path(path), trust_remote_code=trust_remote_code)
-    with one_line_errors(Path(path), "the model does not load"):
+    read_model_config(path, trust_remote_code=trust_remote_code)
+    with one_line_errors(path, "the model does not load"):
         return transformers.AutoModelForCausalLM.from_pretrained(
             path, dtype=dtype, trust_remote_code=trust_remote_code
         ).to(device)

@@ -30,6 +30,7 @@ def plan_checkpoint(
     remeasure: bool = False,
     trust_remote_code: bool = False,
     target: Described | None = None,
+    disk_file: Path | None = None,
     **options: Unpack[Loading],
 ) -> Planned:
     """Return the plan for a packed checkpoint on this machine, measuring what is not remembered.
@@ -42,6 +43,7 @@ def plan_checkpoint(
         trust_remote_code: As for `outline`.
         target: A machine that is not at hand, instead of this one, with all its memory where
             `ram` and `vram` do not say how much.
+        disk_file: What to measure the disk by, where the checkpoint has headers only.
         options: As for `load_model`, of which planning needs memory, arithmetic and what is planned
             for; without `vram` the plan is for the processor.
 
@@ -55,7 +57,7 @@ def plan_checkpoint(
     found = outline(packed_dir, trust_remote_code=trust_remote_code)
     if target is None:
         machine = hardware.machine(found.dtype, refresh=remeasure)
-        disk = hardware.disk(packed_dir, refresh=remeasure)
+        disk = hardware.disk(disk_file or packed_dir, refresh=remeasure)
     else:
         machine, disk = target.machine(found.dtype), target.disk
         ram = target.ram_bytes if ram is None else ram

@@ -1,0 +1,102 @@
+"""Ids of the Hub as arguments of commands."""
+
+import json
+
+import pytest
+import torch
+import transformers
+from click.testing import CliRunner
+
+import endor
+from endor.cli.main import cli
+from endor.planning import probes
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory):
+    """A model that transformers makes, dense and packed."""
+    root = tmp_path_factory.mktemp("llama")
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        vocab_size=64,
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+    )
+    model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    model.save_pretrained(root / "source", max_shard_size="100KB")
+    endor.pack_checkpoint(root / "source", root / "packed", prune="magnitude")
+    return root
+
+
+def run(*arguments):
+    return CliRunner().invoke(cli, [str(argument) for argument in arguments], catch_exceptions=True)
+
+
+def test_pack(server, model, tmp_path):
+    first = server.add("org/name", model).branches["main"]
+    (model / "config.json").write_text('{"model_type": "gpt2"}')
+    server.add("org/name", model)
+    result = run("pack", "org/name", tmp_path / "out", "--revision", first, "--json")
+    assert result.exit_code == 0, result.output
+    assert json.loads((tmp_path / "out/config.json").read_text())["model_type"] == "llama"
+    assert run("verify", tmp_path / "out", "--against", f"org/name@{first}").exit_code == 0
+    out = run("prune", "org/name", tmp_path / "pruned", "--method", "magnitude")
+    assert out.exit_code == 0, out.output
+    quantized = run("quantize", "org/name", tmp_path / "q", "--bits", 4, "--calibration", "none")
+    assert quantized.exit_code == 0, quantized.output
+
+
+def test_nothing_is_fetched_where_out_exists(server, model, tmp_path):
+    server.add("org/name", model)
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out/file").write_text("mine")
+    assert run("pack", "org/name", tmp_path / "out").exit_code == 1
+    assert not server.requests
+
+
+def test_packed_ones(server, llama, tmp_path):
+    server.add("org/packed", llama / "packed")
+    server.add("org/dense", llama / "source")
+    for command in (
+        ["inspect", "org/packed"],
+        ["verify", "org/packed"],
+        ["unpack", "org/packed", tmp_path / "dense"],
+    ):
+        result = run(*command)
+        assert result.exit_code == 0, result.output
+    assert run("inspect", "org/packed", "--revision", "v2").exit_code == 1
+    loaded = endor.load_model("org/packed")
+    assert type(loaded).__name__ == "LlamaForCausalLM"
+
+
+def test_plan_fetches_headers_only(server, llama, tmp_path, monkeypatch):
+    server.add("org/packed", llama / "packed")
+    server.add("org/dense", llama / "source")
+    here = run("plan", llama / "packed", "--for", "rtx4090", "--json")
+    there = run("plan", "org/packed", "--for", "rtx4090", "--json")
+    assert there.exit_code == 0, there.output
+    assert json.loads(there.output) == json.loads(here.output)
+    shard = next(path for path in (llama / "packed").iterdir() if path.suffix == ".safetensors")
+    assert 0 < server.sent[shard.name] < shard.stat().st_size
+    assert not list((tmp_path / "cache").glob("endor-plan-*"))
+
+    dense = run("plan", "org/dense", "--for", "rtx4090", "--bits", "4")
+    assert dense.exit_code == 0, dense.output
+    assert not [name for name in server.sent if name.startswith("model-")]
+    assert "not a model on the Hub" not in dense.output
+
+    measured = []
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
+    monkeypatch.setattr("endor.planning.machine.store", lambda *entry: None)
+    monkeypatch.setattr("endor.planning.machine._remembered_disk", lambda key: None)
+    whole = probes.disk
+
+    def disk(path, **options):
+        measured.append((path.name, path.stat().st_blocks > 0))
+        return whole(path, **options)
+
+    monkeypatch.setattr(probes, "disk", disk)
+    assert run("plan", "org/packed").exit_code == 0
+    assert measured == [("probe", True)], "the disk is measured by a file that is there"
