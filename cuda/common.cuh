@@ -52,7 +52,7 @@ struct Tensor {
   u64 numel;
   u64 nnz;
   u64 plane_nbytes;
-  u64 first_tile;       // tiles of the tensors before this one in the batch
+  u64 first_unit;       // units (tiles; in `exp`, groups of 8) of the tensors before this one in the batch
   u64 patches;
   u32 n_planes;         // P
   u32 base;             // first exponent of the window
@@ -62,7 +62,7 @@ static_assert(sizeof(Tensor) == ENDOR_TENSOR_BYTES, "must match endor.kernels.gp
 // All tensors of one launch, passed by value: no device copy to keep alive, and a captured graph
 // holds its own.
 struct Batch {
-  u64 n_tiles;
+  u64 n_units;
   u32 count;
   u32 unused;
   Tensor tensors[ENDOR_MAX_TENSORS];
@@ -75,11 +75,11 @@ __device__ __forceinline__ const T* pointer(u64 address) {
 
 __device__ __forceinline__ u32 smaller(u64 a, u64 b) { return static_cast<u32>(a < b ? a : b); }
 
-// The tensor that owns tile `tile` of the batch; `tile` becomes an index inside it.
-__device__ __forceinline__ const Tensor& find_tensor(const Batch& batch, u64& tile) {
+// The tensor that owns unit `unit` of the batch; `unit` becomes an index inside it.
+__device__ __forceinline__ const Tensor& find_tensor(const Batch& batch, u64& unit) {
   u32 i = 0;
-  while (i + 1 < batch.count && tile >= batch.tensors[i + 1].first_tile) i++;
-  tile -= batch.tensors[i].first_tile;
+  while (i + 1 < batch.count && unit >= batch.tensors[i + 1].first_unit) i++;
+  unit -= batch.tensors[i].first_unit;
   return batch.tensors[i];
 }
 
@@ -120,6 +120,13 @@ __device__ __forceinline__ void copy16(void* shared, const void* global) {
 #else
   *static_cast<uint4*>(shared) = __ldg(static_cast<const uint4*>(global));
 #endif
+}
+
+// The hardware's own permute, where bit 3 of a selector repeats the byte's sign; __byte_perm masks it away.
+__device__ __forceinline__ u32 permute(u32 a, u32 b, u32 selector) {
+  u32 bytes;
+  asm("prmt.b32 %0, %1, %2, %3;" : "=r"(bytes) : "r"(a), "r"(b), "r"(selector));
+  return bytes;
 }
 
 // Shared memory by its 32-bit address. Through a generic pointer the compiler works out the shared

@@ -27,14 +27,14 @@ typedef u32 Element;
 #endif
 
 // batch    tensors of one element size, `raw`, none of them empty
-// grid     ceil(n_tiles / warps per block) blocks of whole warps
+// grid     ceil(n_units / warps per block) blocks of whole warps
 // shared   warps per block * (1024 * ENDOR_ITEM_BYTES + STAGING_SLACK) bytes
 extern "C" __global__ void __launch_bounds__(256)
     expand_raw(const __grid_constant__ Batch batch) {
   ENDOR_SHARED(shared);
   const u32 lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
   u64 tile = static_cast<u64>(blockIdx.x) * (blockDim.x >> 5) + warp;
-  if (tile >= batch.n_tiles) return;  // a whole warp leaves
+  if (tile >= batch.n_units) return;  // a whole warp leaves
   const Tensor& t = find_tensor(batch, tile);
   u8* slot = shared + warp * (TILE * sizeof(Element) + STAGING_SLACK);
 

@@ -79,13 +79,6 @@ __device__ __forceinline__ float widen(u32 bits) {
 #endif
 }
 
-// The hardware's own permute: __byte_perm masks its selector first, which a table of ours needs not.
-__device__ __forceinline__ u32 permute(u32 a, u32 b, u32 selector) {
-  u32 bytes;
-  asm("prmt.b32 %0, %1, %2, %3;" : "=r"(bytes) : "r"(a), "r"(b), "r"(selector));
-  return bytes;
-}
-
 __device__ __forceinline__ u16 narrow(float f) {
   u16 bits;
 #if ENDOR_HALF

@@ -41,7 +41,7 @@ TENSOR = np.dtype(
         ("numel", "<u8"),
         ("nnz", "<u8"),
         ("plane_nbytes", "<u8"),
-        ("first_tile", "<u8"),
+        ("first_unit", "<u8"),
         ("patches", "<u8"),
         ("n_planes", "<u4"),
         ("base", "<u4"),
@@ -51,7 +51,7 @@ TENSOR = np.dtype(
 
 BATCH = np.dtype(
     [
-        ("n_tiles", "<u8"),
+        ("n_units", "<u8"),
         ("count", "<u4"),
         ("unused", "<u4"),
         ("tensors", TENSOR, (MAX_TENSORS,)),
@@ -138,6 +138,9 @@ def plan_expansion(parts: Sequence[Part], *, warps: int = WARPS) -> list[Launch]
     type of its steps, and how they lie), which in a linear layer or an expert they do; `dense` and
     empty tensors need none.
 
+    Args:
+        warps: Warps of a block; in codec `exp` there are always as many as tiles in a group.
+
     Raises:
         BackendError: A tensor is in a codec that the GPU cannot expand.
         ShapeError: An address is not aligned as the kernels need it, or a row of a tensor in codec
@@ -181,22 +184,26 @@ def _expansion(parts: Sequence[Part], warps: int) -> Launch:
         for part in parts:
             planes |= 1 << part.spec.bit_planes
         kernel = exp_kernel(spec.dtype, bitmap=spec.bitmap, planes=planes)
+        warps = GROUP // TILE  # a block takes a group
     batch = np.zeros(1, dtype=BATCH)
-    tiles = 0
+    units = 0
     for row, part in zip(batch["tensors"][0], parts, strict=False):
         row["out"] = part.out
         for suffix, address in part.addresses.items():
             row[_FIELDS.get(suffix, suffix)] = address
         row["numel"], row["nnz"] = part.spec.numel, part.spec.nnz
         row["patches"], row["base"] = part.spec.patches, part.spec.base
-        row["first_tile"] = tiles
+        row["first_unit"] = units
         if part.spec.codec == "exp":
             row["plane_nbytes"], row["n_planes"] = part.spec.plane_nbytes, part.spec.bit_planes
-        tiles += part.spec.n_tiles
-    batch["n_tiles"], batch["count"] = tiles, len(parts)
+            units += -(-part.spec.numel // GROUP)
+        else:
+            units += part.spec.n_tiles
+    batch["n_units"], batch["count"] = units, len(parts)
     slot = TILE * spec.dtype.itemsize + STAGING_SLACK
     shared = warps * slot if spec.bitmap else 0
-    return Launch(kernel, batch, -(-tiles // warps), 32 * warps, shared)
+    grid = units if spec.codec == "exp" else -(-units // warps)
+    return Launch(kernel, batch, grid, 32 * warps, shared)
 
 
 def product_refusal(spec: TensorSpec) -> str | None:

@@ -240,6 +240,12 @@ inline unsigned __byte_perm(unsigned a, unsigned b, unsigned selector) {
   for (int i = 0; i < 4; i++) result |= static_cast<unsigned>(bytes >> (8 * (selector >> (4 * i) & 7)) & 255) << (8 * i);
   return result;
 }
+inline uint32_t permute(uint32_t a, uint32_t b, uint32_t selector) {
+  uint32_t bytes = __byte_perm(a, b, selector);
+  for (int i = 0; i < 4; i++)
+    if (selector >> (4 * i) & 8) bytes = (bytes & ~(255u << 8 * i)) | (bytes >> (8 * i + 7) & 1 ? 255u << 8 * i : 0);
+  return bytes;
+}
 template <typename T> T __ldg(const T* p) {
   emulator::check_read(p, sizeof(T));
   if (reinterpret_cast<uintptr_t>(p) % alignof(T)) emulator::fail("misaligned load");
@@ -348,7 +354,6 @@ inline uint16_t narrow(float f) {
 #endif
   return bits;
 }
-inline uint32_t permute(uint32_t a, uint32_t b, uint32_t selector) { return __byte_perm(a, b, selector); }
 inline void multiply(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
   const unsigned thread = emulator::current->thread, base = thread / 32 * 32, lane = thread & 31;
   for (int i = 0; i < 4; i++) emulator::slots[thread * 8 + i] = a[i];

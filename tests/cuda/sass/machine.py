@@ -155,6 +155,9 @@ class Machine:
                 if here[rows].all() and waiting[rows].any():
                     free[rows] |= waiting[rows]
                     self.shared.barrier(int(block))
+                    self.memory.barrier(
+                        int(self.number[self.block == block][0]) // self.warps_per_block
+                    )
         if not free.any():
             raise Fault(f"{self.program.name}: deadlock: lanes wait for lanes that never come")
         self.pc[free] += STEP

@@ -33,9 +33,16 @@ def bytes_of(words: np.ndarray, size: int) -> np.ndarray:
 
 
 class Global:
-    """Arrays at device addresses. A byte of an output belongs to the warp that writes it first."""
+    """Arrays at device addresses. A byte of an output belongs to the warp that writes it first.
 
-    def __init__(self) -> None:
+    From the next barrier of the block on it belongs to the block.
+
+    Args:
+        warps: Warps of a block; they are numbered through the grid.
+    """
+
+    def __init__(self, warps: int) -> None:
+        self._warps = warps
         self._regions: list[tuple[int, np.ndarray, np.ndarray | None]] = []
 
     def add(self, base: int, array: np.ndarray, *, writable: bool = False) -> None:
@@ -43,15 +50,27 @@ class Global:
         owner = np.full(array.size, NOBODY, dtype=np.int64) if writable else None
         self._regions.append((base, array, owner))
 
+    def barrier(self, block: int) -> None:
+        """All warps of `block` have met: what they wrote is visible to all of them."""
+        for _, _, owner in self._regions:
+            if owner is not None:
+                owner[owner // self._warps == block] = self._settled(block * self._warps)
+
+    def _settled(self, warps: np.ndarray | int) -> np.ndarray | int:
+        return SETTLED - warps // self._warps
+
+    def _strange(self, owner: np.ndarray, warps: np.ndarray) -> bool:
+        """Whether any byte belongs to others than the warp that comes to it, and its block."""
+        theirs = (owner != NOBODY) & (owner != warps) & (owner != self._settled(warps))
+        return bool(theirs.any())
+
     def read(self, at: np.ndarray, size: int, warps: np.ndarray) -> np.ndarray:
         """Return `(lanes, size)` bytes."""
         out = np.empty((at.size, size), dtype=np.uint8)
         for array, owner, lanes, index in self._find(at, size):
             out[lanes] = array[index]
-            if owner is not None:
-                wrong = (owner[index] != warps[lanes, None]) & (owner[index] != NOBODY)
-                if wrong.any():
-                    raise Fault("a warp reads output that another one has written")
+            if owner is not None and self._strange(owner[index], warps[lanes, None]):
+                raise Fault("a warp reads output that another one has written")
         return out
 
     def write(self, at: np.ndarray, data: np.ndarray, warps: np.ndarray) -> None:
@@ -59,8 +78,7 @@ class Global:
             if owner is None:
                 raise Fault(f"a store into an input, at {int(at[lanes][0]):#x}")
             by = np.broadcast_to(warps[lanes, None], index.shape)
-            before = owner[index]
-            if ((before != NOBODY) & (before != by)).any():
+            if self._strange(owner[index], by):
                 raise Fault("two warps write the same output")
             owner[index] = by
             if (owner[index] != by).any():

@@ -67,7 +67,7 @@ class Simulator:
             outputs: Addresses and bytes that it may write; they change.
             unwritten: It may read shared memory that nobody wrote.
         """
-        memory, costs = Global(), Costs()
+        memory, costs = Global(launch.block // 32), Costs()
         for base, array in inputs:
             memory.add(base, array)
         for base, array in outputs:

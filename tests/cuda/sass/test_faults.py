@@ -33,6 +33,8 @@ SOUND = {
     "copy": """if (t < 16) copy16(words + 4 * t, a.in + 4 * t);
       asm volatile("cp.async.commit_group; cp.async.wait_group 0;" ::: "memory");
       __syncthreads(); a.out[t] = words[t];""",
+    "output": "a.out[t] = a.in[t]; __syncthreads(); unsigned v = a.out[63 - t]; __syncthreads(); "
+    "a.out[t] = v;",
     "parting": """unsigned v = a.in[t];
       if (v & 1) v = v * 3; else for (unsigned i = 0; i < v; i++) v -= i & 1;
       __syncwarp(); a.out[t] = v + __shfl_sync(~0u, v, 3);""",
@@ -56,6 +58,10 @@ BROKEN = {
     "past the end of the input": ("a.out[t] = a.in[t + 1];", "outside the arrays"),
     "into the input": ("((unsigned*)a.in)[t] = t;", "a store into an input"),
     "two warps, one output": ("a.out[t & 31] = t;", "two warps write"),
+    "another warp's output": (
+        "a.out[t] = t; __syncwarp(); a.out[t ^ 32] += 1;",
+        "output that another one has written|two warps write",
+    ),
     "misaligned": ("a.out[t] = *(unsigned*)((char*)a.in + t);", "misaligned"),
     "misaligned in shared memory": (
         "words[t] = 0; __syncthreads(); a.out[t] = *(unsigned*)(shared + t);",
@@ -116,6 +122,7 @@ def test_what_is_right_passes(simulator, monkeypatch, architecture):
     assert (run(simulator, monkeypatch, SOUND["exchange"], architecture) == 63 - t).all()
     assert (run(simulator, monkeypatch, SOUND["shuffle"], architecture) == t ^ 5).all()
     assert (run(simulator, monkeypatch, SOUND["copy"], architecture) == t).all()
+    assert (run(simulator, monkeypatch, SOUND["output"], architecture) == 63 - t).all()
     v = np.array([3 * n if n & 1 else counted_down(n) for n in t])
     assert (run(simulator, monkeypatch, SOUND["parting"], architecture) == v + v[t & 32 | 3]).all()
 
