@@ -28,6 +28,7 @@ constexpr u32 AHEAD = RING_VECTORS - 32;
 static_assert(4 * SLOTS % (2 * RING) == 0, "rings lie at multiples of their size");
 
 // ENDOR_LOW_BITS: 1 where codes have low bits beside their symbols.
+// ENDOR_LEVELS: 1 where symbols stand for levels instead of codes.
 // ENDOR_VALUE and ENDOR_STEP: type of the elements and of the stored steps, 0 bf16, 1 fp16, 2 fp32.
 #if ENDOR_VALUE == 2
 typedef u32 Element;
@@ -45,6 +46,7 @@ struct IntTensor {
   u64 out;              // dense destination, numel elements
   u64 steps;            // Stored[ceil(rows / block_rows)][step_cols]
   u64 frequencies;      // u16[symbols], sum 4096
+  u64 levels;           // float[symbols]; 0 where ENDOR_LEVELS is not set
   u64 chunk_offsets;    // u32[n_chunks + 1]: words before each chunk
   u64 states;           // u32[n_chunks][32]
   u64 words;            // u16[n_words]
@@ -122,12 +124,12 @@ __device__ __forceinline__ Element element(float value) {
 
 // What turns a symbol into an element.
 struct Values {
-  u64 steps, low_bits;
+  u64 steps, low_bits, levels;
   u32 cols, step_cols, block_rows, block_cols, shift, base;
   float scale, scale_too;
 
   __device__ __forceinline__ explicit Values(const IntTensor& t)
-      : steps(keep(t.steps)), low_bits(t.low_bits), cols(keep(t.cols)), step_cols(t.step_cols),
+      : steps(keep(t.steps)), low_bits(t.low_bits), levels(t.levels), cols(keep(t.cols)), step_cols(t.step_cols),
         block_rows(t.block_rows), block_cols(t.block_cols), shift(t.shift),
         base(keep(static_cast<u32>(t.base))),
         scale(__uint_as_float(keep(__float_as_uint(t.scale)))), scale_too(t.scale_too) {}
@@ -258,6 +260,9 @@ __device__ __forceinline__ u32 low_bits(const Values& v, u64 row, u32 lane) {
 
 __device__ __forceinline__ Element value_of(const Values& v, u32 symbol, u64 row, u32 lane,
                                             const Place& place) {
+#if ENDOR_LEVELS
+  return element(__uint_as_float(__ldg(pointer<u32>(v.levels) + symbol)) * v.step(place.index()));
+#endif
   u32 code = v.base + symbol;
 #if ENDOR_LOW_BITS
   code = code << v.shift | low_bits(v, row, lane);

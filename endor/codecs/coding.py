@@ -40,6 +40,8 @@ ArrayShape = tuple[str, str, tuple[int, ...]]
 class Coding:
     """Parameters of codec `int`: a code is `(base + symbol << shift) + low`.
 
+    With `levels` an element is a level times a step, and the symbol is the level's number.
+
     Attributes:
         base: Code of symbol 0, before the shift.
         symbols: Entries of the table of frequencies, 2..256.
@@ -48,6 +50,7 @@ class Coding:
         step_dtype: Stored type of the steps.
         step_exponent: Every step is its stored value times 2 to this.
         step_block: Rows and columns that share a step.
+        levels: Whether a table of levels is stored; base and shift are then 0.
     """
 
     base: int
@@ -57,6 +60,7 @@ class Coding:
     step_dtype: str
     step_exponent: int
     step_block: tuple[int, int]
+    levels: bool = False
 
     def step_shape(self, shape: tuple[int, ...]) -> tuple[int, int]:
         """Return the shape of the steps of a tensor of `shape`."""
@@ -65,7 +69,7 @@ class Coding:
 
     def to_dict(self) -> dict[str, Any]:
         """Return the JSON form that a packed file's header holds."""
-        return {
+        out: dict[str, Any] = {
             "base": self.base,
             "symbols": self.symbols,
             "shift": self.shift,
@@ -76,6 +80,7 @@ class Coding:
                 "block": list(self.step_block),
             },
         }
+        return out | {"levels": True} if self.levels else out
 
     @classmethod
     def from_dict(cls, fields: Mapping[str, Any]) -> "Coding":
@@ -101,6 +106,8 @@ class Coding:
                 )
         if steps.get("dtype") not in STEP_DTYPES:
             raise FormatError(f"steps: dtype must be one of {', '.join(STEP_DTYPES)}")
+        if fields.get("levels", True) is not True:
+            raise FormatError("levels must be true where it is there")
         return cls(
             numbers["base"],
             numbers["symbols"],
@@ -109,6 +116,7 @@ class Coding:
             steps["dtype"],
             numbers["exponent"],
             (block[0], block[1]),
+            "levels" in fields,
         )
 
     def check(self, shape: tuple[int, ...], dtype: DType) -> None:
@@ -119,6 +127,8 @@ class Coding:
             raise FormatError(f"symbols must be 2..{MAX_SYMBOLS}, got {self.symbols}")
         if not 0 <= self.shift <= MAX_SHIFT:
             raise FormatError(f"shift must be 0..{MAX_SHIFT}, got {self.shift}")
+        if self.levels and (self.base or self.shift):
+            raise FormatError("base and shift must be 0 where levels are stored")
         first, last = self.base << self.shift, (self.base + self.symbols << self.shift) - 1
         if abs(self.base) > MAX_CODE or first < -MAX_CODE or last > MAX_CODE:
             raise FormatError(f"codes must lie within +-{MAX_CODE}, got {first}..{last}")
@@ -150,6 +160,7 @@ def array_shapes(coding: Coding, shape: tuple[int, ...], patches: int) -> list[A
     out: list[ArrayShape] = [
         ("steps", coding.step_dtype, coding.step_shape(shape)),
         ("frequencies", "U16", (coding.symbols,)),
+        *([("levels", "F32", (coding.symbols,))] if coding.levels else []),
         ("chunk_offsets", "U32", (n_chunks + 1,)),
         ("states", "U32", (n_chunks, LANES)),
         ("words", "U16", (coding.words,)),

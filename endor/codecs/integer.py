@@ -16,15 +16,17 @@ from endor.codecs.coding import (
     CHUNK,
     LANES,
     MAX_CODE,
+    MAX_SYMBOLS,
     MAX_WORDS,
     VALUE_DTYPES,
     Coding,
     matrix_shape,
 )
 from endor.codecs.dtypes import DType
-from endor.codecs.planning import CodePlan, Counter, count_codes, plan_code
+from endor.codecs.planning import CodePlan, Counter, count_codes, plan_code, plan_levels
 from endor.codecs.spec import MAX_NNZ, Encoded, TensorSpec
 from endor.codecs.steps import (
+    SMALLEST,
     check_steps,
     load_steps,
     round_steps,
@@ -33,7 +35,7 @@ from endor.codecs.steps import (
     store_steps,
     to_dtype,
 )
-from endor.errors import ConfigError, DTypeError, FormatError, ShapeError
+from endor.errors import ConfigError, DTypeError, EndorError, FormatError, ShapeError
 
 __all__ = [
     "check",
@@ -42,10 +44,24 @@ __all__ = [
     "dense_of",
     "encode",
     "entropy_bits",
+    "levels_of",
     "round_steps",
     "size_bits",
     "steps_of",
 ]
+
+
+def check_levels(
+    levels: np.ndarray, steps: np.ndarray, error: type[EndorError] = ConfigError
+) -> None:
+    """Raise unless `levels` are 2 to 256 finite float32 values, and no product is subnormal."""
+    if levels.dtype != np.float32 or levels.ndim != 1 or not 2 <= levels.size <= MAX_SYMBOLS:
+        raise error(f"levels must be 2 to {MAX_SYMBOLS} values of float32")
+    if not np.isfinite(levels).all():
+        raise error("levels must be finite")
+    least = [float(np.abs(values[values != 0]).min(initial=np.inf)) for values in (levels, steps)]
+    if least[0] * least[1] < SMALLEST or least[0] < SMALLEST:
+        raise error("levels times steps must be 0 or at least 2**-126")
 
 
 def check_codes(codes: np.ndarray, shape: tuple[int, ...] | None) -> np.ndarray:
@@ -74,6 +90,7 @@ def encode(
     *,
     shape: tuple[int, ...] | None = None,
     block: tuple[int, int] | None = None,
+    levels: np.ndarray | None = None,
 ) -> Encoded:
     """Return integer codes and their steps in stored form.
 
@@ -89,19 +106,23 @@ def encode(
         dtype: BF16, F16 or F32.
         shape: Shape of the tensor, when `codes` is flat.
         block: Rows and columns that share a step, where they do not divide the shape.
+        levels: 2 to 256 finite float32 values; the codes are then numbers of these, and an element
+            is `levels[code] * step`, rounded.
 
     Raises:
         DTypeError: The codes are no integers, or `dtype` is another type.
-        ConfigError: A code or a step is out of range.
+        ConfigError: A code, a level or a step is out of range.
         ShapeError: The shapes do not fit.
     """
-    codes, values, block, plan = prepare(codes, steps, dtype, shape, block)
+    codes, values, block, plan = prepare(codes, steps, dtype, shape, block, levels=levels)
     flat = codes.reshape(-1)
     symbols, unknown = plan.symbols_of(flat)
     patched = np.flatnonzero(unknown)
     states, counts, words = rans.code(symbols, plan)
     low_bits = low_bits_of(flat, plan.shift, patched)
-    return assemble(codes, dtype, plan, values, block, states, counts, words, patched, low_bits)
+    return assemble(
+        codes, dtype, plan, values, block, states, counts, words, patched, low_bits, levels
+    )
 
 
 def prepare(
@@ -111,13 +132,20 @@ def prepare(
     shape: tuple[int, ...] | None,
     block: tuple[int, int] | None,
     count: Counter = count_codes,
+    levels: np.ndarray | None = None,
 ) -> tuple[np.ndarray, np.ndarray, tuple[int, int], CodePlan]:
     """Return checked codes, steps and block, and the code to use; errors as for `encode`."""
     if dtype.name not in VALUE_DTYPES:
         raise DTypeError(f"codec int takes {', '.join(VALUE_DTYPES)}, not {dtype.name}")
     codes = check_codes(codes, shape)
     values, block = steps_for(steps, codes.shape, block)
-    return codes, values, block, plan_code(codes.reshape(-1), count)
+    flat = codes.reshape(-1)
+    if levels is None:
+        return codes, values, block, plan_code(flat, count)
+    check_levels(levels, values)
+    if flat.size and not 0 <= int(flat.min()) <= int(flat.max()) < levels.size:
+        raise ConfigError(f"codes must be numbers of {levels.size} levels")
+    return codes, values, block, plan_levels(count(flat, 0, levels.size))
 
 
 def assemble(
@@ -131,6 +159,7 @@ def assemble(
     words: np.ndarray,
     patched: np.ndarray,
     low_bits: np.ndarray,
+    levels: np.ndarray | None = None,
 ) -> Encoded:
     """Return the stored tensor around a finished stream.
 
@@ -140,6 +169,7 @@ def assemble(
         words: u16, flat.
         patched: Indices of the codes that the stream does not hold, rising.
         low_bits: As `low_bits_of` returns them.
+        levels: As for `encode`.
     """
     flat, at = codes.reshape(-1), patched
     for what, size in (("words", words.size), ("patches", at.size)):
@@ -147,7 +177,14 @@ def assemble(
             raise ConfigError(f"{size} {what} exceed {MAX_WORDS}; split the tensor")
     name, exponent, stored = store_steps(steps)
     coding = Coding(
-        plan.base, plan.frequencies.size, plan.shift, int(words.size), name, exponent, block
+        plan.base,
+        plan.frequencies.size,
+        plan.shift,
+        int(words.size),
+        name,
+        exponent,
+        block,
+        levels is not None,
     )
     spec = TensorSpec(
         codes.shape, dtype, "int", False, flat.size, patches=int(at.size), coding=coding
@@ -155,6 +192,7 @@ def assemble(
     arrays = {
         "steps": stored.reshape(coding.step_shape(codes.shape)),
         "frequencies": plan.frequencies.astype("<u2"),
+        **({} if levels is None else {"levels": levels.astype("<f4").view("<u4")}),
         "chunk_offsets": rans.offsets_of(counts),
         "states": states,
         "words": words,
@@ -187,6 +225,8 @@ def low_bits_of(codes: np.ndarray, shift: int, patched: np.ndarray) -> np.ndarra
 
 def codes_of(encoded: Encoded) -> np.ndarray:
     """Return the codes, int32, of the tensor's shape; `encoded` must be valid.
+
+    Those of a tensor with levels are numbers of levels.
 
     Raises:
         FormatError: The codec has no codes, or a chunk does not end as its coders began.
@@ -222,13 +262,20 @@ def steps_of(encoded: Encoded) -> np.ndarray:
     return load_steps(encoded.spec.coding, encoded.arrays["steps"])
 
 
+def levels_of(encoded: Encoded) -> np.ndarray:
+    """Return the levels, float32; `encoded` must have some."""
+    levels: np.ndarray = encoded.arrays["levels"].view(np.float32)
+    return levels
+
+
 def decode(encoded: Encoded) -> np.ndarray:
     """Return the flat elements, unsigned."""
     spec = encoded.spec
     assert spec.coding is not None
     codes = codes_of(encoded).reshape(matrix_shape(spec.shape))
+    numbers = levels_of(encoded)[codes] if spec.coding.levels else codes.astype(np.float32)
     with np.errstate(over="ignore"):
-        values = codes.astype(np.float32) * spread(spec.coding, steps_of(encoded), spec.shape)
+        values = numbers * spread(spec.coding, steps_of(encoded), spec.shape)
     return to_dtype(values, spec.dtype).reshape(-1)
 
 
@@ -298,6 +345,8 @@ def check(encoded: Encoded) -> None:
     assert coding is not None
     rans.check_frequencies(arrays["frequencies"])
     check_steps(coding, arrays["steps"])
+    if coding.levels:
+        check_levels(levels_of(encoded), steps_of(encoded), FormatError)
     rans.check_offsets("chunk_offsets", arrays["chunk_offsets"], coding.words)
     rans.check_states(arrays["states"])
     if coding.shift and arrays["low_bits"].size:

@@ -73,6 +73,16 @@ def plan_code(codes: np.ndarray, count: Counter = count_codes) -> CodePlan:
     return best
 
 
+def plan_levels(counts: np.ndarray) -> CodePlan:
+    """Return the plan for codes that are numbers of levels, from how often each occurs."""
+    kept = counts.astype(np.int64)
+    if not kept.any():
+        kept[:2] = 1
+    frequencies = normalised(kept)
+    bits = float((counts * _COST[frequencies]).sum()) / _UNIT
+    return CodePlan(0, 0, frequencies, bits)
+
+
 def _histogram(codes: np.ndarray, count: Counter) -> tuple[int, np.ndarray, int]:
     """Return the least code counted, the counts from it on, and the codes beyond reach."""
     low, high = int(codes.min()), int(codes.max())

@@ -253,6 +253,8 @@ class TensorSpec:
         if self.coding is not None:
             if self.bitmap or self.k or self.base:
                 raise FormatError("codec int takes no bitmap and no exponent window")
+            if self.coding.levels and self.patches:
+                raise FormatError("codes of levels take no patches")
             if self.patches > min(self.nnz, MAX_NNZ):
                 raise FormatError(f"{self.patches} patches exceed nnz {self.nnz} or {MAX_NNZ}")
             self.coding.check(self.shape, self.dtype)

@@ -14,6 +14,7 @@ TENSOR = np.dtype(
         ("out", "<u8"),
         ("steps", "<u8"),
         ("frequencies", "<u8"),
+        ("levels", "<u8"),
         ("chunk_offsets", "<u8"),
         ("states", "<u8"),
         ("words", "<u8"),
@@ -51,11 +52,11 @@ _ALL_ROWS = (1 << 32) - 1
 _NEAR = range(-126, 128)
 """Exponents of two that a float32 holds as normal numbers."""
 
-Family = tuple[str, str, bool, bool, bool]
+Family = tuple[str, str, bool, bool, bool, bool]
 
 
 def family(spec: TensorSpec) -> Family:
-    """Return what tensors of one launch share: types, how steps lie, whether there are low bits."""
+    """Return what tensors of one launch share: types, how steps lie, low bits or levels."""
     coding = spec.coding
     assert coding is not None
     by_column = coding.step_shape(spec.shape)[0] == 1 and coding.step_block[1] == 1
@@ -65,10 +66,19 @@ def family(spec: TensorSpec) -> Family:
         by_column and matrix_shape(spec.shape)[1] >= LANES,
         coding.step_exponent not in _NEAR,
         coding.shift > 0,
+        coding.levels,
     )
 
 
-def kernel(value: str, step: str, *, column_steps: bool, far_steps: bool, low_bits: bool) -> Kernel:
+def kernel(
+    value: str,
+    step: str,
+    *,
+    column_steps: bool,
+    far_steps: bool,
+    low_bits: bool,
+    levels: bool = False,
+) -> Kernel:
     """Return the expansion of codec `int`.
 
     Args:
@@ -77,6 +87,7 @@ def kernel(value: str, step: str, *, column_steps: bool, far_steps: bool, low_bi
         column_steps: There is one step for each column, and at least 32 columns.
         far_steps: The exponent of the steps is no normal float32.
         low_bits: Codes have low bits beside their symbols.
+        levels: Symbols stand for levels.
     """
     return Kernel(
         "expand_int",
@@ -86,6 +97,7 @@ def kernel(value: str, step: str, *, column_steps: bool, far_steps: bool, low_bi
             ("ENDOR_COLUMN_STEPS", int(column_steps)),
             ("ENDOR_FAR_STEPS", int(far_steps)),
             ("ENDOR_LOW_BITS", int(low_bits)),
+            ("ENDOR_LEVELS", int(levels)),
             ("ENDOR_INT_TENSOR_BYTES", TENSOR.itemsize),
             ("ENDOR_LANES", LANES),
             ("ENDOR_CHUNK", CHUNK),
@@ -102,7 +114,7 @@ def expansion(parts: Sequence[Part], warps: int) -> Launch:
     Raises:
         ShapeError: A tensor has rows of 2**31 elements or more.
     """
-    value, step, column_steps, far_steps, low_bits = family(parts[0].spec)
+    value, step, column_steps, far_steps, low_bits, levels = family(parts[0].spec)
     batch = np.zeros(1, dtype=BATCH)
     blocks = 0
     for row, part in zip(batch["tensors"][0], parts, strict=False):
@@ -127,7 +139,14 @@ def expansion(parts: Sequence[Part], warps: int) -> Launch:
         row["scale"], row["scale_too"] = _scales(coding.step_exponent, far=far_steps)
         blocks += -(-spec.numel // (CHUNK * warps))
     batch["count"] = len(parts)
-    chosen = kernel(value, step, column_steps=column_steps, far_steps=far_steps, low_bits=low_bits)
+    chosen = kernel(
+        value,
+        step,
+        column_steps=column_steps,
+        far_steps=far_steps,
+        low_bits=low_bits,
+        levels=levels,
+    )
     return Launch(chosen, batch, blocks, 32 * warps, TABLE_BYTES + warps * RING_BYTES)
 
 

@@ -15,7 +15,7 @@ MAX_TENSORS = 8
 _ALIGNED = {"values": 16, "bytes": 8, "planes": 8, "bitmap": 4, "tile_offsets": 4}
 _ALIGNED |= {"patch_offsets": 4, "patch_ranks": 2, "patch_exponents": 1, "patch_codes": 4}
 _ALIGNED |= {"steps": 4, "frequencies": 2, "chunk_offsets": 4, "states": 4, "words": 16}
-_ALIGNED |= {"low_bits": 4}
+_ALIGNED |= {"low_bits": 4, "levels": 4}
 
 
 @dataclass(frozen=True, slots=True)

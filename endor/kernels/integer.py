@@ -19,6 +19,7 @@ def encode(
     *,
     shape: tuple[int, ...] | None = None,
     block: tuple[int, int] | None = None,
+    levels: np.ndarray | None = None,
     threads: int | None = None,
     kernel: str | None = None,
 ) -> Encoded:
@@ -30,12 +31,14 @@ def encode(
     """
     number, count = select(kernel), thread_count(threads)
     if number is None:
-        return reference.encode(codes, steps, dtype, shape=shape, block=block)
-    codes, values, block, plan = reference.prepare(codes, steps, dtype, shape, block, count_codes)
+        return reference.encode(codes, steps, dtype, shape=shape, block=block, levels=levels)
+    codes, values, block, plan = reference.prepare(
+        codes, steps, dtype, shape, block, count_codes, levels
+    )
     symbols, low_bits, patched = split(codes.reshape(-1), plan, count)
     states, counts, words = code(symbols, plan, count, number)
     return reference.assemble(
-        codes, dtype, plan, values, block, states, counts, words, patched, low_bits
+        codes, dtype, plan, values, block, states, counts, words, patched, low_bits, levels
     )
 
 

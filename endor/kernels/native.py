@@ -79,6 +79,7 @@ class IntTensor(ctypes.Structure):
         ("step_cols", ctypes.c_uint64),
         ("steps", ctypes.c_void_p),
         ("frequencies", ctypes.c_void_p),
+        ("levels", ctypes.c_void_p),
         ("chunk_offsets", ctypes.c_void_p),
         ("states", ctypes.c_void_p),
         ("words", ctypes.c_void_p),

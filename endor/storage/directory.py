@@ -31,7 +31,10 @@ INT_VERSION = 2
 FIELDS_VERSION = 3
 """What is written where a tensor is in codec `fields`."""
 
-VERSIONS = (FORMAT_VERSION, INT_VERSION, FIELDS_VERSION)
+LEVELS_VERSION = 4
+"""What is written where a tensor in codec `int` has levels."""
+
+VERSIONS = (FORMAT_VERSION, INT_VERSION, FIELDS_VERSION, LEVELS_VERSION)
 """What this library reads."""
 
 ALIGN = 4096
@@ -46,11 +49,17 @@ TAIL_BYTES = 128
 
 def version_of(specs: Iterable[TensorSpec]) -> int:
     """Return the least format version that holds tensors stored like these."""
-    return max((_SINCE.get(spec.codec, FORMAT_VERSION) for spec in specs), default=FORMAT_VERSION)
+    return max((_since(spec) for spec in specs), default=FORMAT_VERSION)
 
 
 _SINCE: dict[str, int] = {"int": INT_VERSION, "fields": FIELDS_VERSION}
 """First version of the codecs that were not in the first one."""
+
+
+def _since(spec: TensorSpec) -> int:
+    if spec.coding is not None and spec.coding.levels:
+        return LEVELS_VERSION
+    return _SINCE.get(spec.codec, FORMAT_VERSION)
 
 
 def array_key(name: str, suffix: str) -> str:
@@ -241,8 +250,9 @@ class Directory:
                 raise FormatError(f"{self.path}: {name}: {error}") from None
             since, version = version_of([spec]), self.directory["version"]
             if version < since:
+                how = " with levels" if since == LEVELS_VERSION else ""
                 raise self.wrong(
-                    f"{name}: codec {spec.codec} needs format version {since}, not {version}"
+                    f"{name}: codec {spec.codec}{how} needs format version {since}, not {version}"
                 )
             out[name] = TensorEntry(name, spec, record, self.arrays(name, spec, record))
         return dict(sorted(out.items(), key=lambda item: self.position(item[1])))

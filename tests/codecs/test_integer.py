@@ -48,6 +48,68 @@ def test_round_trip(
     assert np.array_equal(codecs.decode(encoded), integer.dense_of(codes, steps, DTYPES[name]))
 
 
+@settings(max_examples=40, deadline=None)
+@given(
+    seed=st.integers(0, 2**32 - 1),
+    shape=st.sampled_from([(), (0, 4), (1,), (3, 11), (33, 1024), (2, 3, 6000)]),
+    count=st.sampled_from([2, 3, 16, 255, 256]),
+    name=st.sampled_from(VALUES),
+)
+def test_levels(seed: int, shape: tuple[int, ...], count: int, name: str) -> None:
+    rng = np.random.default_rng(seed)
+    levels = rng.standard_normal(count).astype(np.float32)
+    levels[0] = -0.0
+    codes = np.asarray(np.minimum(rng.geometric(0.3, shape) - 1, count - 1), dtype=np.uint8)
+    steps = integer.round_steps(rng.random(shape[-1] if shape else 1) + 0.1)
+    encoded = integer.encode(codes, steps, DTYPES[name], levels=levels)
+    codecs.validate(encoded)
+    assert TensorSpec.from_dict(encoded.spec.to_dict()) == encoded.spec
+    assert np.array_equal(integer.codes_of(encoded), codes)
+    assert np.array_equal(integer.levels_of(encoded).view("u4"), levels.view("u4"))
+    values = levels[codes] * steps.reshape(-1)[: max(1, codes.size)] if codes.size else levels[:0]
+    found = codecs.decode(encoded)
+    if name == "F32":
+        assert np.array_equal(found.reshape(-1), np.asarray(values).reshape(-1).view(np.uint32))
+    elif name == "F16":
+        half = np.asarray(values).astype(np.float16)
+        assert np.array_equal(found.reshape(-1), half.reshape(-1).view(np.uint16))
+
+
+LEVELS = np.array([0.0, 1.0, -2.0, 3.0], np.float32)
+
+
+@pytest.mark.parametrize(
+    ("levels", "codes", "steps"),
+    [
+        (LEVELS[:1], [[0, 0]], 1.0),
+        (LEVELS.astype(np.float64), [[0, 1]], 1.0),
+        (LEVELS.reshape(2, 2), [[0, 1]], 1.0),
+        (np.zeros(257, np.float32), [[0, 1]], 1.0),
+        (np.array([0, np.inf], np.float32), [[0, 1]], 1.0),
+        (np.array([0, np.nan], np.float32), [[0, 1]], 1.0),
+        (np.array([0, 2.0**-127], np.float32), [[0, 1]], 1.0),
+        (np.array([0, 2.0**-100], np.float32), [[0, 1]], 2.0**-30),
+        (LEVELS, [[0, 4]], 1.0),
+        (LEVELS, [[-1, 0]], 1.0),
+    ],
+)
+def test_levels_that_are_refused(levels: np.ndarray, codes: list[list[int]], steps: float) -> None:
+    with pytest.raises(ConfigError, match="level"):
+        integer.encode(np.array(codes), steps, BF16, levels=levels)
+
+
+def test_damaged_levels() -> None:
+    encoded = integer.encode(np.array([[0, 1, 2, 3]]), 1.0, BF16, levels=LEVELS)
+    for value in (np.inf, np.nan, 2.0**-140):
+        bits = int(np.float32(value).view(np.uint32))
+        with pytest.raises(FormatError, match="levels"):
+            codecs.validate(change(encoded, "levels", 1, bits))
+    header = encoded.spec.to_dict()
+    for key, wrong in (("levels", 1), ("levels", False), ("base", 1), ("shift", 1), ("patches", 1)):
+        with pytest.raises(FormatError):
+            TensorSpec.from_dict(header | {key: wrong})
+
+
 def test_values_are_products_in_float32_rounded_to_even() -> None:
     codes = np.array([[1, 3, -7, 255, 0, 65519, 65520, 1 << 24]])
     step = np.float32(1.0 + 2.0**-8)

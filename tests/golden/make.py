@@ -128,7 +128,28 @@ def records_v3() -> dict[str, dict[str, Encoded]]:
     return {"fields": out}
 
 
-RECORDS = {"v1": records, "v2": records_v2, "v3": records_v3}
+def records_v4() -> dict[str, dict[str, Encoded]]:
+    """Return codec `int` with levels: 16 and 256 of them, in every element type."""
+    shape = (110, 300)
+    at = np.arange(256)
+    levels = ((at - 127.0) * (1 + at % 3) / 128).astype(np.float32)
+    levels[128] = -0.0
+    near, wide = codes(shape, 5) & 15, codes(shape, 700) & 255
+    return {
+        "levels": {
+            "columns.BF16": integer.encode(
+                near, steps(300), DTYPES["BF16"], levels=levels[120:136]
+            ),
+            "groups.F16": integer.encode(
+                wide, steps(660).reshape(110, 6), DTYPES["F16"], levels=levels
+            ),
+            "rows.F32": integer.encode(wide, steps(110)[:, None], DTYPES["F32"], levels=levels),
+            "two.BF16": integer.encode(near[:1, :9] & 1, 0.5, DTYPES["BF16"], levels=levels[:2]),
+        }
+    }
+
+
+RECORDS = {"v1": records, "v2": records_v2, "v3": records_v3, "v4": records_v4}
 
 
 def write(path: Path, version: str = "v1") -> dict[str, str]:

@@ -47,6 +47,30 @@ def tensor(
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("name", ["BF16", "F16", "F32"])
+@pytest.mark.parametrize("count", [2, 16, 256])
+def test_levels(kernel: str, name: str, count: int) -> None:
+    need(kernel)
+    rng = np.random.default_rng(count)
+    levels = rng.permutation(np.linspace(-3, 3, count)).astype(np.float32)
+    levels[0] = -0.0
+    for shape in ((1, 1), (3, 11), (130, 577), (2, 32769)):
+        codes = np.minimum(rng.geometric(0.1, shape) - 1, count - 1)
+        steps = integer.round_steps(rng.random((1, shape[1])) + 0.01)
+        wanted = integer.encode(codes, steps, DTYPES[name], levels=levels)
+        found = kernels.integer.encode(
+            codes, steps, DTYPES[name], levels=levels, kernel=kernel, threads=2
+        )
+        assert_same(found, wanted)
+        assert np.array_equal(kernels.integer.codes_of(found, kernel=kernel), codes)
+        bits = codecs.decode(wanted).reshape(-1)
+        for start, stop in ((0, bits.size), (bits.size // 3, bits.size - bits.size // 5)):
+            out = np.empty(stop - start, bits.dtype)
+            kernels.decode(found, out, start=start, stop=stop, kernel=kernel, threads=2)
+            assert np.array_equal(out, bits[start:stop])
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
 @settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(
     seed=st.integers(0, 2**32 - 1),

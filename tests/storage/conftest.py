@@ -51,6 +51,7 @@ def sample_tensors(shape: tuple[int, ...] = (3, 700)) -> dict[str, Encoded]:
                 out[f"{dtype.name}.{suffix}"] = encoded
     for name, spread in (("BF16", 3.0), ("F16", 3.0), ("F32", 500.0)):
         out[f"{name}.int"] = sample_codes(DTYPES[name], shape, spread)
+        out[f"{name}.levels"] = sample_levels(DTYPES[name], shape)
     for dtype in DTYPES.values():
         out[f"{dtype.name}.fields"] = sample_fields(dtype, shape)
     return out
@@ -66,6 +67,15 @@ def sample_fields(dtype: DType, shape: tuple[int, ...]) -> Encoded:
     encoded = fields.encode(bits, dtype, layout, shape=shape)
     assert encoded is not None
     return encoded
+
+
+def sample_levels(dtype: DType, shape: tuple[int, ...]) -> Encoded:
+    """Return a tensor in codec `int` with 40 levels and a step a row."""
+    rng = np.random.default_rng(40)
+    levels = rng.standard_normal(40).astype(np.float32)
+    codes = np.minimum(rng.geometric(0.1, shape) - 1, 39)
+    steps = integer.round_steps(0.001 + rng.random((int(np.prod(shape[:-1])), 1)))
+    return integer.encode(codes, steps, dtype, levels=levels)
 
 
 def sample_codes(dtype: DType, shape: tuple[int, ...], spread: float) -> Encoded:

@@ -23,7 +23,7 @@ def digests(version: str) -> dict[str, str]:
     return loaded
 
 
-@pytest.mark.parametrize("version", ["v1", "v2", "v3"])
+@pytest.mark.parametrize("version", ["v1", "v2", "v3", "v4"])
 def test_every_tensor_decodes_to_the_recorded_elements(version: str) -> None:
     layout = FileLayout.read(GOLDEN / f"{version}.safetensors")
     found = {}
@@ -65,7 +65,7 @@ def test_the_second_version_holds_every_form_of_int() -> None:
     assert {"dense", "int"} == {entry.spec.codec for entry in layout.tensors.values()}
 
 
-@pytest.mark.parametrize("version", ["v1", "v2", "v3"])
+@pytest.mark.parametrize("version", ["v1", "v2", "v3", "v4"])
 def test_writer_still_gives_the_same_bytes(tmp_path: Path, version: str) -> None:
     again = tmp_path / "again.safetensors"
     make = runpy.run_path(str(GOLDEN / "make.py"))

@@ -12,7 +12,7 @@ import xxhash
 from safetensors.numpy import save_file as save_plain
 
 from endor import codecs
-from endor.codecs import DTYPES, Encoded
+from endor.codecs import DTYPES, Encoded, integer
 from endor.errors import (
     CheckpointError,
     ChecksumError,
@@ -245,7 +245,7 @@ BAD: dict[str, tuple[Edit, str]] = {
     "version-text": (set_directory(version="1"), "version must be a positive integer"),
     "version-0": (set_directory(version=0), "version must be a positive integer"),
     "version-true": (set_directory(version=True), "version must be a positive integer"),
-    "version-4": (set_directory(version=4), "must be 1 to 3, got 4; upgrade endor"),
+    "version-5": (set_directory(version=5), "must be 1 to 4, got 5; upgrade endor"),
     "align": (set_directory(align=512), "align must be 4096, got 512"),
     "records-missing": (lambda _, d: d.pop("records"), "'records' must be an object"),
     "records-list": (set_directory(records=[]), "'records' must be an object"),
@@ -454,6 +454,16 @@ def test_errors_of_hostile_headers_stay_short(small: Path, tamper: Tamper) -> No
     with pytest.raises(EndorError) as caught:
         FileLayout.read(small)
     assert len(str(caught.value)) < 300 + len(str(small))
+
+
+def test_levels_need_the_fourth_version(write: Write, tamper: Tamper) -> None:
+    levels = np.array([0.5, -1.0], np.float32)
+    codes = np.arange(40).reshape(4, 10) & 1
+    path = write({"r": {"x": integer.encode(codes, 1.0, DTYPES["BF16"], levels=levels)}})
+    assert FileLayout.read(path).version == 4
+    tamper(path, set_directory(version=3))
+    with pytest.raises(FormatError, match="x: codec int with levels needs format version 4, not 3"):
+        FileLayout.read(path)
 
 
 def test_codec_int_needs_the_second_version(write: Write, tamper: Tamper) -> None:

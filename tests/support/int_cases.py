@@ -67,4 +67,10 @@ def cases(rng: np.random.Generator) -> Iterator[tuple[str, Encoded]]:
         integer.encode((rng.random((9, 1000)) < 1e-3).astype(np.int32), 0.1, bf16),
     )
     yield "two codes", integer.encode(two, 0.1, bf16)
+    for name, count in (("BF16", 16), ("F16", 2), ("F32", 256)):
+        levels = rng.permutation(np.linspace(-1, 1, count)).astype(np.float32)
+        levels[0] = -0.0
+        codes = np.minimum(rng.geometric(0.2, (17, 512)) - 1, count - 1).astype(np.uint8)
+        steps = steps_of(rng, (17, 16))
+        yield f"{count} levels", integer.encode(codes, steps, DTYPES[name], levels=levels)
     yield "words for all", integer.encode(rng.integers(-128, 128, (9, 1000)), 0.1, bf16)

@@ -34,6 +34,7 @@ typedef struct {
     uint64_t step_cols;              /* steps of a row of blocks */
     const uint8_t *steps;            /* (step_rows, step_cols) of step_kind */
     const uint8_t *frequencies;      /* u16[symbols] */
+    const uint8_t *levels;           /* float[symbols]: what symbols stand for; NULL where they stand for codes */
     const uint8_t *chunk_offsets;    /* u32[n_chunks + 1], in words */
     const uint8_t *states;           /* u32[n_chunks][32] */
     const uint8_t *words;            /* u16[n_words] */
@@ -54,6 +55,7 @@ typedef struct {
     const uint8_t *symbols; /* u8[n] */
     const uint8_t *low;     /* u8[n], or NULL */
     const float *steps;     /* float[n]; not read for ENDOR_CODES */
+    const float *levels;    /* float[256], or NULL; not read for ENDOR_CODES */
     int32_t base;
     int32_t shift;
     int32_t kind;
@@ -91,6 +93,7 @@ typedef struct {
     const endor_int_ops *in;
     const endor_int *t;
     float *columns; /* the steps of cols + ENDOR_PIECE columns, from column 0 on and around; NULL where rows differ */
+    float levels[256];
     float scale[2]; /* float16 steps are multiplied by both: their product may be subnormal, the step is not */
     int kind;       /* ENDOR_CODES, or the tensor's value_kind */
     uint32_t table[ENDOR_SCALE];

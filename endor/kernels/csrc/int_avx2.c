@@ -88,28 +88,35 @@ INLINE TARGET __m256i codes_at(const endor_values *v, uint64_t i, int with_low) 
     return _mm256_or_si256(code, _mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i *)(v->low + i))));
 }
 
-INLINE TARGET __m256i bf16_at(const endor_values *v, uint64_t i, int with_low) {
-    __m256 value = _mm256_mul_ps(_mm256_cvtepi32_ps(codes_at(v, i, with_low)), _mm256_loadu_ps(v->steps + i));
+enum { PLAIN, WITH_LOW, LEVELS }; /* what numbers are made of: symbols, low bits too, or a table */
+
+INLINE TARGET __m256 numbers_at(const endor_values *v, uint64_t i, int how) {
+    if (how != LEVELS) return _mm256_cvtepi32_ps(codes_at(v, i, how == WITH_LOW));
+    __m256i symbols = _mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i *)(v->symbols + i)));
+    return _mm256_i32gather_ps(v->levels, symbols, 4);
+}
+
+INLINE TARGET __m256i bf16_at(const endor_values *v, uint64_t i, int how) {
+    __m256 value = _mm256_mul_ps(numbers_at(v, i, how), _mm256_loadu_ps(v->steps + i));
     __m256i bits = _mm256_castps_si256(value);
     __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
     bits = _mm256_add_epi32(_mm256_add_epi32(bits, _mm256_set1_epi32(0x7fff)), odd);
     return _mm256_srli_epi32(bits, 16);
 }
 
-INLINE TARGET void values_of(const endor_values *v, uint64_t n, uint8_t *out, int kind, int with_low) {
+INLINE TARGET void values_of(const endor_values *v, uint64_t n, uint8_t *out, int kind, int how) {
     for (uint64_t i = 0; i < n; i += 16) {
         if (kind == ENDOR_BF16) {
-            __m256i both = _mm256_packus_epi32(bf16_at(v, i, with_low), bf16_at(v, i + 8, with_low));
+            __m256i both = _mm256_packus_epi32(bf16_at(v, i, how), bf16_at(v, i + 8, how));
             _mm256_storeu_si256((__m256i *)(out + 2 * i), _mm256_permute4x64_epi64(both, 0xd8));
             continue;
         }
         for (uint64_t j = i; j < i + 16; j += 8) {
-            __m256i code = codes_at(v, j, with_low);
             if (kind == ENDOR_CODES) {
-                _mm256_storeu_si256((__m256i *)(out + 4 * j), code);
+                _mm256_storeu_si256((__m256i *)(out + 4 * j), codes_at(v, j, how == WITH_LOW));
                 continue;
             }
-            __m256 value = _mm256_mul_ps(_mm256_cvtepi32_ps(code), _mm256_loadu_ps(v->steps + j));
+            __m256 value = _mm256_mul_ps(numbers_at(v, j, how), _mm256_loadu_ps(v->steps + j));
             if (kind == ENDOR_F32) _mm256_storeu_ps((float *)(out + 4 * j), value);
             else _mm_storeu_si128((__m128i *)(out + 2 * j), _mm256_cvtps_ph(value, _MM_FROUND_TO_NEAREST_INT));
         }
@@ -117,11 +124,13 @@ INLINE TARGET void values_of(const endor_values *v, uint64_t n, uint8_t *out, in
 }
 
 static TARGET void values(const endor_values *v, uint64_t n, void *out) {
-    if (v->kind == ENDOR_BF16 && !v->low) values_of(v, n, out, ENDOR_BF16, 0);
-    else if (v->kind == ENDOR_BF16) values_of(v, n, out, ENDOR_BF16, 1);
-    else if (v->kind == ENDOR_F16) values_of(v, n, out, ENDOR_F16, v->low != NULL);
-    else if (v->kind == ENDOR_F32) values_of(v, n, out, ENDOR_F32, v->low != NULL);
-    else values_of(v, n, out, ENDOR_CODES, v->low != NULL);
+    int how = v->levels ? LEVELS : v->low ? WITH_LOW : PLAIN;
+    if (v->kind == ENDOR_BF16 && how == PLAIN) values_of(v, n, out, ENDOR_BF16, PLAIN);
+    else if (v->kind == ENDOR_BF16 && how == LEVELS) values_of(v, n, out, ENDOR_BF16, LEVELS);
+    else if (v->kind == ENDOR_BF16) values_of(v, n, out, ENDOR_BF16, WITH_LOW);
+    else if (v->kind == ENDOR_F16) values_of(v, n, out, ENDOR_F16, how);
+    else if (v->kind == ENDOR_F32) values_of(v, n, out, ENDOR_F32, how);
+    else values_of(v, n, out, ENDOR_CODES, how);
 }
 
 /* A state below frequency << 20 is divided in float32: the ratio, below 2^20, is wrong by at most 2^-3 (state and division

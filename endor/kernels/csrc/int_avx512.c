@@ -36,15 +36,21 @@ INLINE TARGET __m512i codes_at(const endor_values *v, uint64_t i) {
     return _mm512_or_si512(code, _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i *)(v->low + i))));
 }
 
+/* Codes, or the levels that symbols stand for. */
+INLINE TARGET __m512 numbers_at(const endor_values *v, uint64_t i) {
+    if (!v->levels) return _mm512_cvtepi32_ps(codes_at(v, i));
+    __m512i symbols = _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i *)(v->symbols + i)));
+    return _mm512_i32gather_ps(symbols, v->levels, 4);
+}
+
 static TARGET void values(const endor_values *v, uint64_t n, void *out) {
     uint8_t *to = out;
     for (uint64_t i = 0; i < n; i += 16) {
-        __m512i code = codes_at(v, i);
         if (v->kind == ENDOR_CODES) {
-            _mm512_storeu_si512(to + 4 * i, code);
+            _mm512_storeu_si512(to + 4 * i, codes_at(v, i));
             continue;
         }
-        __m512 value = _mm512_mul_ps(_mm512_cvtepi32_ps(code), _mm512_loadu_ps(v->steps + i));
+        __m512 value = _mm512_mul_ps(numbers_at(v, i), _mm512_loadu_ps(v->steps + i));
         if (v->kind == ENDOR_F32) {
             _mm512_storeu_ps(to + 4 * i, value);
         } else if (v->kind == ENDOR_F16) {

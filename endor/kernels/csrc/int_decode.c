@@ -41,6 +41,7 @@ int endor_int_open(endor_int_reader *r, int kernel, const endor_int *t, int kind
     r->kind = kind;
     r->columns = NULL;
     if (!r->in || t->shift < 0 || t->shift > 8 || t->symbols < 1 || t->symbols > 256 || !t->cols) return ENDOR_UNSUPPORTED;
+    if (t->levels && (t->shift || t->base || t->patches)) return ENDOR_UNSUPPORTED;
     if (t->step_exponent < -160 || t->step_exponent > 160) return ENDOR_UNSUPPORTED;
     r->scale[0] = power_of_two(t->step_exponent / 2);
     r->scale[1] = power_of_two(t->step_exponent - t->step_exponent / 2);
@@ -52,6 +53,8 @@ int endor_int_open(endor_int_reader *r, int kernel, const endor_int *t, int kind
         at += frequency;
     }
     if (at != ENDOR_SCALE) return ENDOR_CORRUPT;
+    memset(r->levels, 0, sizeof r->levels);
+    if (t->levels) memcpy(r->levels, t->levels, (size_t)t->symbols * sizeof(float));
     if (kind != ENDOR_CODES && t->block_cols == 1 && t->block_rows >= t->numel / t->cols) {
         r->columns = malloc((t->cols + ENDOR_PIECE) * sizeof(float));
         if (!r->columns) return ENDOR_NO_MEMORY;
@@ -145,7 +148,8 @@ int endor_int_piece(const endor_int_reader *r, endor_int_cursor *c, uint64_t row
     int enough = symbols_of(r, c, rows, symbols);
     if (out) {
         const float *steps = r->kind == ENDOR_CODES ? NULL : steps_of(r, flat, n, buffer);
-        endor_values v = {symbols, t->shift ? low : NULL, steps, t->base, t->shift, r->kind};
+        const float *levels = t->levels && r->kind != ENDOR_CODES ? r->levels : NULL;
+        endor_values v = {symbols, t->shift ? low : NULL, steps, levels, t->base, t->shift, r->kind};
         if (t->shift) {
             memcpy(bits, t->low_bits + flat / 8 * (uint64_t)t->shift, n / 8 * (uint64_t)t->shift);
             r->in->low(bits, t->shift, n, low);

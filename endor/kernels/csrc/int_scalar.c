@@ -30,7 +30,7 @@ static void values(const endor_values *v, uint64_t n, void *out) {
             ((int32_t *)out)[i] = code;
             continue;
         }
-        float value = (float)code * v->steps[i];
+        float value = (v->levels ? v->levels[v->symbols[i]] : (float)code) * v->steps[i];
         uint16_t bits = v->kind == ENDOR_BF16 ? endor_to_bf16(value) : v->kind == ENDOR_F16 ? endor_to_half(value) : 0;
         if (v->kind == ENDOR_F32) memcpy((uint8_t *)out + 4 * i, &value, 4);
         else memcpy((uint8_t *)out + 2 * i, &bits, 2);
