@@ -23,6 +23,7 @@ from endor.cli.hub import at_hand, revision_option
 from endor.cli.progress import calibration_progress, progress_bar
 from endor.cli.pruning import (
     calibration_options,
+    dequantize_option,
     method_help,
     quantize_options,
     refuse_idle,
@@ -62,6 +63,7 @@ count; of smaller ones `endor inspect --model` tells."""
     help="auto takes the smallest per tensor; raw is a bitmap and plain values, exp codes the "
     "exponents too.",
 )
+@dequantize_option
 @selection_options
 @click.option(
     "--max-shard-size",
@@ -78,6 +80,7 @@ def pack_command(
     out: Path,
     prune: str,
     codec: CodecChoice,
+    dequantize: bool,
     include: tuple[str, ...],
     exclude: tuple[str, ...],
     max_shard_size: int,
@@ -97,13 +100,16 @@ def pack_command(
     pruned, or compressed-tensors sparse-bitmask), a .safetensors file, a .gguf file, or a model on
     the Hub (org/name). Without --prune and --bits nothing is lost: `endor unpack` gives back every
     bit. Codes of a checkpoint that is quantised already (GPTQ, AWQ, fp8, int8, NF4, mxfp4, GGUF
-    ...) are entropy-coded as they are.
+    ...) are entropy-coded as they are; with --dequantize they become weights of a dense model, which
+    runs, and are stored as codes and scales all the same.
     """
     quantizes = options["bits"] is not None or options["quality"] is not None
     if prune == "none" and not quantizes:
         refuse_idle(click.get_current_context(), "--prune METHOD or --bits")
-    if codec != "auto" and quantizes:
-        raise click.UsageError("--bits and --quality take codec int: leave out --codec")
+    if codec != "auto" and (quantizes or dequantize):
+        raise click.UsageError(
+            "--bits, --quality and --dequantize take codec int: leave out --codec"
+        )
     refuse_existing(out, resume=resume, overwrite=overwrite)
     from endor.packing import pack_checkpoint
 
@@ -115,6 +121,7 @@ def pack_command(
             out,
             **request,
             codec=codec,
+            dequantize=dequantize,
             include=include,
             exclude=exclude,
             max_shard_bytes=max_shard_size,

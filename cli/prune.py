@@ -17,7 +17,7 @@ from endor.cli.common import (
 )
 from endor.cli.hub import at_hand, revision_option
 from endor.cli.progress import calibration_progress, progress_bar
-from endor.cli.pruning import calibration_options, method_help, requested
+from endor.cli.pruning import calibration_options, dequantize_option, method_help, requested
 from endor.cli.terminal import emit, show
 from endor.pruning.contract import METHODS
 
@@ -38,6 +38,7 @@ from endor.pruning.contract import METHODS
     is_flag=True,
     help="Write which weights stay, one bit each, to the safetensors file OUT, and no weights.",
 )
+@dequantize_option
 @selection_options
 @output_options
 @revision_option
@@ -47,6 +48,7 @@ def prune_command(
     out: Path,
     method: str,
     mask_only: bool,
+    dequantize: bool,
     include: tuple[str, ...],
     exclude: tuple[str, ...],
     resume: bool,
@@ -74,6 +76,7 @@ def prune_command(
                 model,
                 out,
                 **request,
+                dequantize=dequantize,
                 include=include,
                 exclude=exclude,
                 overwrite=overwrite,
@@ -86,6 +89,7 @@ def prune_command(
                 model,
                 out,
                 **request,
+                dequantize=dequantize,
                 include=include,
                 exclude=exclude,
                 resume=resume,

@@ -173,6 +173,14 @@ def quantize_options(command: Command) -> Command:
     return command
 
 
+dequantize_option = click.option(
+    "--dequantize",
+    is_flag=True,
+    help="Read a checkpoint that is quantised already (fp8, GPTQ, AWQ, int8, NF4, mxfp4 ...) as "
+    "the dense one that it stands for.",
+)
+
+
 def _texts(
     ctx: click.Context, param: click.Parameter, texts: Sequence[tuple[Path, ...] | None]
 ) -> tuple[Path, ...] | None:

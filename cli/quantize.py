@@ -17,7 +17,12 @@ from endor.cli.common import (
 )
 from endor.cli.hub import at_hand, revision_option
 from endor.cli.progress import calibration_progress, progress_bar
-from endor.cli.pruning import calibration_options, quantize_options, requested
+from endor.cli.pruning import (
+    calibration_options,
+    dequantize_option,
+    quantize_options,
+    requested,
+)
 from endor.cli.terminal import emit, show
 from endor.pruning.contract import METHODS
 
@@ -34,6 +39,7 @@ from endor.pruning.contract import METHODS
     help="Zero weights first, and keep them zero.",
 )
 @calibration_options
+@dequantize_option
 @selection_options
 @output_options
 @revision_option
@@ -42,6 +48,7 @@ def quantize_command(
     model: Path,
     out: Path,
     prune: str,
+    dequantize: bool,
     include: tuple[str, ...],
     exclude: tuple[str, ...],
     resume: bool,
@@ -68,6 +75,7 @@ def quantize_command(
             model,
             out,
             **request,
+            dequantize=dequantize,
             include=include,
             exclude=exclude,
             resume=resume,

@@ -14,8 +14,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from endor import kernels
 from endor.checkpoint.companions import (
     Companions,
@@ -37,14 +35,13 @@ from endor.checkpoint.output import OutputDirectory
 from endor.checkpoint.pipeline import OrderedWork, ScratchPool
 from endor.checkpoint.plan import Unit, plan_units
 from endor.checkpoint.reading import TensorLoader, WeightPruner
-from endor.checkpoint.recode import Layouts, recode
+from endor.checkpoint.recode import Layouts, encode_codes, recode
 from endor.checkpoint.record_sizes import RecordSizes
 from endor.checkpoint.report import PackReport, Progress, Sizes, no_progress
-from endor.checkpoint.sources.contract import CheckpointSource, CodedSource, SourceTensor
+from endor.checkpoint.sources.contract import CheckpointSource, CodedSource, Codes, SourceTensor
 from endor.checkpoint.verify import check_file
 from endor.codecs import CodecChoice, Encoded, dense
 from endor.errors import CheckpointError
-from endor.kernels import integer
 from endor.storage import FileLayout, FileWriter
 from endor.storage.layout import FORMAT_VERSION
 
@@ -60,12 +57,15 @@ class PackOptions:
         max_shard_bytes: Size that a shard does not exceed, unless one record does.
         prune: How the weights were pruned, for config.json; empty when they were not.
         quantize: How they were quantised; empty when they were not.
+        dequantized: Format that they were quantised in before, where the source reads them out of
+            it; else empty.
     """
 
     codec: CodecChoice
     max_shard_bytes: int
     prune: Mapping[str, Any]
     quantize: Mapping[str, Any] = field(default_factory=dict)
+    dequantized: str = ""
 
 
 def convert(
@@ -167,7 +167,11 @@ def _index_names(config: Mapping[str, Any] | None) -> tuple[str, ...]:
 
 
 def _describe(options: PackOptions) -> dict[str, Any]:
-    said = {"prune": dict(options.prune), "quantize": dict(options.quantize)}
+    said: dict[str, Any] = {
+        "prune": dict(options.prune),
+        "quantize": dict(options.quantize),
+        "dequantized": options.dequantized,
+    }
     return {"codec": options.codec} | {key: about for key, about in said.items() if about}
 
 
@@ -204,8 +208,8 @@ class _Run:
         self.total_bytes = sum(unit.nbytes for unit in units)
         self.converted_bytes = 0
         self.shards: list[Path] = []
-        self.coded = source if isinstance(source, CodedSource) else None
-        self.codes: dict[str, tuple[np.ndarray, np.ndarray]] = {}
+        self.coded = source if isinstance(source, CodedSource) and pruner is None else None
+        self.codes: dict[str, Codes] = {}
         self.sizes = RecordSizes(
             selected, recoded, options.codec, options.max_shard_bytes, coded=self.coded is not None
         )
@@ -272,11 +276,10 @@ class _Run:
 
     def _encode(self, tensor: SourceTensor) -> _Encoded:
         found = self.codes.pop(tensor.name, None)
-        if found is None and self.coded and not self.coded.ordered:
+        if found is None and self.coded and not self.coded.ordered and tensor.name in self.selected:
             found = self.coded.coded(tensor.name)
         if found is not None:
-            encoded = integer.encode(*found, tensor.dtype, shape=tensor.shape, threads=1)
-            return _Encoded(encoded, lambda: None)
+            return _Encoded(encode_codes(found, tensor), lambda: None)
         loaded = self.loader.load(tensor)
         together = max(1, min(self.threads, self.loader.budget_bytes // max(tensor.nbytes, 1)))
         threads = max(1, self.threads // together)

@@ -14,7 +14,7 @@ import numpy as np
 from endor import kernels
 from endor.checkpoint.companions import QUANTIZATION_KEY
 from endor.checkpoint.select import matcher
-from endor.checkpoint.sources.contract import CheckpointSource, SourceTensor
+from endor.checkpoint.sources.contract import CheckpointSource, Codes, SourceTensor
 from endor.codecs import Encoded, TensorSpec, fields
 from endor.codecs.coding import MAX_WORDS
 from endor.codecs.layout import Fields, Layout
@@ -73,6 +73,19 @@ def recode(
         return None
     encoded = kernels.fields.encode(bits, tensor.dtype, layout, shape=tensor.shape, threads=threads)
     return encoded if encoded is not None and encoded.nbytes < tensor.nbytes else None
+
+
+def encode_codes(found: Codes, tensor: SourceTensor) -> Encoded:
+    """Return a tensor of codes and steps in codec `int`."""
+    return kernels.integer.encode(
+        found.codes,
+        found.steps,
+        tensor.dtype,
+        shape=tensor.shape,
+        block=found.block,
+        levels=found.levels,
+        threads=1,
+    )
 
 
 def largest_fields_spec(tensor: SourceTensor, layouts: Sequence[Layout]) -> TensorSpec:

@@ -8,7 +8,7 @@ from endor import kernels
 from endor.checkpoint.pipeline import OrderedWork
 from endor.checkpoint.plan import plan_units, stored_arrays
 from endor.checkpoint.reading import Loaded, TensorLoader, WeightPruner
-from endor.checkpoint.recode import Layouts, largest_fields_spec, recode
+from endor.checkpoint.recode import Layouts, encode_codes, largest_fields_spec, recode
 from endor.checkpoint.report import PackReport, Progress, Sizes, no_progress
 from endor.checkpoint.sources.contract import CheckpointSource, CodedSource, SourceTensor
 from endor.codecs import CodecChoice, Encoded, TensorSpec, dense
@@ -44,7 +44,7 @@ def pack_file(
     recoded = recoded or {}
     units = plan_units(source.tensors.values(), selected, recoded)
     loader = TensorLoader(source, pruner, selected)
-    coded = source if isinstance(source, CodedSource) else None
+    coded = source if isinstance(source, CodedSource) and pruner is None else None
 
     def largest(tensor: SourceTensor) -> TensorSpec:
         if coded and tensor.name in selected:
@@ -56,9 +56,9 @@ def pack_file(
     plan = {unit.name: {tensor.name: largest(tensor) for tensor in unit.tensors} for unit in units}
 
     def encode(tensor: SourceTensor) -> tuple[Loaded | None, Encoded]:
-        codes = coded.coded(tensor.name) if coded else None
+        codes = coded.coded(tensor.name) if coded and tensor.name in selected else None
         if codes is not None:
-            return None, kernels.integer.encode(*codes, tensor.dtype, shape=tensor.shape, threads=1)
+            return None, encode_codes(codes, tensor)
         loaded = loader.load(tensor)
         if tensor.name in recoded:
             smaller = recode(loaded.bits, tensor, recoded[tensor.name], threads=1)

@@ -24,6 +24,7 @@ from endor.checkpoint.open import open_source
 from endor.checkpoint.pipeline import MIN_BUDGET_BYTES, BufferPool, OrderedWork
 from endor.checkpoint.report import Progress, no_progress
 from endor.checkpoint.sources.contract import CheckpointSource
+from endor.checkpoint.sources.dequantized import DequantizedSource
 from endor.codecs import DType
 from endor.codecs.rounding import floats_of
 from endor.errors import EndorError
@@ -110,7 +111,7 @@ def verify_checkpoint(
             problems.append(str(error))
     if index and len(layouts) == len(files):
         problems += _check_index(path, index, layouts)
-    reference = open_source(against) if against is not None else None
+    reference = _reference(path, against) if against is not None else None
     try:
         check = _ContentCheck(layouts, reference, kernels.thread_count(threads))
         problems += check.run(progress or no_progress)
@@ -130,12 +131,26 @@ def verify_checkpoint(
     )
 
 
+def _reference(path: Path, against: Path | str) -> CheckpointSource:
+    """Return what to compare with: dequantised, where that is what was packed."""
+    source = open_source(against)
+    if _said(path, "dequantized") and (source.config() or {}).get(QUANTIZATION_KEY):
+        return DequantizedSource(source)
+    return source
+
+
 def _recorded_error(path: Path) -> float | None:
     """Return the relative output error that a quantising run left in config.json."""
-    found: Any = read_config(path)
-    for key in (QUANTIZATION_KEY, "quantize", "output_error"):
-        found = found.get(key) if isinstance(found, Mapping) else None
+    found = _said(path, "quantize", "output_error")
     return found if isinstance(found, float) else None
+
+
+def _said(path: Path, *keys: str) -> Any:
+    """Return what config.json says of the packing; None where it says nothing."""
+    found: Any = read_config(path)
+    for key in (QUANTIZATION_KEY, *keys):
+        found = found.get(key) if isinstance(found, Mapping) else None
+    return found
 
 
 def check_file(path: Path) -> list[str]:

@@ -285,13 +285,15 @@ def dense_of(
     dtype: DType,
     *,
     block: tuple[int, int] | None = None,
+    levels: np.ndarray | None = None,
 ) -> np.ndarray:
     """Return the bits that decoding `encode(codes, steps, dtype)` gives; arguments as there."""
     values, block = steps_for(steps, codes.shape, block)
     coding = Coding(0, 2, 0, 0, "F32", 0, block)
     rows_cols = matrix_shape(codes.shape)
+    numbers = codes.astype(np.float32) if levels is None else levels[codes]
     with np.errstate(over="ignore"):
-        product = codes.reshape(rows_cols).astype(np.float32) * spread(coding, values, codes.shape)
+        product = numbers.reshape(rows_cols) * spread(coding, values, codes.shape)
     return to_dtype(product, dtype).reshape(codes.shape)
 
 

@@ -20,6 +20,7 @@ from endor.checkpoint.report import PackReport, Progress
 from endor.checkpoint.select import select
 from endor.checkpoint.single import pack_file
 from endor.checkpoint.sources.contract import CheckpointSource
+from endor.checkpoint.sources.dequantized import DequantizedSource
 from endor.checkpoint.targets import output_path
 from endor.codecs import CodecChoice
 from endor.errors import ConfigError
@@ -44,6 +45,7 @@ def pack_checkpoint(
     calibrate: bool = True,
     description: Mapping[str, Any] | None = None,
     quantized: Mapping[str, Any] | None = None,
+    dequantize: bool = False,
     codec: CodecChoice = "auto",
     include: Sequence[str] = (),
     exclude: Sequence[str] = (),
@@ -82,6 +84,9 @@ def pack_checkpoint(
         calibrate: Whether a quantisation sees calibration text, that of `prune`.
         description: What config.json says about the pruning, where `model` yields pruned tensors.
         quantized: What it says about the quantisation, where `model` yields quantised ones.
+        dequantize: Read weights of another quantised format as the dense ones that they stand for:
+            so they can be run, pruned and quantised. Their codes are stored, where nothing else is
+            asked for.
         codec: For the packed tensors: "auto", "raw", "exp" or "dense".
         include: Patterns (globs, or `re:` and a regular expression) of tensors to pack besides the
             matrices of the layers.
@@ -106,13 +111,13 @@ def pack_checkpoint(
             f"max_shard_bytes: must be at least {MIN_SHARD_BYTES}, got {max_shard_bytes}"
         )
     quantizes = quantize is not None or quality is not None
-    if quantizes and codec != "auto":
+    if (quantizes or dequantize) and codec != "auto":
         raise ConfigError(f"codec: quantised tensors take codec int, not {codec!r}; leave it out")
     out, how = output_path(out_dir), resolved(prune, sparsity, pattern)
     if isinstance(model, (str, Path)):
         model = located(model, revision=revision)
     if isinstance(model, Path) and is_composite(model):
-        if quantizes or is_calibrated(how):
+        if quantizes or dequantize or is_calibrated(how):
             raise ConfigError(
                 f"{model}: holds several models, which are packed lossless or with --prune "
                 "magnitude; for more, pack the folder of one"
@@ -139,7 +144,7 @@ def pack_checkpoint(
         if not (path.is_file() and out.suffix == ".safetensors"):
             check_output(out, path, writes=writes, resume=resume, overwrite=overwrite)
 
-    with opened(model, check) as source:
+    with opened(model, check, dequantize=dequantize) as source:
         selected = select(source.tensors.values(), include=include, exclude=exclude)
         if quantizes or is_calibrated(how):
             check(source.path, pack_writes(source))
@@ -168,6 +173,7 @@ def pack_checkpoint(
                 max_shard_bytes,
                 description or found.description,
                 quantized or found.quantized,
+                source.quantization if isinstance(source, DequantizedSource) else "",
             )
             report = convert(
                 found.source,

@@ -9,6 +9,7 @@ from endor.checkpoint.located import located
 from endor.checkpoint.open import open_source
 from endor.checkpoint.reading import WeightPruner
 from endor.checkpoint.sources.contract import CheckpointSource
+from endor.checkpoint.sources.dequantized import DequantizedSource
 from endor.errors import ConfigError, PruningError
 from endor.pruning import run as pruning
 from endor.pruning.contract import Progress as LayerProgress
@@ -23,16 +24,18 @@ def opened(
     model: Path | str | CheckpointSource,
     check: Callable[[Path], None] | None = None,
     revision: str | None = None,
+    *,
+    dequantize: bool = False,
 ) -> Iterator[CheckpointSource]:
     """Yield the source, which is closed iff it was opened here, and checked for before."""
     if not isinstance(model, (str, Path)):
-        yield model
+        yield DequantizedSource(model) if dequantize else model
         return
     model = located(model, revision=revision)
     if check is not None:
         check(model)
     with closing(open_source(model)) as source:
-        yield source
+        yield DequantizedSource(source) if dequantize else source
 
 
 @contextmanager

@@ -34,6 +34,7 @@ def prune_checkpoint(
     calibrate: bool = True,
     description: Mapping[str, Any] | None = None,
     quantized: Mapping[str, Any] | None = None,
+    dequantize: bool = False,
     include: Sequence[str] = (),
     exclude: Sequence[str] = (),
     resume: bool = False,
@@ -51,7 +52,7 @@ def prune_checkpoint(
     def check(path: Path, writes: Writes | None = None) -> None:
         check_output(out, path, writes=writes, resume=resume, overwrite=overwrite)
 
-    with opened(model, check, revision) as source:
+    with opened(model, check, revision, dequantize=dequantize) as source:
         selected = select(source.tensors.values(), include=include, exclude=exclude)
         if quantize is not None or quality is not None or is_calibrated(how):
             check(source.path, dense_writes(source))
@@ -80,6 +81,7 @@ def prune_to_masks(
     prune: Prune = "magnitude",
     sparsity: float = 0.5,
     pattern: str = "unstructured",
+    dequantize: bool = False,
     include: Sequence[str] = (),
     exclude: Sequence[str] = (),
     overwrite: bool = False,
@@ -94,7 +96,7 @@ def prune_to_masks(
     from endor.pruning.mask_writer import check_mask_target, write_masks
 
     out, how = Path(out), resolved(prune, sparsity, pattern)
-    with opened(model, revision=revision) as source:
+    with opened(model, revision=revision, dequantize=dequantize) as source:
         check_mask_target(out, source.path, overwrite=overwrite)
         selected = select(source.tensors.values(), include=include, exclude=exclude)
         with prepared(source, how, selected, None, None, True, layers) as found:

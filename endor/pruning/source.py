@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from endor.checkpoint.sources.contract import CheckpointSource, SourceTensor
+from endor.checkpoint.sources.contract import CheckpointSource, Codes, SourceTensor
 from endor.errors import EndorError, PruningError
 from endor.packed import bits_of
 from endor.pruning.calibration import shipped_texts
@@ -85,13 +85,13 @@ class PrunedSource:
             return
         out[:] = bits_of(self._tensor(index, name)).reshape(-1).view(np.uint8)
 
-    def coded(self, name: str) -> tuple[np.ndarray, np.ndarray] | None:
+    def coded(self, name: str) -> Codes | None:
         """Return codes and steps of a quantised tensor; None of another."""
         index = self._stream.layer_of(name)
         if index is None or self._quantizer is None:
             return None
         codes = self._tensor(index, codes_of(name))
-        return codes.numpy(), self._tensor(index, steps_of(name)).numpy()
+        return Codes(codes.numpy(), self._tensor(index, steps_of(name)).numpy())
 
     def _tensor(self, index: int, name: str) -> torch.Tensor:
         """Return what the stream made for a layer."""

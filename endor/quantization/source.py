@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from endor.checkpoint.reading import WeightPruner, prune_in_place
-from endor.checkpoint.sources.contract import CheckpointSource, SourceTensor
+from endor.checkpoint.sources.contract import CheckpointSource, Codes, SourceTensor
 from endor.codecs import integer
 from endor.codecs.rounding import floats_of, round_to_bits
 from endor.errors import ConfigError, DTypeError, QuantizationError
@@ -106,9 +106,10 @@ class RoundedSource:
             self._source.read_into(name, out)
             return
         dtype = self._source.tensors[name].dtype
-        out[:] = integer.dense_of(*found, dtype).reshape(-1).view(np.uint8)
+        bits = integer.dense_of(found.codes, found.steps, dtype)
+        out[:] = bits.reshape(-1).view(np.uint8)
 
-    def coded(self, name: str) -> tuple[np.ndarray, np.ndarray] | None:
+    def coded(self, name: str) -> Codes | None:
         """Return codes and steps of a selected tensor; None of another."""
         if name not in self._selected:
             return None
@@ -117,7 +118,7 @@ class RoundedSource:
         self._source.read_into(name, raw)
         values = floats_of(raw.view(tensor.dtype.uint).reshape(tensor.shape), tensor.dtype)
         try:
-            return round_to_bits(values, array_bits(self._options.bits, tensor.numel))
+            return Codes(*round_to_bits(values, array_bits(self._options.bits, tensor.numel)))
         except QuantizationError as error:
             raise QuantizationError(f"{name}: {error}; leave it out: --exclude '{name}'") from None
 

@@ -146,7 +146,7 @@ FORMATS: dict[str, tuple[Callable[[int], State], float]] = {
 def checkpoint(folder: Path, make: Callable[[int], State], config: dict[str, Any]) -> Path:
     folder.mkdir()
     state = {
-        PREFIX.format(layer) + key: value
+        PREFIX.format(layer) + key: value.clone()
         for layer in range(2)
         for key, value in make(layer).items()
     }

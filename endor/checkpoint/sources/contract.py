@@ -4,7 +4,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 
@@ -83,15 +83,30 @@ class CheckpointSource(Protocol):
         ...
 
 
+class Codes(NamedTuple):
+    """A quantised tensor: elements are codes, or their levels, times steps.
+
+    Attributes:
+        codes: Integers of the tensor's shape; numbers of levels where there are some.
+        steps: float32, in the layout that `endor.codecs.integer.encode` takes; stored exactly.
+        levels: float32 values that codes stand for.
+        block: Rows and columns that share a step, where `steps` does not say.
+    """
+
+    codes: np.ndarray
+    steps: np.ndarray
+    levels: np.ndarray | None = None
+    block: tuple[int, int] | None = None
+
+
 @runtime_checkable
 class CodedSource(CheckpointSource, Protocol):
     """A source whose quantised tensors can be had as codes, besides as dense bytes."""
 
-    def coded(self, name: str) -> tuple[np.ndarray, np.ndarray] | None:
-        """Return integer codes of the tensor's shape, and steps; None of what is not quantised.
+    def coded(self, name: str) -> Codes | None:
+        """Return codes and steps of a tensor; None of what is not quantised.
 
-        Steps are float32 in the layout that `endor.codecs.integer.encode` takes, and stored
-        exactly. The dense bytes of the tensor are what codes and steps decode to.
+        The dense bytes of the tensor are what codes and steps decode to.
         """
         ...
 
