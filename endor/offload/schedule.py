@@ -16,10 +16,11 @@ class Schedule:
         order: Units in the order of the file.
     """
 
-    __slots__ = ("_last", "_learns", "_next")
+    __slots__ = ("_first", "_last", "_learns", "_next")
 
     def __init__(self, order: Sequence[int]) -> None:
         self._next = dict(zip(order, [*order[1:], *order[:1]], strict=True))
+        self._first = order[0] if order else 0
         self._last: int | None = None
         self._learns = True
 
@@ -30,7 +31,7 @@ class Schedule:
         says nothing of what is really used next. It may be read on another thread.
         """
         other = type(self)(())
-        other._next, other._learns = self._next, False
+        other._next, other._first, other._learns = self._next, self._first, False
         return other
 
     @property
@@ -53,12 +54,19 @@ class Schedule:
     def forget(self, units: Iterable[int]) -> None:
         """Expect units no more until they are used again."""
         gone = set(units) & self._next.keys()
-        if len(gone) == len(self._next):
+        rest = [unit for unit in self._next if unit not in gone]
+        if not rest:
             return
-        for unit in self._next.keys() - gone:
-            following = self._next[unit]
-            while following in gone:
+        if self._first in gone:
+            self._first = rest[0]
+        after = dict(zip(rest, [*rest[1:], rest[0]], strict=True))
+        for unit in self._next:
+            following, passed = self._next[unit], set[int]()
+            while following in gone and following not in passed:
+                passed.add(following)
                 following = self._next[following]
+            if following in gone:  # units that were used in a circle of their own
+                following = after.get(unit, rest[0])
             self._next[unit] = following
 
     def ahead(self) -> Iterator[int]:
@@ -66,7 +74,7 @@ class Schedule:
         if not self._next:
             return
         seen = set()
-        unit = next(iter(self._next)) if self._last is None else self._next[self._last]
+        unit = self._first if self._last is None else self._next[self._last]
         while unit not in seen:
             yield unit
             seen.add(unit)

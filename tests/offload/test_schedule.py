@@ -1,6 +1,10 @@
 """The order of use is learned and predicted across its end."""
 
+import threading
 from itertools import islice
+
+from hypothesis import given
+from hypothesis import strategies as st
 
 from endor.offload.schedule import Schedule
 
@@ -50,3 +54,38 @@ def test_repeats_and_strangers_are_ignored():
 
 def test_nothing_to_stream():
     assert ahead(Schedule([]), 1) == []
+
+
+def test_units_that_follow_each_other_in_a_circle_can_be_forgotten():
+    """What is expanded once, at load, is used in an order of its own: a circle among the gone."""
+    schedule = Schedule(range(6))
+    for unit in (3, 4, 5, 3):
+        schedule.observe(unit)
+    thread = threading.Thread(target=schedule.forget, args=([3, 4, 5],), daemon=True)
+    thread.start()
+    thread.join(10)
+    assert not thread.is_alive()
+    assert list(schedule.ahead()) == [0, 1, 2]
+
+
+@given(
+    used=st.lists(st.integers(0, 7), max_size=30),
+    gone=st.sets(st.integers(0, 9), max_size=9),
+    again=st.lists(st.integers(0, 7), max_size=12),
+)
+def test_what_is_forgotten_is_not_expected(used, gone, again):
+    schedule = Schedule(range(8))
+    for unit in used:
+        schedule.observe(unit)
+    schedule.forget(gone)
+    ahead = list(schedule.ahead())
+    assert len(set(ahead)) == len(ahead)
+    rest = set(range(8)) - gone
+    if rest:
+        assert ahead
+        assert rest.issuperset(ahead)
+    for _ in range(2):
+        for unit in again:
+            schedule.observe(unit)
+    if len(set(again)) > 1 and again[0] != again[-1]:
+        assert set(schedule.ahead()) <= set(again) | rest
