@@ -100,8 +100,8 @@ def pack_command(
     pruned, or compressed-tensors sparse-bitmask), a .safetensors file, a .gguf file, or a model on
     the Hub (org/name). Without --prune and --bits nothing is lost: `endor unpack` gives back every
     bit. Codes of a checkpoint that is quantised already (GPTQ, AWQ, fp8, int8, NF4, mxfp4, GGUF
-    ...) are entropy-coded as they are; with --dequantize they become weights of a dense model, which
-    runs, and are stored as codes and scales all the same.
+    ...) are entropy-coded as they are; with --dequantize they become weights of a dense model,
+    which runs, and are stored as codes and scales all the same.
     """
     quantizes = options["bits"] is not None or options["quality"] is not None
     if prune == "none" and not quantizes:

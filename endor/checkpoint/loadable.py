@@ -40,7 +40,8 @@ def refuse_quantized(section: Any) -> None:
     if method is not None:
         raise ConfigError(
             f"quantization_config: the weights were quantized ({method}) before they were packed, "
-            "and need their scales to be run: `endor unpack` the checkpoint and load the result"
+            "and need their scales to be run: `endor unpack` the checkpoint and load the result, "
+            "or pack it with --dequantize"
         )
 
 
