@@ -95,7 +95,8 @@ def minifloat_levels(name: str) -> np.ndarray:
         values[(code & 0x7F) == 0x7F] = np.nan
     else:
         values[exponent == (1 << exponent_bits) - 1] = np.nan
-    return np.where(code >= 128, -values, values).astype(np.float32)
+    found: np.ndarray = np.where(code >= 128, -values, values).astype(np.float32)
+    return found
 
 
 def unpack_symbols(words: np.ndarray, bits: int, count: int) -> np.ndarray:
