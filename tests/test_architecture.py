@@ -27,6 +27,7 @@ ROOMS = [
     "trust",
     "packed",
     "storage",
+    "formats",
     "checkpoint",
 ]
 ROOMS += [

@@ -22,6 +22,7 @@ ORDER = [
         "trust",
         "packed",
         "storage",
+        "formats",
         "checkpoint",
         "planning",
     ),

@@ -38,9 +38,10 @@ from endor.checkpoint.reading import TensorLoader, WeightPruner
 from endor.checkpoint.recode import Layouts, encode_codes, recode
 from endor.checkpoint.record_sizes import RecordSizes
 from endor.checkpoint.report import PackReport, Progress, Sizes, no_progress
-from endor.checkpoint.sources.contract import CheckpointSource, CodedSource, Codes, SourceTensor
+from endor.checkpoint.sources.contract import CheckpointSource, CodedSource, SourceTensor
 from endor.checkpoint.verify import check_file
 from endor.codecs import CodecChoice, Encoded, dense
+from endor.codecs.codes import Codes
 from endor.errors import CheckpointError
 from endor.storage import FileLayout, FileWriter
 from endor.storage.layout import FORMAT_VERSION

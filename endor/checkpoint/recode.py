@@ -14,8 +14,9 @@ import numpy as np
 from endor import kernels
 from endor.checkpoint.companions import QUANTIZATION_KEY
 from endor.checkpoint.select import matcher
-from endor.checkpoint.sources.contract import CheckpointSource, Codes, SourceTensor
+from endor.checkpoint.sources.contract import CheckpointSource, SourceTensor
 from endor.codecs import Encoded, TensorSpec, fields
+from endor.codecs.codes import Codes
 from endor.codecs.coding import MAX_WORDS
 from endor.codecs.layout import Fields, Layout
 

@@ -12,11 +12,11 @@ from collections.abc import Mapping
 import numpy as np
 
 from endor.codecs import rans
+from endor.codecs.codes import check_codes, check_levels, low_bits_of
 from endor.codecs.coding import (
     CHUNK,
     LANES,
     MAX_CODE,
-    MAX_SYMBOLS,
     MAX_WORDS,
     VALUE_DTYPES,
     Coding,
@@ -26,7 +26,6 @@ from endor.codecs.dtypes import DType
 from endor.codecs.planning import CodePlan, Counter, count_codes, plan_code, plan_levels
 from endor.codecs.spec import MAX_NNZ, Encoded, TensorSpec
 from endor.codecs.steps import (
-    SMALLEST,
     check_steps,
     load_steps,
     round_steps,
@@ -35,7 +34,7 @@ from endor.codecs.steps import (
     store_steps,
     to_dtype,
 )
-from endor.errors import ConfigError, DTypeError, EndorError, FormatError, ShapeError
+from endor.errors import ConfigError, DTypeError, FormatError
 
 __all__ = [
     "check",
@@ -49,38 +48,6 @@ __all__ = [
     "size_bits",
     "steps_of",
 ]
-
-
-def check_levels(
-    levels: np.ndarray, steps: np.ndarray, error: type[EndorError] = ConfigError
-) -> None:
-    """Raise unless `levels` are 2 to 256 finite float32 values, and no product is subnormal."""
-    if levels.dtype != np.float32 or levels.ndim != 1 or not 2 <= levels.size <= MAX_SYMBOLS:
-        raise error(f"levels must be 2 to {MAX_SYMBOLS} values of float32")
-    if not np.isfinite(levels).all():
-        raise error("levels must be finite")
-    least = [float(np.abs(values[values != 0]).min(initial=np.inf)) for values in (levels, steps)]
-    if least[0] * least[1] < SMALLEST or least[0] < SMALLEST:
-        raise error("levels times steps must be 0 or at least 2**-126")
-
-
-def check_codes(codes: np.ndarray, shape: tuple[int, ...] | None) -> np.ndarray:
-    """Return `codes` as C-contiguous int32 of `shape`.
-
-    Raises:
-        DTypeError: They are not integers.
-        ConfigError: One exceeds 2**24 in magnitude.
-        ShapeError: `shape` has another number of elements.
-    """
-    if codes.dtype.kind not in "iu":
-        raise DTypeError(f"codes must be integers, got {codes.dtype}")
-    if codes.size and (int(codes.min()) < -MAX_CODE or int(codes.max()) > MAX_CODE):
-        raise ConfigError(f"codes must lie within +-{MAX_CODE}, got {codes.min()}..{codes.max()}")
-    if shape is not None:
-        if int(np.prod(shape, dtype=np.int64)) != codes.size:
-            raise ShapeError(f"shape {shape} does not hold {codes.size} codes")
-        codes = codes.reshape(shape)
-    return np.ascontiguousarray(codes, dtype=np.int32).reshape(codes.shape)
 
 
 def encode(
@@ -206,21 +173,6 @@ def assemble(
             "patch_codes": flat[at].astype("<i4").view("<u4"),
         }
     return Encoded(spec, arrays)
-
-
-def low_bits_of(codes: np.ndarray, shift: int, patched: np.ndarray) -> np.ndarray:
-    """Return the packed low bits of flat codes, u8; those of a patch are 0.
-
-    Args:
-        codes: int32.
-        shift: Bits of each code.
-        patched: Indices.
-    """
-    low = np.zeros(-(-codes.size // LANES) * LANES, dtype=np.int32)
-    low[: codes.size] = codes & np.int32((1 << shift) - 1)
-    low[patched] = 0
-    bits = low[:, None] >> np.arange(shift, dtype=np.int32) & 1
-    return np.packbits(bits.astype(np.uint8), bitorder="little")
 
 
 def codes_of(encoded: Encoded) -> np.ndarray:

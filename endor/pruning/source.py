@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from endor.checkpoint.sources.contract import CheckpointSource, Codes, SourceTensor
+from endor.checkpoint.sources.contract import CheckpointSource, SourceTensor
+from endor.codecs.codes import Codes
 from endor.errors import EndorError, PruningError
 from endor.packed import bits_of
 from endor.pruning.calibration import shipped_texts

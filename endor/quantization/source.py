@@ -8,8 +8,9 @@ from typing import Any
 import numpy as np
 
 from endor.checkpoint.reading import WeightPruner, prune_in_place
-from endor.checkpoint.sources.contract import CheckpointSource, Codes, SourceTensor
+from endor.checkpoint.sources.contract import CheckpointSource, SourceTensor
 from endor.codecs import integer
+from endor.codecs.codes import Codes
 from endor.codecs.rounding import floats_of, round_to_bits
 from endor.errors import ConfigError, DTypeError, QuantizationError
 from endor.pruning.contract import Progress, PruneOptions

@@ -12,9 +12,9 @@ from click.testing import CliRunner
 from safetensors.torch import load_file, save_file
 
 from endor.checkpoint import inspect_checkpoint, unpack_checkpoint, verify_checkpoint
-from endor.checkpoint.quantized.contract import minifloat_levels, unpack_symbols
 from endor.cli.main import cli
 from endor.errors import CheckpointError, ConfigError, EndorError
+from endor.formats.contract import minifloat_levels, unpack_symbols
 from endor.packing import pack_checkpoint, prune_checkpoint
 from endor.quantization import QuantizeOptions
 

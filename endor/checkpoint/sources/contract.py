@@ -4,11 +4,12 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
 from endor.codecs import DType
+from endor.codecs.codes import Codes
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,22 +82,6 @@ class CheckpointSource(Protocol):
     def close(self) -> None:
         """Give up files and buffers."""
         ...
-
-
-class Codes(NamedTuple):
-    """A quantised tensor: elements are codes, or their levels, times steps.
-
-    Attributes:
-        codes: Integers of the tensor's shape; numbers of levels where there are some.
-        steps: float32, in the layout that `endor.codecs.integer.encode` takes; stored exactly.
-        levels: float32 values that codes stand for.
-        block: Rows and columns that share a step, where `steps` does not say.
-    """
-
-    codes: np.ndarray
-    steps: np.ndarray
-    levels: np.ndarray | None = None
-    block: tuple[int, int] | None = None
 
 
 @runtime_checkable

@@ -12,15 +12,16 @@ from typing import Any
 import numpy as np
 
 from endor.checkpoint.companions import QUANTIZATION_KEY, quantization_name
-from endor.checkpoint.quantized.contract import QuantizedWeight, Stored, dense_dtype
-from endor.checkpoint.quantized.nibbles import nibble_weights
-from endor.checkpoint.quantized.scaled import scaled_weights
-from endor.checkpoint.quantized.words import word_weights
-from endor.checkpoint.sources.contract import CheckpointSource, Codes, SourceTensor
+from endor.checkpoint.sources.contract import CheckpointSource, SourceTensor
 from endor.codecs import integer
+from endor.codecs.codes import Codes
 from endor.codecs.rounding import floats_of
 from endor.codecs.steps import SMALLEST
 from endor.errors import CheckpointError, ConfigError, EndorError
+from endor.formats.contract import QuantizedWeight, Stored, dense_dtype
+from endor.formats.nibbles import nibble_weights
+from endor.formats.scaled import scaled_weights
+from endor.formats.words import word_weights
 
 _LEFT = ("qzeros", "g_idx", "absmax", "SCB", "weight_scale", "weight_scale_inv", "weight_packed")
 """Last parts of names that no dense checkpoint has."""
@@ -67,7 +68,9 @@ class DequantizedSource:
         self.tensors: Mapping[str, SourceTensor] = {
             name: tensor for name, tensor in stored.tensors.items() if name not in parts
         } | {
-            weight.name: SourceTensor(weight.name, weight.dtype, weight.shape, weight.file)
+            weight.name: SourceTensor(
+                weight.name, weight.dtype, weight.shape, stored.tensors[weight.parts[0]].file
+            )
             for weight in self._weights.values()
         }
         left = next((n for n in self.tensors if n.rpartition(".")[2] in _LEFT), None)

@@ -9,16 +9,17 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from endor.checkpoint.quantized.contract import (
+from endor.codecs.codes import Codes
+from endor.formats.contract import (
     MINIFLOATS,
     QuantizedWeight,
     Read,
     Stored,
+    StoredTensor,
     matrix,
     minifloat_levels,
     scales_of,
 )
-from endor.checkpoint.sources.contract import Codes, SourceTensor
 
 SUFFIXES = ("_scale_inv", "_scale", ".SCB")
 """What scales are called, behind the weight's name."""
@@ -43,7 +44,7 @@ def _scale_name(stored: Stored, name: str) -> str | None:
     return next((found for found in candidates if found in stored.tensors), None)
 
 
-def _weight(stored: Stored, tensor: SourceTensor, scale: str) -> QuantizedWeight:
+def _weight(stored: Stored, tensor: StoredTensor, scale: str) -> QuantizedWeight:
     name, parent = tensor.name, tensor.name.rpartition(".")[0]
     zeros = f"{name}_zero_point"
     parts = [name, scale]
@@ -70,12 +71,12 @@ def _weight(stored: Stored, tensor: SourceTensor, scale: str) -> QuantizedWeight
             whole -= shift.reshape(tensor.shape)
         return Codes(whole, steps, block=block)
 
-    return QuantizedWeight(name, tensor.shape, tuple(parts), tensor.file, stored.dtype, codes)
+    return QuantizedWeight(name, tensor.shape, tuple(parts), stored.dtype, codes)
 
 
 def _of_levels(
     stored: Stored,
-    tensor: SourceTensor,
+    tensor: StoredTensor,
     found: np.ndarray,
     steps: np.ndarray,
     block: tuple[int, int],
@@ -87,7 +88,7 @@ def _of_levels(
     return Codes(found, steps, np.where(wrong, np.float32(0), levels), block)
 
 
-def _block(stored: Stored, tensor: SourceTensor, scale: str) -> tuple[int, int]:
+def _block(stored: Stored, tensor: StoredTensor, scale: str) -> tuple[int, int]:
     """Return the rows and columns that share a scale."""
     rows, cols = matrix(tensor.shape)
     shape = stored.tensors[scale].shape

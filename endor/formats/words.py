@@ -4,14 +4,14 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from endor.checkpoint.quantized.contract import (
+from endor.codecs.codes import Codes
+from endor.formats.contract import (
     QuantizedWeight,
     Read,
     Stored,
     scales_of,
     unpack_symbols,
 )
-from endor.checkpoint.sources.contract import Codes
 
 AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
 """Column, of eight, whose code is at each place of a word."""
@@ -82,7 +82,7 @@ def _turned(stored: Stored, parent: str) -> QuantizedWeight:
         return Codes(values, np.ascontiguousarray(steps), block=(1, group))
 
     parts = tuple(name for name in names.values() if name in stored.tensors)
-    return QuantizedWeight(f"{parent}.weight", (rows, cols), parts, words.file, stored.dtype, codes)
+    return QuantizedWeight(f"{parent}.weight", (rows, cols), parts, stored.dtype, codes)
 
 
 def _awq(words: np.ndarray) -> np.ndarray:
@@ -141,4 +141,4 @@ def _packed(stored: Stored, parent: str) -> QuantizedWeight:
         for part in ("input_scale", "input_zero_point")
         if (name := f"{parent}.{part}") in stored.tensors
     )
-    return QuantizedWeight(f"{parent}.weight", (rows, cols), parts, words.file, stored.dtype, codes)
+    return QuantizedWeight(f"{parent}.weight", (rows, cols), parts, stored.dtype, codes)

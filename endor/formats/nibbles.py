@@ -7,7 +7,9 @@ from typing import Any
 
 import numpy as np
 
-from endor.checkpoint.quantized.contract import (
+from endor.codecs import DTYPES
+from endor.codecs.codes import Codes
+from endor.formats.contract import (
     E2M1,
     QuantizedWeight,
     Read,
@@ -15,8 +17,6 @@ from endor.checkpoint.quantized.contract import (
     scales_of,
     unpack_symbols,
 )
-from endor.checkpoint.sources.contract import Codes
-from endor.codecs import DTYPES
 
 _STATE = ".quant_state.bitsandbytes__"
 _NAMES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
@@ -50,7 +50,6 @@ def _blocks(stored: Stored, name: str) -> QuantizedWeight:
         name,
         (experts, cols, rows),
         (blocks.name, scales.name),
-        blocks.file,
         stored.dtype,
         codes,
     )
@@ -100,7 +99,6 @@ def _bitsandbytes(stored: Stored, name: str, state_name: str) -> QuantizedWeight
         name,
         shape,
         (name, state_name, *parts.values()),
-        stored.tensors[name].file,
         dtype,
         codes,
     )

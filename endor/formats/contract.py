@@ -3,12 +3,12 @@
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
-from endor.checkpoint.sources.contract import Codes, SourceTensor
 from endor.codecs import DTYPES, DType
+from endor.codecs.codes import Codes
 from endor.errors import CheckpointError
 
 Read = Callable[[str], np.ndarray]
@@ -23,6 +23,22 @@ E2M1 = np.concatenate([E2M1, -E2M1])
 """Values of the 4-bit floats by their code."""
 
 
+class StoredTensor(Protocol):
+    """A tensor of a checkpoint, by its header."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def dtype(self) -> DType: ...
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+
+    @property
+    def numel(self) -> int: ...
+
+
 @dataclass(frozen=True, slots=True)
 class QuantizedWeight:
     """A weight that is stored as codes and scales.
@@ -31,7 +47,6 @@ class QuantizedWeight:
         name: Of the dense weight.
         shape: Its shape.
         parts: Stored tensors that make it up; they are no tensors of the dense checkpoint.
-        file: Dense file that it belongs to.
         dtype: Of the dense weight.
         codes: Reads the parts. Blocks of one element say that steps do not lie in blocks.
     """
@@ -39,7 +54,6 @@ class QuantizedWeight:
     name: str
     shape: tuple[int, ...]
     parts: tuple[str, ...]
-    file: str
     dtype: DType
     codes: Callable[[Read], Codes]
 
@@ -57,7 +71,7 @@ class Stored:
     """
 
     where: str
-    tensors: Mapping[str, SourceTensor]
+    tensors: Mapping[str, StoredTensor]
     section: Mapping[str, Any]
     dtype: DType
     read: Read
@@ -138,7 +152,7 @@ def matrix(shape: tuple[int, ...]) -> tuple[int, int]:
     return math.prod(shape[:-1]), shape[-1]
 
 
-def dense_dtype(config: Mapping[str, Any], tensors: Mapping[str, SourceTensor]) -> DType:
+def dense_dtype(config: Mapping[str, Any], tensors: Mapping[str, StoredTensor]) -> DType:
     """Return the element type of the dense model: config.json's, or that of most small tensors."""
     names = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
     for key in ("dtype", "torch_dtype"):
