@@ -45,6 +45,14 @@ _LOADING: dict[str, Callable[[Command], Command]] = {
         show_default=True,
         help="The dense model's bits, or products straight from the packed form.",
     ),
+    "host_compute": click.option(
+        "--host-compute",
+        type=click.Choice(["auto", "on", "off"]),
+        default=DEFAULTS["host_compute"],
+        show_default=True,
+        help="With --fast on a GPU: multiply weights that lie in RAM there; auto does so where it "
+        "is predicted to be faster.",
+    ),
     "kv": click.option(
         "--kv",
         type=click.Choice(["auto", "device", "ram", "disk"]),

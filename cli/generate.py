@@ -14,6 +14,7 @@ from endor.cli.types import Text
 
 if TYPE_CHECKING:
     from endor.hf.generation import Generation
+    from endor.planning.beside import HostCompute
     from endor.planning.kv import KVSetting
     from endor.planning.plan import Plan
 
@@ -29,7 +30,7 @@ LEAST_STEPS = 5
 @click.option(
     "--device", default="cpu", show_default=True, help="Where the model runs, such as cpu or cuda."
 )
-@loading_options("vram", "ram", "exact", "kv")
+@loading_options("vram", "ram", "exact", "host_compute", "kv")
 @click.option("--temperature", default=0.0, show_default=True, help="0 takes the likeliest token.")
 @click.option("--top-p", default=1.0, show_default=True, help="Probability that sampling keeps.")
 @click.option("--seed", type=int, help="Makes sampling repeatable.")
@@ -56,6 +57,7 @@ def generate_command(
     vram: str | None,
     ram: str | None,
     exact: bool,
+    host_compute: "HostCompute",
     kv: "KVSetting",
     trust_remote_code: bool,
     temperature: float,
@@ -88,6 +90,7 @@ def generate_command(
         vram=vram,
         ram=ram,
         exact=exact,
+        host_compute=host_compute,
         context=prompt_tokens + max_new_tokens,
         prompt=prompt_tokens,
         measure=True,

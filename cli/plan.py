@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 @click.command("plan")
 @click.argument("model", required=False, type=MODEL)
-@loading_options("vram", "ram", "context", "prompt", "batch", "exact", "kv")
+@loading_options("vram", "ram", "context", "prompt", "batch", "exact", "host_compute", "kv")
 @click.option(
     "--for",
     "--gpu",
@@ -124,6 +124,8 @@ def to_dict(planned: "Planned") -> dict[str, Any]:
         "tiers": dict(result.tiers),
         "decode": asdict(result.decode) | {"tokens_per_s": result.decode_tokens_per_s},
         "prefill": asdict(result.prefill) | {"tokens_per_s": result.prefill_tokens_per_s},
+        "way": result.way,
+        "alternatives": [asdict(each) for each in result.alternatives],
         "load_s": result.load_s,
         "dense_decode_s": result.dense_decode.seconds if result.dense_decode else None,
         "dense_is_faster": result.dense_is_faster,

@@ -18,6 +18,7 @@ TIERS = {
     "vram": "VRAM, packed",
     "dense": "RAM, expanded",
     "resident": "RAM, packed",
+    "host": "RAM, multiplied there",
     "disk": "disk",
 }
 
@@ -69,7 +70,33 @@ def summary(
         f"decode   {result.decode_tokens_per_s:.3g} tokens/s ({decode.seconds:.3g} s a step), "
         f"bound by the {decode.bound}; {decode.disk_bytes / 1e9:.2f} GB from disk a step",
     ]
-    return "\n".join([*lines, *verdict(result)])
+    return "\n".join([*lines, *verdict(result), *best(result)])
+
+
+WAYS = {
+    "stream": "weights in RAM cross the link",
+    "host": "some weights are multiplied in RAM, others cross the link",
+    "both": "rows of each weight in RAM are multiplied there, the others cross the link",
+}
+
+
+def best(result: "Plan") -> list[str]:
+    """Return the best ways to run the model, as a table, where there are several."""
+    if len(result.alternatives) < 2:
+        return []
+    rows = [
+        [
+            (WAYS[each.way] if result.vram_bytes else "weights are multiplied on the processor")
+            + (f", {each.expanded:.0%} expanded" if each.expanded else ""),
+            each.kv,
+            f"{each.decode_tokens_per_s:.3g}",
+            f"{each.prefill_tokens_per_s:.3g}",
+            each.bound,
+        ]
+        for each in result.alternatives
+    ]
+    columns = ["best ways, this plan's first", "kv", "decode tok/s", "prefill tok/s", "bound by"]
+    return ["", table(columns, rows)]
 
 
 def verdict(result: "Plan") -> list[str]:

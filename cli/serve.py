@@ -11,6 +11,7 @@ from endor.cli.terminal import say, show
 from endor.cli.types import Size
 
 if TYPE_CHECKING:
+    from endor.planning.beside import HostCompute
     from endor.planning.kv import KVSetting
 
 
@@ -36,7 +37,7 @@ if TYPE_CHECKING:
 @click.option(
     "--device", default="cpu", show_default=True, help="Where the model runs, such as cpu or cuda."
 )
-@loading_options("vram", "ram", "exact", "kv", "context")
+@loading_options("vram", "ram", "exact", "host_compute", "kv", "context")
 @click.option(
     "--max-new-tokens",
     type=click.IntRange(1),
@@ -72,6 +73,7 @@ def serve_command(
     vram: str | None,
     ram: str | None,
     exact: bool,
+    host_compute: "HostCompute",
     kv: "KVSetting",
     context: int,
     trust_remote_code: bool,
@@ -110,6 +112,7 @@ def serve_command(
         vram=vram,
         ram=ram,
         exact=exact,
+        host_compute=host_compute,
         context=context,
         kv=kv,
         trust_remote_code=trust_remote_code,

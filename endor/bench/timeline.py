@@ -9,7 +9,7 @@ from typing import Any
 from endor.offload.ledger import Event
 from endor.offload.store import Store
 
-COMPUTE = ("expand", "product")
+COMPUTE = ("expand", "product", "host product")
 KEYS = "keys and values"
 """What names of events about the cache begin with."""
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from endor.bench.records import environment
-from endor.bench.timeline import Summary, summarise, timeline, within
+from endor.bench.timeline import COMPUTE, Summary, summarise, timeline, within
 from endor.offload.ledger import Event
 from endor.offload.store import Store
 from endor.sizes import size
@@ -17,6 +17,8 @@ COLOURS = {
     "check": "#b08968",
     "expand": "#2a6f97",
     "product": "#2f6b3a",
+    "host product": "#4c956c",
+    "copy": "#8d99ae",
     "stall": "#c1121f",
     "kv load": "#7b5ea7",
     "kv save": "#c77dba",
@@ -25,6 +27,7 @@ COLOURS = {
     "vram": "#2a6f97",
     "dense": "#2f6b3a",
     "resident": "#74a57f",
+    "host": "#4c956c",
     "disk": "#e9c46a",
 }
 MEANINGS = {
@@ -32,12 +35,14 @@ MEANINGS = {
     "check": "checksum; structure at the first read",
     "expand": "packed to dense",
     "product": "product from the packed form",
+    "host product": "the same, on the processor beside a device",
+    "copy": "copy to the device, until it was issued",
     "stall": "waiting for a unit",
     "rest": "torch: products, attention, norms, sampling",
     "kv load": "keys and values loaded",
     "kv save": "keys and values saved",
 }
-OPTIONAL = ("kv load", "kv save")
+OPTIONAL = ("host product", "copy", "kv load", "kv save")
 """Kinds that are explained only where they occur."""
 
 TIERS = {
@@ -45,6 +50,7 @@ TIERS = {
     "vram": "packed in VRAM",
     "dense": "expanded in RAM",
     "resident": "packed in RAM",
+    "host": "packed in RAM, few rows multiplied there",
     "disk": "on disk, read for every step",
 }
 WIDTH, LANE, LEFT = 1160, 26, 110
@@ -168,7 +174,8 @@ def _meanings(events: Sequence[Event]) -> dict[str, str]:
 
 def _counts(counters: Mapping[str, Any]) -> list[list[str]]:
     """Return rows about experts, and about keys and values, where there were any to move."""
-    count = {key: counters.get(key, 0) for key in ("expert_uses", "guessed_uses", "kv_loads")}
+    kinds = ("expert_uses", "guessed_uses", "host_products", "kv_loads")
+    count = {key: counters.get(key, 0) for key in kinds}
     rows = []
     if uses := count["expert_uses"]:
         rows.append(["experts in memory when chosen", f"{counters['expert_hits'] / uses:.1%}"])
@@ -182,6 +189,9 @@ def _counts(counters: Mapping[str, Any]) -> list[list[str]]:
                 f"{counters['warm_reads']}, {counters['warm_wasted']}",
             ]
         )
+    if hosted := count["host_products"]:
+        rows.append(["products on the processor beside a device", f"{hosted}"])
+        rows.append(["packed bytes that they read", f"{counters['host_bytes'] / 1e9:.3f} GB"])
     if loads := count["kv_loads"]:
         rows.append(["keys and values loaded", f"{counters['kv_load_bytes'] / 1e9:.3f} GB"])
         rows.append(["keys and values saved", f"{counters['kv_save_bytes'] / 1e9:.3f} GB"])
@@ -196,13 +206,15 @@ def _timeline(events: Sequence[Event]) -> str:
         return "<p>No events: nothing packed was used.</p>"
     begin = min(event.start_s for event in events)
     scale = (WIDTH - LEFT) / max(max(event.stop_s for event in events) - begin, 1e-9)
-    computing = {event.thread for event in events if event.kind in ("expand", "product")}
+    computing = {event.thread for event in events if event.kind in COMPUTE}
+    copying = {event.thread for event in events if event.kind == "copy"}
     threads = sorted({event.thread for event in events}, key=lambda one: (one in computing, one))
     out, readers = [], 0
     for row, thread in enumerate(threads):
         y = row * (LANE + 8)
-        readers += thread not in computing
-        label = "model" if thread in computing else f"reader {readers}"
+        readers += thread not in computing | copying
+        label = f"reader {readers}" if thread not in copying else "copies"
+        label = "model" if thread in computing else label
         out.append(f'<text x="0" y="{y + LANE * 0.65:.0f}">{label}</text>')
         own = sorted((e for e in events if e.thread == thread), key=lambda e: e.start_s)
         if thread in computing:

@@ -12,6 +12,7 @@ from endor.errors import ConfigError
 from endor.sizes import parse_bytes
 
 if TYPE_CHECKING:
+    from endor.planning.beside import HostCompute
     from endor.planning.kv import KVSetting
     from endor.planning.plan import Workload
     from endor.planning.tiers import Placement
@@ -35,6 +36,9 @@ class Loading(TypedDict, total=False):
             tenths of what is free. Wins over `max_memory`.
         exact: Give the bits that the unpacked model gives. False multiplies up to eight rows
             straight from the packed form, faster and with float32 sums in another order.
+        host_compute: Whether the processor multiplies weights in RAM while a CUDA device is the
+            model's: `"on"`, `"off"`, or `"auto"`, where that is predicted to be faster. Up to eight
+            rows, and never with `exact`: `"on"` is then refused.
         kv: Where `generate` keeps keys and values: `"device"` (where the model computes), `"ram"`
             (host memory beside a device), `"disk"`, or `"auto"`: the first where the planned
             context fits.
@@ -52,6 +56,7 @@ class Loading(TypedDict, total=False):
     ram: int | str | None
     vram: int | str | None
     exact: bool
+    host_compute: "HostCompute"
     kv: "KVSetting"
     context: int
     prompt: int
@@ -67,6 +72,7 @@ DEFAULTS: Loading = {
     "ram": None,
     "vram": None,
     "exact": True,
+    "host_compute": "auto",
     "kv": "auto",
     "context": 1024,
     "prompt": 128,
@@ -90,6 +96,7 @@ def settled(options: Mapping[str, Any]) -> Loading:
         ConfigError: There is no such option, or one makes no sense.
     """
     from endor.kernels.dispatch import check_threads
+    from endor.planning.beside import check_host_compute
     from endor.planning.kv import check_kv
     from endor.planning.tiers import Placement
 
@@ -104,6 +111,7 @@ def settled(options: Mapping[str, Any]) -> Loading:
     found["vram"] = None if vram is None else parse_bytes(vram, "vram")
     check_threads(found["threads"])
     check_kv(found["kv"])
+    check_host_compute(found["host_compute"], exact=found["exact"])
     placement = found["placement"]
     if placement is not None and not isinstance(placement, Placement):
         raise ConfigError(f"placement: must be a Placement, got {type(placement).__name__}")
@@ -126,6 +134,7 @@ def workload(options: Loading) -> "Workload":
         context=context,
         product="exact" if found["exact"] else "direct",
         kv=found["kv"],
+        host_compute=found["host_compute"],
     )
 
 

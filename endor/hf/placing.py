@@ -18,15 +18,17 @@ from endor.offload.device import Device
 from endor.offload.ledger import Ledger
 from endor.offload.store import Share, Store, open_share
 from endor.planning import machine as hardware
+from endor.planning.devices import combine
 from endor.planning.fill import share_host_bytes
 from endor.planning.limits import available_bytes
 from endor.planning.machine import TYPICAL_LINK, Disk, Machine
-from endor.planning.plan import Plan, Workload, combine, plan
+from endor.planning.plan import Plan, Workload, plan
 from endor.planning.products import Products, choose
 from endor.planning.shape import ModelShape
-from endor.planning.tiers import Placement, Tier
+from endor.planning.tiers import Tier
 from endor.planning.unit_cost import unit_costs
 from endor.planning.units import Unit, WeightSpec, collect_units
+from endor.planning.whole import whole_weights
 from endor.storage import FileLayout
 
 if TYPE_CHECKING:
@@ -113,7 +115,8 @@ class Placing:
                 workload=self.workload,
                 wishes=self._wishes(units, self.specs),
             )
-            placement = whole_weights(planned.placement, units, self.specs)
+            named = [spec for spec, _ in self.specs]
+            placement = whole_weights(planned.placement, units, named)
             products = planned.products
         reader = open_reader_for(config.reader, "cpu", self.layouts)
         try:
@@ -159,11 +162,9 @@ class Placing:
         shares: list[Share] = []
         try:
             for name in used:
-                placement = self.config.placement or plans[name].placement
+                planned = plans.get(name)
                 shares.append(
-                    self._open_share(
-                        opened[name], name, units[name], specs[name], placement, ledger
-                    )
+                    self._open_share(opened[name], name, units[name], specs[name], planned, ledger)
                 )
         except BaseException:
             for share in shares:
@@ -180,9 +181,11 @@ class Placing:
         name: str,
         units: Sequence[Unit],
         specs: Sequence[WeightType],
-        placement: Placement,
+        planned: Plan | None,
         ledger: Ledger,
     ) -> Share:
+        placement = self.config.placement if planned is None else planned.placement
+        assert placement is not None
         reader = open_reader_for(self.config.reader, name, self.layouts)
         try:
             return open_share(
@@ -194,6 +197,7 @@ class Placing:
                 device=device,
                 verify=self.config.verify,
                 threads=self.config.threads,
+                products=planned.products if planned else None,
                 ledger=ledger,
             )
         except BaseException:
@@ -331,20 +335,3 @@ def _head_name(model: Any) -> str:
     """Return the name of the module that makes logits, the root's when there is none."""
     head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
     return next((name for name, module in model.named_modules() if module is head), "")
-
-
-def whole_weights(
-    placement: Placement, units: Sequence[Unit], specs: Sequence[WeightType]
-) -> Placement:
-    """Return `placement` without units that are `dense` in vain.
-
-    A weight stays expanded only when all its units do; with some of them elsewhere, the others are
-    read for every use, and are to count as that.
-    """
-    unit_of = {tensor: unit.name for unit in units for tensor in unit.tensors}
-    tiers = dict(placement.tiers)
-    for spec, _ in specs:
-        inside = {unit_of[part.tensor] for part in spec.parts}
-        if len({tiers[name] for name in inside}) > 1:
-            tiers |= {name: "disk" for name in inside if tiers[name] == "dense"}
-    return Placement(tiers, placement.staging_bytes)

@@ -217,7 +217,11 @@ def matvec(
 
 
 def prepared_matvec(
-    encoded: Encoded, *, threads: int | None = None, kernel: str | None = None
+    encoded: Encoded,
+    *,
+    first: int = 0,
+    threads: int | None = None,
+    kernel: str | None = None,
 ) -> Callable[[int, int, int], None] | None:
     """Return `matvec` by one weight with all checks made beforehand; None without the C kernels.
 
@@ -226,12 +230,13 @@ def prepared_matvec(
 
     Args:
         encoded: As for `matvec`, whose errors these are.
+        first: Row from which on it multiplies; those before are not read, and not in the result.
         threads: As everywhere here.
         kernel: As everywhere here.
 
     Returns:
         A function of three numbers: the address of `(batch, cols)` elements of the weight's type,
-        C-contiguous; batch; and the address of float32 `(batch, rows)`, which it writes.
+        C-contiguous; batch; and the address of float32 `(batch, rows - first)`, which it writes.
     """
     spec, number, count = encoded.spec, select(kernel), thread_count(threads)
     kind = native.WEIGHT_KINDS.get(spec.dtype.name)
@@ -239,12 +244,19 @@ def prepared_matvec(
         raise DTypeError(f"products take {', '.join(native.WEIGHT_KINDS)}, not {spec.dtype.name}")
     if len(spec.shape) != 2:
         raise ShapeError(f"a product takes a weight of shape (rows, cols), not {spec.shape}")
+    if not 0 <= first <= spec.shape[0]:
+        raise ShapeError(f"first must be one of {spec.shape[0]} rows, got {first}")
     if number is None:
         return None
     view, library = ctypes.byref(native.view(encoded)), native.library()
     coded = spec.codec == "int"
-    multiply = library.endor_int_matvec if coded else library.endor_matvec
-    operand = (view, *spec.shape) if coded else (view, kind, *spec.shape)
+    place: tuple[int, ...] = spec.shape
+    if first:
+        multiply = library.endor_int_matvec_rows if coded else library.endor_matvec_rows
+        place = (first, spec.shape[0] - first, spec.shape[1])
+    else:
+        multiply = library.endor_int_matvec if coded else library.endor_matvec
+    operand = (view, *place) if coded else (view, kind, *place)
 
     def run(x: int, batch: int, out: int, _encoded: Encoded = encoded) -> None:
         status = multiply(number, *operand, x, kind, batch, out, count)

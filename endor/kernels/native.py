@@ -151,6 +151,7 @@ def _bind(library: ctypes.CDLL) -> ctypes.CDLL:
         ("exp_finish", i32, (pointer, pointer)),
         ("exp_free", None, (pointer,)),
         ("matvec", i32, (i32, pointer, i32, u64, u64, pointer, i32, u64, pointer, i32)),
+        ("matvec_rows", i32, (i32, pointer, i32, u64, u64, u64, pointer, i32, u64, pointer, i32)),
         ("int_decode", i32, (i32, pointer, pointer, u64, u64, i32, i32, i32)),
         (
             "int_encode",
@@ -164,6 +165,7 @@ def _bind(library: ctypes.CDLL) -> ctypes.CDLL:
             (pointer, u64, ctypes.c_int32, *(i32, pointer, i32, i32), *(pointer,) * 3, i32),
         ),
         ("int_matvec", i32, (i32, pointer, u64, u64, pointer, i32, u64, pointer, i32)),
+        ("int_matvec_rows", i32, (i32, pointer, u64, u64, u64, pointer, i32, u64, pointer, i32)),
         ("probe", u64, (i32, pointer, pointer, u64, i32)),
         ("count16", i32, (pointer, u64, ctypes.c_uint32, pointer)),
         ("zero_below16", i32, (pointer, u64, ctypes.c_uint32, ctypes.c_uint32, u64)),

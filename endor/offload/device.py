@@ -55,6 +55,9 @@ class Device(Protocol):
     def prepare(self, items: Sequence[tuple[DeviceEncoded, torch.Tensor]]) -> Runnable:
         """Return the expansion of stored tensors, each into its dense tensor; see `gpu.prepare`."""
 
+    def product(self, packed: DeviceEncoded, inputs: torch.Tensor, out: torch.Tensor) -> None:
+        """Enqueue `out = inputs @ packed.T` on the caller's current stream; see `gpu.product`."""
+
     def event(self) -> Any:
         """Return a new event that was never recorded; waiting for it is no wait."""
 
@@ -76,6 +79,18 @@ class Device(Protocol):
 
     def copy_back(self, destination: np.ndarray, source: torch.Tensor) -> None:
         """Enqueue a copy to the host on the copy stream; both must stay until it happened."""
+
+    def copy_down(self, destination: np.ndarray, source: torch.Tensor) -> None:
+        """Enqueue a small copy to the host on the caller's current stream, behind its work.
+
+        As for `copy_back` otherwise: the copy stream's copies go on meanwhile.
+        """
+
+    def copy_up(self, destination: torch.Tensor, source: np.ndarray) -> None:
+        """Enqueue a small copy to the device on the caller's current stream, before later work.
+
+        As for `copy` otherwise.
+        """
 
     def record_copy(self, event: Any) -> None:
         """Record an event behind all copies so far."""
@@ -147,6 +162,9 @@ class CudaDevice:
     def prepare(self, items: Sequence[tuple[DeviceEncoded, torch.Tensor]]) -> Runnable:
         return gpu.prepare(items)
 
+    def product(self, packed: DeviceEncoded, inputs: torch.Tensor, out: torch.Tensor) -> None:
+        gpu.product(packed, inputs, out)
+
     def event(self) -> torch.cuda.Event:
         return torch.cuda.Event()  # type: ignore[no-untyped-call]
 
@@ -175,17 +193,33 @@ class CudaDevice:
     def copy(self, destination: torch.Tensor, source: np.ndarray) -> None:
         assert source.nbytes <= destination.numel()
         to, origin = destination.data_ptr(), source.ctypes.data
+        stream = self.copy_stream.cuda_stream
         for begin, end in self._locks.pieces(source):
-            self._memcpy(to + begin, origin + begin, end - begin, _HOST_TO_DEVICE)
+            self._memcpy(to + begin, origin + begin, end - begin, _HOST_TO_DEVICE, stream)
 
     def copy_back(self, destination: np.ndarray, source: torch.Tensor) -> None:
         assert source.numel() == destination.nbytes
         to, origin = destination.ctypes.data, source.data_ptr()
+        stream = self.copy_stream.cuda_stream
         for begin, end in self._locks.pieces(destination):
-            self._memcpy(to + begin, origin + begin, end - begin, _DEVICE_TO_HOST)
+            self._memcpy(to + begin, origin + begin, end - begin, _DEVICE_TO_HOST, stream)
 
-    def _memcpy(self, to: int, origin: int, nbytes: int, kind: int) -> None:
-        self._runtime.memcpyAsync(to, origin, nbytes, kind, self.copy_stream.cuda_stream)
+    def copy_down(self, destination: np.ndarray, source: torch.Tensor) -> None:
+        assert source.numel() == destination.nbytes
+        stream = torch.cuda.current_stream(self.device).cuda_stream
+        to, origin = destination.ctypes.data, source.data_ptr()
+        for begin, end in self._locks.pieces(destination):
+            self._memcpy(to + begin, origin + begin, end - begin, _DEVICE_TO_HOST, stream)
+
+    def copy_up(self, destination: torch.Tensor, source: np.ndarray) -> None:
+        assert source.nbytes == destination.numel()
+        stream = torch.cuda.current_stream(self.device).cuda_stream
+        to, origin = destination.data_ptr(), source.ctypes.data
+        for begin, end in self._locks.pieces(source):
+            self._memcpy(to + begin, origin + begin, end - begin, _HOST_TO_DEVICE, stream)
+
+    def _memcpy(self, to: int, origin: int, nbytes: int, kind: int, stream: int) -> None:
+        self._runtime.memcpyAsync(to, origin, nbytes, kind, stream)
 
     def record_copy(self, event: torch.cuda.Event) -> None:
         event.record(self.copy_stream)

@@ -8,7 +8,7 @@ import torch
 from endor.codecs import DType, TensorSpec
 from endor.dtypes import torch_dtype
 from endor.errors import BackendError
-from endor.kernels import gpu, gpu_plan
+from endor.kernels import gpu_plan
 from endor.kernels.gpu import DeviceEncoded
 from endor.offload.device import Device, Runnable
 from endor.offload.device_mover import DeviceMover, OnDevice
@@ -121,26 +121,27 @@ class DeviceExpansion(Expansion):
         out = torch.empty(
             (inputs.shape[0], self.shape[0]), dtype=torch.float32, device=inputs.device
         )
-        mover, cols = self.mover, self.shape[1]
         for part, state in self.parts:
-            held = mover.take(state)
-            try:
-                packed = _bind(held, part.tensor)
-                if len(self.parts) == 1:
-                    gpu.product(packed, inputs, out)
-                else:
-                    at = part.offset // cols
-                    rows = packed.spec.shape[0]
-                    piece = torch.empty(
-                        (inputs.shape[0], rows), dtype=torch.float32, device=inputs.device
-                    )
-                    out[:, at : at + rows] = gpu.product(packed, inputs, piece)
-            finally:
-                mover.release(held, hold=hold)
-        counters = mover.ledger.counters
+            self._multiply(part, state, inputs, out, hold=hold)
+        counters = self.mover.ledger.counters
         counters.products += 1
         counters.packed_bytes += self.packed_nbytes
         return out
+
+    def _multiply(
+        self, part: Part, state: State, inputs: torch.Tensor, out: torch.Tensor, *, hold: bool
+    ) -> None:
+        """Enqueue the product with one part into its columns of `out`."""
+        held = self.mover.take(state)
+        try:
+            packed = bind(held, part.tensor)
+            rows, at = packed.spec.shape[0], part.offset // self.shape[1]
+            piece = piece_of(out, at, rows)
+            self.mover.device.product(packed, inputs, piece)
+            if piece.data_ptr() != out.data_ptr():
+                out[:, at : at + rows] = piece
+        finally:
+            self.mover.release(held, hold=hold)
 
     def panels(self, inputs: torch.Tensor, *, hold: bool) -> torch.Tensor:
         raise BackendError(f"{self.name}: products in panels are for processors, not {self.device}")
@@ -176,7 +177,7 @@ class DeviceExpansion(Expansion):
         items: list[tuple[DeviceEncoded, torch.Tensor]] = []
         copies: list[tuple[torch.Tensor, torch.Tensor]] = []
         for part in parts:
-            packed = _bind(held, part.tensor)
+            packed = bind(held, part.tensor)
             out = flat[part.offset : part.offset + part.stop - part.start]
             if out.numel() == packed.spec.numel and out.data_ptr() % 16 == 0:
                 items.append((packed, out.view(packed.spec.shape)))
@@ -203,11 +204,18 @@ class _Copying:
             out.copy_(wanted)
 
 
+def piece_of(out: torch.Tensor, at: int, rows: int) -> torch.Tensor:
+    """Return memory for columns `[at, at + rows)` of `out`: those of `out` where they are all."""
+    if at == 0 and rows == out.shape[1]:
+        return out
+    return torch.empty((out.shape[0], rows), dtype=out.dtype, device=out.device)
+
+
 def _spec(state: State, part: Part) -> TensorSpec:
     return state.unit.layout.tensors[part.tensor].spec
 
 
-def _bind(held: OnDevice, tensor: str) -> DeviceEncoded:
+def bind(held: OnDevice, tensor: str) -> DeviceEncoded:
     """Return a stored tensor as views of its unit's record on the device."""
     entry = held.unit.layout.tensors[tensor]
     offsets = {array.suffix: array.start for array in entry.arrays}

@@ -1,6 +1,7 @@
 """Packed units on a device: some live there, the others are copied into slots before their use."""
 
 import threading
+import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -12,13 +13,14 @@ from endor.errors import BackendError
 from endor.kernels import gpu_plan
 from endor.offload.copier import Copier
 from endor.offload.device import Device, allocate_for_copies
+from endor.offload.exchange import Exchange
 from endor.offload.host_mover import HostMover
 from endor.offload.ledger import Ledger
 from endor.offload.pinned import PinnedArena
 from endor.offload.schedule import Schedule
 from endor.offload.slots import Slot
 from endor.offload.state import State
-from endor.planning.tiers import Placement
+from endor.planning.tiers import PACKED_IN_RAM, Placement
 from endor.planning.units import Unit
 from endor.storage import HostBuffer, RecordReader, check_record
 
@@ -83,9 +85,17 @@ class DeviceMover:
         self.slot_bytes = slots * slot_bytes
         passing = [unit for unit in units if placement.tiers[unit.name] != "vram"]
         if self._direct:
-            self._check_direct([u for u in passing if placement.tiers[u.name] != "resident"])
-            passing = [unit for unit in passing if placement.tiers[unit.name] == "resident"]
-        schedule = Schedule([unit.index for unit in placement.outside(units) if unit.scheduled])
+            self._check_direct([u for u in passing if placement.tiers[u.name] not in PACKED_IN_RAM])
+            passing = [unit for unit in passing if placement.tiers[unit.name] in PACKED_IN_RAM]
+        # What the host multiplies is copied on demand: only for many rows, which pay for waiting.
+        self._on_demand = {u.index for u in units if placement.tiers[u.name] == "host"}
+        schedule = Schedule(
+            [
+                unit.index
+                for unit in placement.outside(units)
+                if unit.scheduled and unit.index not in self._on_demand
+            ]
+        )
         self.host = HostMover(
             passing,
             placement,
@@ -101,6 +111,7 @@ class DeviceMover:
             for unit in units
         }
         self._arena = PinnedArena(device, self.host.buffers)
+        self.exchange = Exchange(device)
         self._copier: Copier | None = None
         if slots:
             self._copier = Copier(
@@ -173,7 +184,10 @@ class DeviceMover:
             states = list(states)
             self.host.hint(self._on_host(states), group=group)
             self._copier.hint(
-                state.unit.index for state in states if state.unit.index not in self._lives_here
+                state.unit.index
+                for state in states
+                if state.unit.index not in self._lives_here
+                and state.unit.index not in self._on_demand
             )
 
     def warm(self, states: Iterable[State]) -> None:
@@ -219,6 +233,7 @@ class DeviceMover:
         if self._copier is not None:
             self._copier.close()
         self.device.drain()
+        self.exchange.close()
         self._arena.close()
         self.host.close()
         self._lives_here.clear()
@@ -269,6 +284,7 @@ class _HostSource:
         self._local = threading.local()
 
     def acquire(self, unit: int) -> np.ndarray:
+        self._local.start = time.perf_counter()
         state = self._state(unit)
         if not state.resident:
             # Taking it gives back this thread's last one, whose copy may still read it.
@@ -280,6 +296,9 @@ class _HostSource:
         return state.place.array
 
     def issued(self, unit: int, event: Any) -> None:
+        start, stop = self._local.start, time.perf_counter()
+        item = self._mover.units[unit]
+        self._mover.ledger.note("copy", item.name, start, stop, item.nbytes)
         if not self._state(unit).resident:
             self._local.pending = event
 

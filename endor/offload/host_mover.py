@@ -27,7 +27,7 @@ from endor.offload.reading import read_unit
 from endor.offload.residency import Residency, cached_experts, place_residents
 from endor.offload.schedule import Schedule
 from endor.offload.state import AHEAD, DEMAND, FILL, HINT, WARM, Bound, Phase, State
-from endor.planning.tiers import Placement
+from endor.planning.tiers import PACKED_IN_RAM, Placement
 from endor.planning.units import Unit
 from endor.storage import HostBuffer, RecordReader
 from endor.threads import join_all, start_all
@@ -74,7 +74,7 @@ class HostMover:
         cached = cached_experts(units, placement)
         self.states: Mapping[str, State] = {
             unit.name: State(
-                unit, placement.tiers[unit.name] == "resident" and unit.name not in cached
+                unit, placement.tiers[unit.name] in PACKED_IN_RAM and unit.name not in cached
             )
             for unit in units
         }

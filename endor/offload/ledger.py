@@ -8,7 +8,9 @@ from typing import Any, Literal
 EVENTS = 1 << 16
 """Events kept; older ones make room."""
 
-EventKind = Literal["read", "expand", "product", "stall", "check", "kv load", "kv save"]
+EventKind = Literal[
+    "read", "expand", "product", "host product", "copy", "stall", "check", "kv load", "kv save"
+]
 
 
 @dataclass(frozen=True, slots=True)
@@ -17,7 +19,8 @@ class Event:
 
     Attributes:
         kind: `read` (disk to memory), `check` (checksum and structure), `expand` (packed to
-            dense), `product` (straight from the packed form), `stall` (a forward waited for it),
+            dense), `product` (straight from the packed form), `host product` (the same beside a
+            device), `copy` (to a device, until it was issued), `stall` (a forward waited for it),
             `kv load` and `kv save` (keys and values of a layer; on a device until the copy was
             issued, or the saved bytes have come).
         name: Unit or weight.
@@ -52,6 +55,9 @@ class Counters:
         dense_bytes: Dense bytes that expansions wrote.
         expand_s: Time spent in expansions.
         product_s: Time spent in products.
+        host_products: Products of the host beside a device.
+        host_bytes: Packed bytes that they read.
+        host_product_s: Time spent in them.
         hits: Streamed units that were in memory when they were needed.
         late: Streamed units that were on their way.
         misses: Streamed units that nobody had asked for.
@@ -93,6 +99,9 @@ class Counters:
     dense_bytes: int = 0
     expand_s: float = 0.0
     product_s: float = 0.0
+    host_products: int = 0
+    host_bytes: int = 0
+    host_product_s: float = 0.0
     hits: int = 0
     late: int = 0
     misses: int = 0

@@ -6,6 +6,7 @@ from typing import Any, NoReturn, Self
 
 import torch
 
+from endor.offload.beside_expansion import BesideExpansion
 from endor.offload.device import Device
 from endor.offload.device_expansion import DeviceExpansion, DeviceScratch
 from endor.offload.device_mover import DeviceMover
@@ -113,7 +114,9 @@ def open_share(
         item = stored_dtype(layouts, spec)
         expansion: Expansion
         if isinstance(mover, DeviceMover):
-            expansion = DeviceExpansion(mover, spec, states, item, dtype, scratch=device_scratch)
+            beside = any(placement.tiers[state.unit.name] == "host" for state in states)
+            kind = BesideExpansion if beside else DeviceExpansion
+            expansion = kind(mover, spec, states, item, dtype, scratch=device_scratch)
         else:
             expansion = HostExpansion(mover, spec, states, item, dtype, scratch=scratch, key=key)
         tiers = {placement.tiers[state.unit.name] for state in states}

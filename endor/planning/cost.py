@@ -22,6 +22,13 @@ On a CUDA device the host only moves bytes:
     T_gpu   = sum of  use * ((p + w) / B_hbm, unless dense) + max(use * w / B_hbm, 2 r n / F)
             + head + attention + launches
     T_step  = max(T_link, T_disk, T_gpu) + t_sync
+
+A unit of which the host multiplies a share s of the rows, where it lies, crosses the link with the
+others only. The device waits for the host's part, copies go on meanwhile, and both read one memory:
+
+    T_link   has (1 - s) * p of it;   T_gpu has s * p / B_product + 2 * t_copy, and (1 - s) of it
+    T_memory = (bytes that the host multiplies + bytes that are copied) / B_read
+    T_step   = max(T_link, T_disk, T_gpu, T_memory) + t_sync
 """
 
 from collections.abc import Mapping, Sequence
@@ -29,7 +36,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from endor.planning.machine import Disk, Machine
-from endor.planning.products import head_s, multiply_s, packed_rows, packed_s
+from endor.planning.products import PRODUCT_ROWS, head_s, multiply_s, packed_rows, packed_s
 from endor.planning.shape import ModelShape
 from endor.planning.tiers import Tier
 from endor.planning.unit_cost import UnitCost
@@ -75,12 +82,14 @@ class Prediction:
 
     Attributes:
         seconds: All of it.
-        bound: The resource that takes longest: `disk`, `cpu`, `link` or `gpu`.
+        bound: The resource that takes longest: `disk`, `cpu`, `link`, `gpu`, `memory` (the host's,
+            for products and copies at once), or `host`, for whose products a device waits most.
         resources: Seconds per resource; they overlap.
         parts: Seconds of what the processor or device does in turn; they add up to its resource.
         unhidden: Seconds that overlap nothing.
         disk_bytes: Bytes read from disk.
         link_bytes: Bytes copied to a device.
+        host_bytes: Bytes that the host multiplies beside it.
     """
 
     seconds: float
@@ -90,6 +99,7 @@ class Prediction:
     unhidden: float
     disk_bytes: float
     link_bytes: float = 0.0
+    host_bytes: float = 0.0
 
 
 @dataclass(slots=True)
@@ -104,6 +114,9 @@ class _Sums:
     copies: float = 0.0
     moved: float = 0.0
     calls: float = 0.0
+    host_s: float = 0.0
+    host_bytes: float = 0.0
+    trips: float = 0.0
 
 
 def predict(
@@ -113,16 +126,20 @@ def predict(
     disk: Disk,
     shape: ModelShape,
     step: Step,
+    *,
+    host_shares: Mapping[str, float] | None = None,
 ) -> Prediction:
     """Return the predicted time of `step` with the units placed as `tiers` says.
 
     The device computes when `machine` has a link; pass it without one to predict the processor.
+    `host_shares` is that of a `Placement`.
     """
     on_device = machine.link is not None
     sums = _Sums()
     flops = (machine.link.gemm_gflops if machine.link else machine.gemm_gflops) * 1e9
     weight_gbps = machine.link.hbm_gbps if machine.link else machine.linear_gbps
-    direct = step.product == "direct"
+    direct, shares = step.product == "direct", host_shares or {}
+    beside = direct and step.rows <= PRODUCT_ROWS
     for cost in costs:
         tier = tiers[cost.name]
         use = _use(cost, step)
@@ -130,11 +147,17 @@ def predict(
         arithmetic = 2 * step.rows * cost.weights * cost.use / flops
         if on_device:
             dense_s = cost.dense_bytes / weight_gbps / 1e9
+            here = shares.get(cost.name, 1.0) if tier == "host" and beside else 0.0
+            there = 1.0 - here
+            if here:
+                sums.host_s += use * here * packed_s(cost, step.rows)
+                sums.host_bytes += use * here * cost.packed_bytes
+                sums.trips += use
             if tier != "vram-dense":
-                sums.moved += use * (cost.packed_bytes + cost.dense_bytes)
-            sums.multiply += max(use * dense_s, arithmetic)
-            if tier not in ("vram", "vram-dense"):
-                sums.link_bytes += use * cost.packed_bytes
+                sums.moved += use * there * (cost.packed_bytes + cost.dense_bytes)
+            sums.multiply += there * max(use * dense_s, arithmetic)
+            if there and tier not in ("vram", "vram-dense"):
+                sums.link_bytes += use * there * cost.packed_bytes
                 sums.copies += use
         elif direct and tier != "dense" and step.rows <= packed_rows(cost, machine):
             sums.multiply += use * packed_s(cost, step.rows)
@@ -195,20 +218,27 @@ def _on_device(
         "attention": kv_bytes / link.hbm_gbps / 1e9 + attention_flops / link.gemm_gflops / 1e9,
         "launches": shape.layers * LAUNCHES_PER_LAYER * link.launch_us / 1e6,
     }
+    if sums.trips:
+        parts["host products"] = sums.host_s
+        parts["round trips"] = sums.trips * 2 * link.copy_us / 1e6
     resources = {
         "gpu": sum(parts.values()),
         "link": sums.link_bytes / link.h2d_gbps / 1e9 + sums.copies * link.copy_us / 1e6,
         "disk": sums.disk_bytes / disk.read_gbps / 1e9,
     }
-    bound = max(resources, key=lambda name: resources[name])
+    if sums.trips:
+        resources["memory"] = (sums.host_bytes + sums.link_bytes) / machine.read_gbps / 1e9
+    longest = max(resources, key=lambda name: resources[name])
+    waits = longest == "gpu" and 2 * sums.host_s > resources["gpu"]
     return Prediction(
-        resources[bound] + SYNC_S,
-        bound,
+        resources[longest] + SYNC_S,
+        "host" if waits else longest,
         resources,
         parts,
         SYNC_S,
         sums.disk_bytes,
         sums.link_bytes,
+        sums.host_bytes,
     )
 
 

@@ -7,15 +7,12 @@ over is streamed. Tiers are interleaved through the depth of the model, so that 
 works while residents compute, and stops neither.
 """
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 from endor.errors import BudgetError, ConfigError
-from endor.planning.cost import (
-    Prediction,
-    Step,
-    predict,
-)
+from endor.planning.beside import Way, host_products, placements
+from endor.planning.cost import Prediction, Step, predict
 from endor.planning.fill import (
     fill_device,
     fill_host,
@@ -24,7 +21,8 @@ from endor.planning.fill import (
 )
 from endor.planning.kv import SETTINGS
 from endor.planning.machine import Disk, Machine
-from endor.planning.products import Products, choose
+from endor.planning.outcome import Alternative, Plan
+from endor.planning.products import PRODUCT_ROWS, Products, choose
 from endor.planning.shape import ModelShape
 from endor.planning.tiers import Placement, Tier
 from endor.planning.unit_cost import UnitCost, unit_costs
@@ -32,67 +30,15 @@ from endor.planning.units import Unit
 from endor.planning.workload import Reservation, Workload, fixed_bytes, kv_needs
 from endor.sizes import size
 
+BEST = 3
+"""Ways to run a model that a plan names, at most."""
+
+EXCHANGE_ROWS = 3
+"""Rows of activations that the exchange with the host holds for each input row, at most: inputs of
+one product and four results in float32, of a model whose activations are several of either."""
+
 SHARES = 20
 """Shares of expanded units that are tried, evenly spaced."""
-
-
-@dataclass(frozen=True, slots=True)
-class Plan:
-    """A placement, what it costs in memory, and how fast it will be.
-
-    Attributes:
-        tiers: Tier per unit.
-        staging_bytes: Memory that streamed units pass through.
-        slots: Device slots that units outside VRAM pass through.
-        reservations: Memory given away first.
-        ram_bytes: The budget.
-        vram_bytes: The device's budget; 0 on the processor.
-        decode: One decode step.
-        prefill: The whole prompt in one step.
-        load_s: Reading what stays in memory, once.
-        dense_decode: The same step of a plain dense model, if that fits the budgets.
-        packed_bytes: All units, packed.
-        dense_bytes: All units, expanded.
-        workload: What was planned for.
-        products: How weights are multiplied where the bits need not be torch's.
-    """
-
-    tiers: Mapping[str, Tier]
-    staging_bytes: int
-    slots: int
-    reservations: tuple[Reservation, ...]
-    ram_bytes: int
-    vram_bytes: int
-    decode: Prediction
-    prefill: Prediction
-    load_s: float
-    dense_decode: Prediction | None
-    packed_bytes: int
-    dense_bytes: int
-    workload: Workload
-    products: Products = field(default_factory=Products)
-
-    @property
-    def decode_tokens_per_s(self) -> float:
-        return self.workload.batch / self.decode.seconds
-
-    @property
-    def prefill_tokens_per_s(self) -> float:
-        return self.workload.batch * self.workload.prompt / self.prefill.seconds
-
-    @property
-    def dense_is_faster(self) -> bool:
-        """Whether an ordinary dense model fits and decodes at least as fast."""
-        return self.dense_decode is not None and self.dense_decode.seconds <= self.decode.seconds
-
-    @property
-    def placement(self) -> Placement:
-        """The plan as what moves the units takes it."""
-        return Placement(self.tiers, self.staging_bytes, self.slots)
-
-    def count(self, tier: Tier) -> int:
-        """Return how many units live in `tier`."""
-        return sum(found == tier for found in self.tiers.values())
 
 
 def plan(
@@ -150,6 +96,11 @@ def plan_costs(
     workload.check()
     if vram_bytes and machine.link is None:
         raise ConfigError("plan: a VRAM budget needs a CUDA device, and none was measured")
+    if workload.host_compute == "on" and not vram_bytes:
+        raise ConfigError(
+            "host_compute='on' is for a model on a CUDA device: on the processor everything is "
+            "computed there; leave it at 'auto'"
+        )
     machine = machine if vram_bytes else replace(machine, link=None)
     settings = SETTINGS if workload.kv == "auto" else (workload.kv,)
     for setting in settings:
@@ -158,51 +109,6 @@ def plan_costs(
         if setting == settings[-1] or search.fits:
             break
     return search.best()
-
-
-def combine(plans: Sequence[Plan]) -> Plan:
-    """Return one plan for the ranges of a model on several devices.
-
-    A step passes from device to device, so what they compute adds up; their links work at the
-    same time, each ahead of its range; they share a disk.
-    """
-    if len(plans) == 1:
-        return plans[0]
-
-    def step(steps: Sequence[Prediction]) -> Prediction:
-        resources = {
-            "gpu": sum(each.resources["gpu"] for each in steps),
-            "link": max(each.resources["link"] for each in steps),
-            "disk": sum(each.resources["disk"] for each in steps),
-        }
-        bound = max(resources, key=lambda name: resources[name])
-        unhidden = sum(each.unhidden for each in steps)
-        return Prediction(
-            resources[bound] + unhidden,
-            bound,
-            resources,
-            {name: sum(each.parts[name] for each in steps) for name in steps[0].parts},
-            unhidden,
-            sum(each.disk_bytes for each in steps),
-            sum(each.link_bytes for each in steps),
-        )
-
-    dense = [each.dense_decode for each in plans]
-    return Plan(
-        tiers={name: tier for each in plans for name, tier in each.tiers.items()},
-        staging_bytes=sum(each.staging_bytes for each in plans),
-        slots=sum(each.slots for each in plans),
-        reservations=tuple(item for each in plans for item in each.reservations),
-        ram_bytes=sum(each.ram_bytes for each in plans),
-        vram_bytes=sum(each.vram_bytes for each in plans),
-        decode=step([each.decode for each in plans]),
-        prefill=step([each.prefill for each in plans]),
-        load_s=sum(each.load_s for each in plans),
-        dense_decode=None if None in dense else step([item for item in dense if item]),
-        packed_bytes=sum(each.packed_bytes for each in plans),
-        dense_bytes=sum(each.dense_bytes for each in plans),
-        workload=plans[0].workload,
-    )
 
 
 class _Search:
@@ -230,6 +136,10 @@ class _Search:
         self.fixed = fixed_bytes(shape, costs, workload, on_device=vram_bytes > 0)
         # Host memory that the cache takes beside a device.
         self.host_kv = kv_needs(shape, workload, on_device=vram_bytes > 0).ram
+        # Inputs and results of what the host multiplies beside a device.
+        beside = vram_bytes and workload.product == "direct" and workload.host_compute != "off"
+        rows = EXCHANGE_ROWS * PRODUCT_ROWS
+        self.exchange_bytes = rows * shape.activation_bytes_per_token if beside else 0
         self.packed_bytes = sum(cost.packed_bytes for cost in costs)
         self.dense_bytes = sum(cost.dense_bytes for cost in costs)
         self.decode_step = Step(workload.batch, 1, workload.context, workload.product)
@@ -239,23 +149,31 @@ class _Search:
         """Return the placement with the fastest decode step; ties keep more units packed."""
         self._require()
         at = _computes_in(self.vram_bytes)
-        found: tuple[Prediction, Placement] | None = None
+        found: dict[tuple[Way, bool], _Candidate] = {}
         for number in range(SHARES + 1):
-            filled = self._place(number / SHARES)
-            if filled is None:
+            share = number / SHARES
+            placed = self._place(share)
+            if placed is None:
                 break
-            prediction = self._predict(filled.tiers, self.decode_step)
-            # A hundredth is noise: do not spend memory on it.
-            if found is None or prediction.seconds < 0.99 * found[0].seconds:
-                found = prediction, filled
-        assert found is not None, "share 0 places everything"
-        decode, filled = found
+            for way, filled in self._ways(placed):
+                made = _Candidate(way, share, self._predict(filled, self.decode_step), filled)
+                known = found.get((way, share > 0))
+                if known is None or made.beats(known):
+                    found[way, share > 0] = made
+        assert found, "share 0 places everything"
+        chosen = next(iter(found.values()))
+        for made in found.values():
+            chosen = made if made.beats(chosen) else chosen
+        way, decode, filled = chosen.way, chosen.decode, chosen.placement
         reservations = [Reservation(what, at, nbytes) for what, nbytes in self.fixed.items()]
         if filled.slots:
             nbytes = filled.slots * max(
                 (c.packed_bytes for c in self.costs if filled.tiers[c.name] != "vram"), default=0
             )
             reservations.append(Reservation("device slots", "vram", nbytes))
+        if self.exchange_bytes:
+            what = "activations between device and host"
+            reservations.append(Reservation(what, "ram", self.exchange_bytes))
         if self.host_kv:
             reservations.append(Reservation("cache of keys and values", "ram", self.host_kv))
         if filled.staging_bytes:
@@ -269,22 +187,63 @@ class _Search:
             ram_bytes=self.ram_bytes,
             vram_bytes=self.vram_bytes,
             decode=decode,
-            prefill=self._predict(filled.tiers, self.prefill_step),
+            prefill=self._predict(filled, self.prefill_step),
             load_s=stays / self.disk.read_gbps / 1e9,
             dense_decode=self._dense(sum(self.fixed.values())),
             packed_bytes=self.packed_bytes,
             dense_bytes=self.dense_bytes,
             workload=self.workload,
-            products=self._products(),
+            products=self._products(filled),
+            host_shares=filled.host_shares,
+            way=way,
+            alternatives=self._alternatives(chosen, found.values()),
         )
 
-    def _products(self) -> Products:
-        if self.workload.product == "exact" or self.vram_bytes:
+    def _ways(self, filled: Placement) -> Iterator[tuple[Way, Placement]]:
+        """Yield how the units of a placement may be multiplied."""
+        if not self.exchange_bytes:
+            return iter([("stream", filled)])
+        wish = self.workload.host_compute
+        return placements(filled, self.costs, wish, lambda p: self._predict(p, self.decode_step))
+
+    def _alternatives(
+        self, chosen: "_Candidate", found: Iterable["_Candidate"]
+    ) -> tuple[Alternative, ...]:
+        """Return the fastest ways, `chosen` first: what is hardly faster takes more memory."""
+        others = sorted(
+            (each for each in found if each is not chosen), key=lambda each: each.decode.seconds
+        )
+        workload = self.workload
+        tokens = workload.batch * workload.prompt
+        return tuple(
+            Alternative(
+                each.way,
+                workload.kv,
+                each.expanded,
+                workload.batch / each.decode.seconds,
+                tokens / self._predict(each.placement, self.prefill_step).seconds,
+                each.decode.bound,
+            )
+            for each in [chosen, *others][:BEST]
+        )
+
+    def _products(self, filled: Placement) -> Products:
+        if self.workload.product == "exact":
             return Products()
+        if self.vram_bytes:
+            return host_products(filled, self.costs, self.machine, self.decode_step.rows)
         return choose(self.costs, self.machine)
 
-    def _predict(self, tiers: Mapping[str, Tier], step: Step) -> Prediction:
-        return predict(self.costs, tiers, self.machine, self.disk, self.shape, step)
+    def _predict(self, filled: Placement, step: Step) -> Prediction:
+        return predict(
+            self.costs,
+            filled.tiers,
+            self.machine,
+            self.disk,
+            self.shape,
+            step,
+            host_shares=filled.host_shares,
+        )
 
     @property
     def fits(self) -> bool:
@@ -299,7 +258,7 @@ class _Search:
         device = least_device_bytes(self.costs, self.wishes)
         return {
             "vram": (fixed + device, self.vram_bytes),
-            "ram": (host + self.host_kv, self.ram_bytes),
+            "ram": (host + self.host_kv + self.exchange_bytes, self.ram_bytes),
         }
 
     def _require(self) -> None:
@@ -320,7 +279,7 @@ class _Search:
         fixed = sum(self.fixed.values())
         if self.vram_bytes:
             room = self.vram_bytes - fixed
-            ram = self.ram_bytes - self.host_kv
+            ram = self.ram_bytes - self.host_kv - self.exchange_bytes
             return fill_device(self.costs, self.wishes, room, ram, dense_share)
         return fill_host(self.costs, self.wishes, self.ram_bytes - fixed, dense_share)
 
@@ -332,7 +291,21 @@ class _Search:
             return None
         tier: Tier = "vram-dense" if self.vram_bytes else "dense"
         step = replace(self.decode_step, product="exact")
-        return self._predict({cost.name: tier for cost in self.costs}, step)
+        return self._predict(Placement({cost.name: tier for cost in self.costs}, 0), step)
+
+
+@dataclass(frozen=True, slots=True)
+class _Candidate:
+    """One placement that was tried."""
+
+    way: Way
+    expanded: float
+    decode: Prediction
+    placement: Placement
+
+    def beats(self, other: "_Candidate") -> bool:
+        """Whether it is faster: a hundredth is noise, on which no memory is spent."""
+        return self.decode.seconds < 0.99 * other.decode.seconds
 
 
 def _computes_in(vram_bytes: int) -> str:
@@ -340,4 +313,4 @@ def _computes_in(vram_bytes: int) -> str:
     return "vram" if vram_bytes else "ram"
 
 
-__all__ = ["Plan", "Reservation", "Workload", "combine", "fixed_bytes", "plan", "plan_costs"]
+__all__ = ["Alternative", "Plan", "Reservation", "Workload", "fixed_bytes", "plan", "plan_costs"]

@@ -1,7 +1,7 @@
 """Where each unit lives between uses, and how much memory that takes."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 from endor.errors import BudgetError, ConfigError
@@ -10,16 +10,19 @@ from endor.sizes import parse_bytes
 
 __all__ = ["Placement", "Tier", "parse_bytes"]
 
-Tier = Literal["vram-dense", "vram", "dense", "resident", "disk"]
+Tier = Literal["vram-dense", "vram", "dense", "resident", "host", "disk"]
 """`vram-dense`: expanded once and kept on the device; `vram`: packed on the device; `dense`:
-expanded once and kept in RAM; `resident`: packed in RAM, page-locked beside a device; `disk`: read
-for every use."""
+expanded once and kept in RAM; `resident`: packed in RAM, page-locked beside a device; `host`: the
+same beside a device, and few rows are multiplied there; `disk`: read for every use."""
 
 HOST_TIERS: tuple[Tier, ...] = ("dense", "resident", "disk")
 """Where a unit can live when the processor computes."""
 
-DEVICE_TIERS: tuple[Tier, ...] = ("vram-dense", "vram", "resident", "disk")
+DEVICE_TIERS: tuple[Tier, ...] = ("vram-dense", "vram", "resident", "host", "disk")
 """Where a unit can live when a device computes."""
+
+PACKED_IN_RAM: tuple[Tier, ...] = ("resident", "host")
+"""Tiers whose bytes stay in host memory once they were read."""
 
 STAGING_AHEAD_BYTES = 256 << 20
 """Read-ahead that the default staging area leaves room for, beside the largest unit."""
@@ -38,11 +41,14 @@ class Placement:
             VRAM; at least the largest of them.
         slots: Device slots through which everything passes that is not packed in VRAM; 0 without
             a device, or when nothing does.
+        host_shares: Of units in tier `host`, the share of each matrix's rows that is multiplied
+            there while the others are copied; all of them where it is not said.
     """
 
     tiers: Mapping[str, Tier]
     staging_bytes: int
     slots: int = 0
+    host_shares: Mapping[str, float] = field(default_factory=dict)
 
     def outside(self, units: Sequence[Unit]) -> list[Unit]:
         """Return the units that are copied to a device: for each use, or once to be expanded."""
@@ -77,7 +83,7 @@ class Placement:
             BudgetError: It is too small.
         """
         for unit in units:
-            if self.tiers[unit.name] != "resident" and unit.nbytes > self.staging_bytes:
+            if self.tiers[unit.name] not in PACKED_IN_RAM and unit.nbytes > self.staging_bytes:
                 raise BudgetError(
                     f"placement: staging must hold {unit.name} ({unit.nbytes} bytes), "
                     f"got {self.staging_bytes} bytes"

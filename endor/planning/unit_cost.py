@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from endor.codecs import TensorSpec
+from endor.codecs.coding import VALUE_DTYPES
 from endor.planning.machine import Machine
 from endor.planning.shape import ModelShape
 from endor.planning.units import Unit
@@ -31,6 +32,7 @@ class UnitCost:
         use: Share of decode steps that need it.
         scheduled: Whether it can be read ahead (experts cannot).
         row_cost: What each further row adds to a packed product, as a share of the first.
+        multiplies: Whether the processor multiplies all of it from the packed form.
     """
 
     name: str
@@ -43,11 +45,20 @@ class UnitCost:
     use: float
     scheduled: bool
     row_cost: float = PRODUCT_ROW_COST
+    multiplies: bool = True
 
 
 def kind_of(spec: TensorSpec) -> str:
     """Return the kind of stored tensor that a measured rate is of."""
     return f"{spec.codec}+bitmap" if spec.bitmap else spec.codec
+
+
+def _multiplies(spec: TensorSpec) -> bool:
+    return (
+        spec.codec in ("raw", "exp", "int")
+        and len(spec.shape) == 2
+        and spec.dtype.name in VALUE_DTYPES
+    )
 
 
 def unit_costs(units: Sequence[Unit], machine: Machine, shape: ModelShape) -> tuple[UnitCost, ...]:
@@ -87,6 +98,7 @@ def unit_costs(units: Sequence[Unit], machine: Machine, shape: ModelShape) -> tu
                 use=1.0 if unit.scheduled else shape.expert_use,
                 scheduled=unit.scheduled,
                 row_cost=further / product if further else PRODUCT_ROW_COST,
+                multiplies=all(_multiplies(unit.layout.tensors[n].spec) for n in unit.tensors),
             )
         )
     return tuple(out)

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from endor.errors import ConfigError
+from endor.planning.beside import HostCompute
 from endor.planning.cost import Product
 from endor.planning.kv import KVBytes, KVSetting, kv_bytes
 from endor.planning.shape import ModelShape
@@ -38,6 +39,7 @@ class Workload:
         context: Tokens that the cache must hold, prompt included.
         product: How weights are multiplied.
         kv: Where keys and values are kept; `auto` takes the first place that fits.
+        host_compute: Whether the host may multiply beside a device.
     """
 
     batch: int = 1
@@ -45,6 +47,7 @@ class Workload:
     context: int = 1024
     product: Product = "exact"
     kv: KVSetting = "device"
+    host_compute: HostCompute = "auto"
 
     def check(self) -> None:
         """Raise `ConfigError` unless the numbers make sense."""

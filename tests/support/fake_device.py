@@ -19,9 +19,11 @@ import torch
 
 from endor import kernels
 from endor.codecs import Encoded
-from endor.errors import BackendError
+from endor.errors import BackendError, DTypeError
+from endor.kernels import gpu_plan
 from endor.kernels.gpu import DeviceEncoded
 from endor.offload.page_locks import PAGE_BYTES, PageLocks
+from endor.packed import bits_of
 
 SPOILED = 0xDD
 
@@ -77,18 +79,22 @@ class FakeExpansion:
         self._items = items
 
     def run(self) -> None:
-        self._device.drain()
+        self._device.settle()
         for packed, out in self._items:
-            storage = packed.storage.numpy()
-            arrays = {}
-            for array in packed.spec.arrays:
-                begin = packed.offsets[array.suffix]
-                flat = storage[begin : begin + array.nbytes].view(array.dtype.uint)
-                arrays[array.suffix] = flat.reshape(array.shape)
             bits = np.empty(packed.spec.numel, dtype=packed.spec.dtype.uint)
-            kernels.decode(Encoded(packed.spec, arrays), bits, threads=1)
+            kernels.decode(_encoded(packed), bits, threads=1)
             signed = torch.from_numpy(bits.view(f"i{bits.itemsize}"))
             out.view(-1).view(signed.dtype).copy_(signed)
+
+
+def _encoded(packed: DeviceEncoded) -> Encoded:
+    """Return a tensor as the simulated device holds it now."""
+    storage, arrays = packed.storage.numpy(), {}
+    for array in packed.spec.arrays:
+        begin = packed.offsets[array.suffix]
+        flat = storage[begin : begin + array.nbytes].view(array.dtype.uint)
+        arrays[array.suffix] = flat.reshape(array.unit_shape)
+    return Encoded(packed.spec, arrays)
 
 
 class FakeDevice:
@@ -99,6 +105,7 @@ class FakeDevice:
         bytes_per_s: Speed of copies.
         pinnable_bytes: Host memory that may be page-locked.
         total_bytes: Device memory.
+        latency_s: What a small copy on a caller's stream takes beside its bytes.
 
     Attributes:
         device: The CPU: what `allocate` returns can be looked at.
@@ -115,6 +122,7 @@ class FakeDevice:
         bytes_per_s: float = 1e9,
         pinnable_bytes: int = 1 << 60,
         total_bytes: int = 24 << 30,
+        latency_s: Callable[[], float] = lambda: 0.0,
     ) -> None:
         self.index = index
         self.device = torch.device("cpu")
@@ -123,6 +131,7 @@ class FakeDevice:
         self.now = 0.0
         self.pinned_bytes = 0
         self.errors: list[str] = []
+        self.latency_s = latency_s
         self._bytes_per_s = bytes_per_s
         self._pinnable_bytes = pinnable_bytes
         self._lock = threading.RLock()
@@ -159,6 +168,14 @@ class FakeDevice:
 
     def event(self) -> FakeEvent:
         return FakeEvent()
+
+    def product(self, packed: DeviceEncoded, inputs: torch.Tensor, out: torch.Tensor) -> None:
+        why = gpu_plan.product_refusal(packed.spec)
+        if why:
+            raise DTypeError(f"the product kernel cannot run: {why}; expand the weight instead")
+        self.settle()
+        bits = bits_of(inputs).view(packed.spec.dtype.uint)
+        kernels.matvec(_encoded(packed), bits, out.numpy(), threads=1)
 
     def pin(self, memory: np.ndarray) -> str | None:
         return self._locks.lock(memory)
@@ -210,9 +227,12 @@ class FakeDevice:
 
     def copy(self, destination: torch.Tensor, source: np.ndarray) -> None:
         for begin, end in self._locks.pieces(source):
-            self._copy_piece(destination[begin:], source[begin:end])
+            self._copy_piece(destination[begin:], source[begin:end], "copy")
 
-    def _copy_piece(self, destination: torch.Tensor, source: np.ndarray) -> None:
+    def _copy_seconds(self, nbytes: int, stream: Hashable) -> float:
+        return nbytes / self._bytes_per_s + (0.0 if stream == "copy" else self.latency_s())
+
+    def _copy_piece(self, destination: torch.Tensor, source: np.ndarray, stream: Hashable) -> None:
         target = destination.numpy()[: source.nbytes]
         before = source.copy()
         self._check_host(source)
@@ -232,13 +252,25 @@ class FakeDevice:
             self._copying = [other for other in self._copying if other is not target]
 
         with self._lock:
-            self._enqueue("copy", source.nbytes / self._bytes_per_s, begin, end)
+            self._enqueue(stream, self._copy_seconds(source.nbytes, stream), begin, end)
+
+    def copy_up(self, destination: torch.Tensor, source: np.ndarray) -> None:
+        for begin, end in self._locks.pieces(source):
+            self._copy_piece(destination[begin:], source[begin:end], self.compute_stream())
+        self.settle()  # what uses it runs at once
+
+    def copy_down(self, destination: np.ndarray, source: torch.Tensor) -> None:
+        for begin, end in self._locks.pieces(destination):
+            piece = source[begin:end]
+            self._copy_back_piece(destination[begin:end], piece, self.compute_stream())
 
     def copy_back(self, destination: np.ndarray, source: torch.Tensor) -> None:
         for begin, end in self._locks.pieces(destination):
-            self._copy_back_piece(destination[begin:end], source[begin:end])
+            self._copy_back_piece(destination[begin:end], source[begin:end], "copy")
 
-    def _copy_back_piece(self, destination: np.ndarray, source: torch.Tensor) -> None:
+    def _copy_back_piece(
+        self, destination: np.ndarray, source: torch.Tensor, stream: Hashable
+    ) -> None:
         origin = source.numpy()
         before = origin.copy()
         self._check_host(destination)
@@ -252,7 +284,8 @@ class FakeDevice:
             destination[:] = origin
 
         with self._lock:
-            self._enqueue("copy", destination.nbytes / self._bytes_per_s, begin, end)
+            seconds = self._copy_seconds(destination.nbytes, stream)
+            self._enqueue(stream, seconds, begin, end)
 
     def record_copy(self, event: FakeEvent) -> None:
         self._signal("copy", event, wait=False)
@@ -275,6 +308,12 @@ class FakeDevice:
             while event.happened < turn:
                 if not self._step(float("inf")):
                     raise BackendError("the simulated device waits for an event for ever")
+
+    def settle(self) -> None:
+        """Let the clock run until the caller's stream has done what was enqueued."""
+        event = self.event()
+        self.record_compute(event)
+        self.synchronize(event)
 
     # ---- the simulation ------------------------------------------------------------------------
 

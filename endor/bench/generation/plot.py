@@ -14,6 +14,7 @@ COLOURS = {
     "vram": "#2a6f97",
     "dense": "#2f6b3a",
     "resident": "#74a57f",
+    "host": "#4c956c",
     "disk": "#e9c46a",
 }
 LABELS = {
@@ -21,6 +22,7 @@ LABELS = {
     "vram": "VRAM, packed",
     "dense": "RAM, expanded",
     "resident": "RAM, packed",
+    "host": "RAM, multiplied there",
     "disk": "disk, read for every step",
 }
 

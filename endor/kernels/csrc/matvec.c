@@ -22,9 +22,9 @@ typedef struct {
     endor_stream stream;
     endor_operand x;
     endor_operand arranged; /* x for `exp_rows`; NULL where they do not apply */
-    uint64_t rows, cols, chunk;
+    uint64_t first, rows, cols, chunk; /* rows [first, first + rows) */
     int by_rows; /* not by tiles */
-    float *out;  /* (batch, rows) */
+    float *out;  /* (batch, rows), moved back by `first`: row r of the weight is at out[r] */
     atomic_uint_fast64_t next;
     atomic_int status;
 } product_job;
@@ -223,7 +223,8 @@ static void product_chunks(void *context) {
     for (;;) {
         uint64_t row = atomic_fetch_add_explicit(&job->next, job->chunk, memory_order_relaxed);
         if (row >= job->rows || atomic_load_explicit(&job->status, memory_order_relaxed)) return;
-        uint64_t end = min64(row + job->chunk, job->rows);
+        uint64_t end = job->first + min64(row + job->chunk, job->rows);
+        row += job->first;
         int status = ENDOR_OK;
         if (job->integer) status = product_of_pieces(job, row, end);
         else if (job->by_rows) product_of_rows(job, row, end);
@@ -288,7 +289,7 @@ static int multiply(product_job *job, int reorder, int in_place, const void *x, 
         job->x.x = operand + offset;
         job->arranged = job->x;
         job->arranged.x = in_place ? arranged + offset : NULL;
-        job->out = out + b * job->rows;
+        job->out = (float *)((uintptr_t)(out + b * job->rows) - job->first * sizeof *out);
         atomic_init(&job->next, 0);
         endor_parallel(threads, 2 * job->rows * job->cols, product_chunks, job);
     }
@@ -297,11 +298,16 @@ static int multiply(product_job *job, int reorder, int in_place, const void *x, 
     return atomic_load(&job->status);
 }
 
-/* x: (batch, cols), contiguous, of kind x_kind; out: float (batch, rows). weight_kind says how W's bits are read. */
-ENDOR_API int endor_matvec(int kernel, const endor_tensor *tensor, int weight_kind, uint64_t rows, uint64_t cols,
-                           const void *x, int x_kind, uint64_t batch, float *out, int threads) {
-    product_job job = {.ops = endor_ops_of(kernel), .tensor = tensor, .rows = rows, .cols = cols};
-    if (!job.ops || (cols && rows > tensor->numel / cols)) return ENDOR_UNSUPPORTED;
+static int outside(uint64_t numel, uint64_t first, uint64_t rows, uint64_t cols) {
+    return cols && (first > numel / cols || rows > numel / cols - first);
+}
+
+/* Rows [first, first + rows) alone: x: (batch, cols), contiguous, of kind x_kind; out: float (batch, rows).
+ * weight_kind says how W's bits are read. */
+ENDOR_API int endor_matvec_rows(int kernel, const endor_tensor *tensor, int weight_kind, uint64_t first, uint64_t rows,
+                                uint64_t cols, const void *x, int x_kind, uint64_t batch, float *out, int threads) {
+    product_job job = {.ops = endor_ops_of(kernel), .tensor = tensor, .first = first, .rows = rows, .cols = cols};
+    if (!job.ops || outside(tensor->numel, first, rows, cols)) return ENDOR_UNSUPPORTED;
     if (!rows || !batch) return ENDOR_OK;
     if (!cols) {
         memset(out, 0, rows * batch * sizeof *out);
@@ -317,12 +323,18 @@ ENDOR_API int endor_matvec(int kernel, const endor_tensor *tensor, int weight_ki
     return multiply(&job, reorder, in_place, x, x_kind, batch, out, threads);
 }
 
+/* All rows. */
+ENDOR_API int endor_matvec(int kernel, const endor_tensor *tensor, int weight_kind, uint64_t rows, uint64_t cols,
+                           const void *x, int x_kind, uint64_t batch, float *out, int threads) {
+    return endor_matvec_rows(kernel, tensor, weight_kind, 0, rows, cols, x, x_kind, batch, out, threads);
+}
+
 /* The same for codec int. */
-ENDOR_API int endor_int_matvec(int kernel, const endor_int *tensor, uint64_t rows, uint64_t cols, const void *x,
-                               int x_kind, uint64_t batch, float *out, int threads) {
+ENDOR_API int endor_int_matvec_rows(int kernel, const endor_int *tensor, uint64_t first, uint64_t rows, uint64_t cols,
+                                    const void *x, int x_kind, uint64_t batch, float *out, int threads) {
     endor_int_reader reader;
-    product_job job = {.ops = endor_ops_of(kernel), .integer = &reader, .rows = rows, .cols = cols};
-    if (!job.ops || (cols && rows > tensor->numel / cols)) return ENDOR_UNSUPPORTED;
+    product_job job = {.ops = endor_ops_of(kernel), .integer = &reader, .first = first, .rows = rows, .cols = cols};
+    if (!job.ops || outside(tensor->numel, first, rows, cols)) return ENDOR_UNSUPPORTED;
     if (!rows || !batch) return ENDOR_OK;
     if (!cols) {
         memset(out, 0, rows * batch * sizeof *out);
@@ -334,4 +346,9 @@ ENDOR_API int endor_int_matvec(int kernel, const endor_int *tensor, uint64_t row
     if (status == ENDOR_OK) status = multiply(&job, 0, 0, x, x_kind, batch, out, threads);
     endor_int_close(&reader);
     return status;
+}
+
+ENDOR_API int endor_int_matvec(int kernel, const endor_int *tensor, uint64_t rows, uint64_t cols, const void *x,
+                               int x_kind, uint64_t batch, float *out, int threads) {
+    return endor_int_matvec_rows(kernel, tensor, 0, rows, cols, x, x_kind, batch, out, threads);
 }

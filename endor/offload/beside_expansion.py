@@ -1,0 +1,141 @@
+"""Weights of a device's model that the host multiplies where they lie packed.
+
+    device:  inputs -> down ...... product with the parts that are there ...... up -> result
+    host:              arrived . product with the parts in RAM .
+
+Few rows only: with more than `Weight.product_rows` a weight is copied and expanded like others.
+"""
+
+import time
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import torch
+
+from endor import kernels
+from endor.codecs import DType, Encoded
+from endor.kernels import gpu_plan
+from endor.offload.device_expansion import DeviceExpansion, DeviceScratch, bind, piece_of
+from endor.offload.device_mover import DeviceMover
+from endor.offload.expansion import Expansion
+from endor.offload.state import State
+from endor.planning.units import Part, WeightSpec
+
+
+class BesideExpansion(DeviceExpansion):
+    """The parts of one weight, some of which are multiplied on the host.
+
+    Arguments as for `DeviceExpansion`.
+    """
+
+    def __init__(
+        self,
+        mover: DeviceMover,
+        spec: WeightSpec,
+        states: Sequence[State],
+        item: DType,
+        dtype: torch.dtype,
+        *,
+        scratch: DeviceScratch,
+    ) -> None:
+        super().__init__(mover, spec, states, item, dtype, scratch=scratch)
+        tiers = mover.placement.tiers
+        self._hosted = tuple(
+            (part, state) for part, state in self.parts if tiers[state.unit.name] == "host"
+        )
+        self._elsewhere = tuple(pair for pair in self.parts if pair not in self._hosted)
+        self._calls: dict[int, tuple[Encoded, Callable[[int, int, int], None] | None]] = {}
+
+    @property
+    def multiplies(self) -> bool:
+        """Whether `product` applies: the host takes every packed matrix of whole rows."""
+        return Expansion.multiplies.fget(self)  # type: ignore[attr-defined, no-any-return]
+
+    def forget(self) -> None:
+        super().forget()
+        self._calls.clear()
+
+    def product(self, inputs: torch.Tensor, *, hold: bool) -> torch.Tensor:
+        mover, batch = self.mover, inputs.shape[0]
+        out = torch.empty((batch, self.shape[0]), dtype=torch.float32, device=inputs.device)
+        # What is damaged is found before anything is enqueued.
+        hosted = [(part, mover.host.take(state)[part.tensor]) for part, state in self._hosted]
+        mover.exchange.send(inputs)
+        for part, state in self._elsewhere:
+            self._multiply(part, state, inputs, out, hold=hold)
+        operand = mover.exchange.arrived()
+        for part, encoded in hosted:
+            self._multiply_here(part, encoded, operand, out)
+        mover.ledger.counters.products += 1
+        mover.ledger.counters.packed_bytes += self.packed_nbytes
+        return out
+
+    def _multiply(
+        self, part: Part, state: State, inputs: torch.Tensor, out: torch.Tensor, *, hold: bool
+    ) -> None:
+        """Enqueue the device's product with one part; what its kernel refuses is expanded first."""
+        spec = state.unit.layout.tensors[part.tensor].spec
+        if gpu_plan.product_refusal(spec) is None:
+            super()._multiply(part, state, inputs, out, hold=hold)
+            return
+        held = self.mover.take(state)
+        try:
+            rows, at = spec.shape[0], part.offset // self.shape[1]
+            buffer = self._scratch.next()[: spec.dense_nbytes]
+            matrix = buffer.view(self.dtype).view(spec.shape)
+            self.mover.device.prepare([(bind(held, part.tensor), matrix)]).run()
+            out[:, at : at + rows] = inputs @ matrix.T
+            self._scratch.expanded()
+        finally:
+            self.mover.release(held, hold=hold)
+
+    def _multiply_here(
+        self, part: Part, encoded: Encoded, operand: np.ndarray, out: torch.Tensor
+    ) -> None:
+        """Multiply one part on the host, and enqueue the copy of the result into `out`."""
+        exchange, ledger = self.mover.exchange, self.mover.ledger
+        batch, cols = out.shape[0], self.shape[1]
+        at, rows = part.offset // cols, encoded.spec.shape[0]
+        result = exchange.result(batch, rows)
+        start = time.perf_counter()
+        multiply_rows(self._prepared_call(part, encoded), encoded, operand, result)
+        stop = time.perf_counter()
+        counters = ledger.counters
+        counters.host_products += 1
+        counters.host_bytes += encoded.spec.nbytes
+        counters.host_product_s += stop - start
+        ledger.note("host product", self.name, start, stop, encoded.spec.nbytes)
+        piece = piece_of(out, at, rows)
+        exchange.receive(piece, result)
+        if piece.data_ptr() != out.data_ptr():
+            out[:, at : at + rows] = piece
+
+    def _prepared_call(
+        self, part: Part, encoded: Encoded
+    ) -> Callable[[int, int, int], None] | None:
+        """Return the prepared product, made anew where the unit was read anew."""
+        known = self._calls.get(part.offset)
+        if known is None or known[0] is not encoded:
+            known = self._calls[part.offset] = (encoded, kernels.prepared_matvec(encoded))
+        return known[1]
+
+
+def multiply_rows(
+    call: Callable[[int, int, int], None] | None,
+    encoded: Encoded,
+    operand: np.ndarray,
+    result: np.ndarray,
+) -> None:
+    """Write the product with a packed matrix to `result`.
+
+    Args:
+        call: From `kernels.prepared_matvec`.
+        encoded: The matrix.
+        operand: The inputs' bytes: `(batch, cols)` of the matrix's type.
+        result: float32 `(batch, rows)`.
+    """
+    if call is not None:
+        call(operand.ctypes.data, result.shape[0], result.ctypes.data)
+        return
+    bits = operand.view(encoded.spec.dtype.uint).reshape(result.shape[0], -1)
+    kernels.matvec(encoded, bits, result)
