@@ -62,14 +62,13 @@ def specs_of(layout) -> list[tuple[WeightSpec, torch.dtype]]:
     return [*out, (WeightSpec("fused", shape, parts, "fused"), torch.bfloat16)]
 
 
-def open_store(layout, tiers, *, device=None, shares=None, disk=None, **options) -> Store:
+def open_store(layout, tiers, *, device=None, slots=2, shares=None, disk=None, **options) -> Store:
     """Open all weights, the tiers repeated over the units."""
     specs = specs_of(layout)
     units = collect_units([layout], [spec for spec, _ in specs])
     found = {unit.name: tiers[at % len(tiers)] for at, unit in enumerate(units)}
     staging = 2 * max(unit.nbytes for unit in units) if "disk" in tiers else 0
-    slots = 0 if device is None else 2
-    placement = Placement(found, staging, slots, shares or {})
+    placement = Placement(found, staging, slots if device else 0, shares or {})
     reader = open_reader("buffered", **({"preadv": disk} if disk else {}))
     return Store.open([layout], units, specs, placement, reader, device=device, **options)
 
@@ -335,7 +334,7 @@ def test_buffers_grow_and_are_counted():
 
 
 def test_a_report_shows_host_products_beside_copies(layout, tmp_path):
-    store = open_store(layout, ("host", "resident"), device=FakeDevice(bytes_per_s=1e6))
+    store = open_store(layout, ("host", "resident"), device=FakeDevice(), slots=1)
     try:
         names = [name for name in store.weights if name != "fused"]
         for _ in range(3):
