@@ -232,7 +232,9 @@ class FakeDevice:
     def _copy_seconds(self, nbytes: int, stream: Hashable) -> float:
         return nbytes / self._bytes_per_s + (0.0 if stream == "copy" else self.latency_s())
 
-    def _copy_piece(self, destination: torch.Tensor, source: np.ndarray, stream: Hashable) -> None:
+    def _copy_piece(
+        self, destination: torch.Tensor, source: np.ndarray, stream: Hashable = "copy"
+    ) -> None:
         target = destination.numpy()[: source.nbytes]
         before = source.copy()
         self._check_host(source)
