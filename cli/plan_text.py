@@ -86,7 +86,7 @@ def best(result: "Plan") -> list[str]:
         return []
     rows = [
         [
-            (WAYS[each.way] if result.vram_bytes else "weights are multiplied on the processor")
+            (WAYS[each.way] if result.vram_bytes else "all on the processor")
             + (f", {each.expanded:.0%} expanded" if each.expanded else ""),
             each.kv,
             f"{each.decode_tokens_per_s:.3g}",
