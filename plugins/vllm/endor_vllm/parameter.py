@@ -24,6 +24,9 @@ class PackedParameter(BasevLLMParameter):
         weight_loader: The layer's.
     """
 
+    output_dim = 0
+    input_dim = 1
+
     def __new__(cls, name: str, shape: tuple[int, int], weight_loader: Callable[..., Any]) -> Any:
         return super().__new__(cls, data=torch.empty(0, dtype=torch.uint8))
 

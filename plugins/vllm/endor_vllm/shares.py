@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from endor import kernels
-from endor.codecs import Encoded
+from endor.codecs import CodecChoice, Encoded
 from endor.codecs.integer import steps_of
 from endor.dtypes import endor_dtype, torch_dtype
 from endor.packed import bits_of
@@ -57,15 +57,16 @@ def take(loaded: torch.Tensor) -> tuple[Stored | None, Encoded]:
     return None, pack(loaded)
 
 
-def pack(matrix: torch.Tensor) -> Encoded:
-    """Return a matrix in whatever codec takes the fewest bytes, in memory of its own."""
-    return _owned(kernels.encode(bits_of(matrix.detach()), endor_dtype(matrix.dtype)))
+def pack(matrix: torch.Tensor, codec: CodecChoice = "auto") -> Encoded:
+    """Return a matrix in stored form, in memory of its own."""
+    bits = bits_of(matrix.detach())
+    return _owned(kernels.encode(bits, endor_dtype(matrix.dtype), codec=codec))
 
 
 def cut(encoded: Encoded, dense: torch.Tensor, row: int, col: int) -> Encoded:
     """Return the part of a stored matrix that begins at `row` and `col`, in stored form.
 
-    Codec `int` stays what it is: the part has the same codes and steps.
+    Codec `int` stays what it is: the part has the same codes and steps. So does `dense`.
 
     Args:
         encoded: The matrix.
@@ -77,7 +78,7 @@ def cut(encoded: Encoded, dense: torch.Tensor, row: int, col: int) -> Encoded:
     if tuple(dense.shape) == spec.shape:
         return _owned(encoded)
     if spec.codec != "int":
-        return pack(dense)
+        return pack(dense, "dense" if spec.codec == "dense" else "auto")
     assert spec.coding is not None
     rows, cols = dense.shape
     codes = kernels.integer.codes_of(encoded).reshape(spec.shape)

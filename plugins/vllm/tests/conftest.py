@@ -5,4 +5,4 @@ from pathlib import Path
 
 PLUGIN = Path(__file__).resolve().parent.parent
 if str(PLUGIN) not in sys.path:
-    sys.path.insert(0, str(PLUGIN))
+    sys.path[:0] = [str(PLUGIN), str(Path(__file__).parent)]

@@ -1,0 +1,64 @@
+"""Runs vLLM on checkpoints in a process of its own: `driver.py` reads jobs, prints what came out.
+
+Standard input: a JSON list of {"model", "options", "prompts", "tokens"}. The last line of standard
+output: a list of {"tokens", "expansions", "products", "packed_bytes", "layers"}, or {"error"}.
+"""
+
+import gc
+import json
+import os
+import sys
+from typing import Any
+
+SETTINGS = {
+    "VLLM_CPU_KVCACHE_SPACE": "1",
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+    "HF_HUB_OFFLINE": "1",
+}
+
+
+def run(job: dict[str, Any]) -> dict[str, Any]:
+    from vllm import LLM, SamplingParams
+    from vllm.distributed import cleanup_dist_env_and_memory
+
+    from endor_vllm import op
+
+    first = len(op.matrices())
+    options = {"enforce_eager": True, "dtype": "bfloat16"} | job["options"]
+    try:
+        llm = LLM(
+            job["model"], max_model_len=128, max_num_seqs=3, skip_tokenizer_init=True, **options
+        )
+    except Exception as error:
+        return {"error": f"{type(error).__name__}: {error}"}
+    finally:
+        gc.collect()
+    sampling = SamplingParams(
+        temperature=0, max_tokens=job["tokens"], ignore_eos=True, detokenize=False
+    )
+    prompts = [{"prompt_token_ids": prompt} for prompt in job["prompts"]]
+    outputs = llm.generate(prompts, sampling, use_tqdm=False)
+    matrices = op.matrices()[first:]
+    result = {
+        "tokens": [list(output.outputs[0].token_ids) for output in outputs],
+        "layers": len(matrices),
+        "expansions": sum(matrix.expansions for matrix in matrices),
+        "products": sum(matrix.products for matrix in matrices),
+        "packed_bytes": sum(matrix.placement.nbytes for matrix in matrices),
+    }
+    del llm
+    cleanup_dist_env_and_memory()
+    return result
+
+
+def main() -> None:
+    os.environ.update(SETTINGS)
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # vLLM logs to standard output
+    results = [run(job) for job in json.load(sys.stdin)]
+    print(json.dumps(results), file=answers, flush=True)
+
+
+if __name__ == "__main__":
+    main()
