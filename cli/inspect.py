@@ -55,6 +55,8 @@ def inspect_command(packed: Path, asks_model: bool, revision: str | None, as_jso
             codec = f"fields of {' and '.join(widths)} bits"
         if spec.codec == "exp":
             codec = f"exp-{spec.k}" + ("" if spec.bitmap else ", no bitmap")
+        if spec.transposed:
+            codec += ", by neuron"
         rows.append(
             [
                 row.name,

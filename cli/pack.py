@@ -64,6 +64,12 @@ count; of smaller ones `endor inspect --model` tells."""
     "exponents too.",
 )
 @dequantize_option
+@click.option(
+    "--neurons",
+    is_flag=True,
+    help="Where the activation is exactly zero for many neurons (ReLU, its square), store second "
+    "matrices of feed-forward blocks by neuron, so that products skip those that are zero.",
+)
 @selection_options
 @click.option(
     "--max-shard-size",
@@ -81,6 +87,7 @@ def pack_command(
     prune: str,
     codec: CodecChoice,
     dequantize: bool,
+    neurons: bool,
     include: tuple[str, ...],
     exclude: tuple[str, ...],
     max_shard_size: int,
@@ -106,6 +113,8 @@ def pack_command(
     quantizes = options["bits"] is not None or options["quality"] is not None
     if prune == "none" and not quantizes:
         refuse_idle(click.get_current_context(), "--prune METHOD or --bits")
+    if neurons and (quantizes or codec == "dense"):
+        raise click.UsageError("--neurons takes codecs raw and exp: leave out one of the options")
     if codec != "auto" and (quantizes or dequantize):
         raise click.UsageError(
             "--bits, --quality and --dequantize take codec int: leave out --codec"
@@ -122,6 +131,7 @@ def pack_command(
             **request,
             codec=codec,
             dequantize=dequantize,
+            neurons=neurons,
             include=include,
             exclude=exclude,
             max_shard_bytes=max_shard_size,
@@ -147,6 +157,10 @@ def _say(out: Path, report: "PackReport", *, as_json: bool) -> None:
         f"{out}: {human(sizes.dense_bytes)} -> {human(sizes.packed_bytes)}, "
         f"{change(sizes.ratio)}, {report.seconds:.1f} s, {report.gbps:.2f} GB/s"
     )
+    if report.neurons_unused:
+        show(report.neurons_unused, err=True)
+    elif sizes.neuron_tensors:
+        show(f"{sizes.neuron_tensors} matrices stored by neuron")
     if report.stored_quantization:
         show(
             f"its weights are quantized ({report.stored_quantization}): packed for storage; "

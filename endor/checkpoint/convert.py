@@ -10,7 +10,8 @@ import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,9 @@ from endor.checkpoint.index import (
     shard_name,
 )
 from endor.checkpoint.manifest import Writes
+from endor.checkpoint.neurons import encode_turned
 from endor.checkpoint.output import OutputDirectory
+from endor.checkpoint.pack_options import PackOptions
 from endor.checkpoint.pipeline import OrderedWork, ScratchPool
 from endor.checkpoint.plan import Unit, plan_units
 from endor.checkpoint.reading import TensorLoader, WeightPruner
@@ -40,33 +43,13 @@ from endor.checkpoint.record_sizes import RecordSizes
 from endor.checkpoint.report import PackReport, Progress, Sizes, no_progress
 from endor.checkpoint.sources.contract import CheckpointSource, CodedSource, SourceTensor
 from endor.checkpoint.verify import check_file
-from endor.codecs import CodecChoice, Encoded, dense
+from endor.codecs import Encoded, dense
 from endor.codecs.codes import Codes
 from endor.errors import CheckpointError
 from endor.storage import FileLayout, FileWriter
 from endor.storage.layout import FORMAT_VERSION
 
 DEFAULT_SHARD_BYTES = 4 << 30
-
-
-@dataclass(frozen=True, slots=True)
-class PackOptions:
-    """What the packed bytes depend on besides the source.
-
-    Attributes:
-        codec: For the selected tensors.
-        max_shard_bytes: Size that a shard does not exceed, unless one record does.
-        prune: How the weights were pruned, for config.json; empty when they were not.
-        quantize: How they were quantised; empty when they were not.
-        dequantized: Format that they were quantised in before, where the source reads them out of
-            it; else empty.
-    """
-
-    codec: CodecChoice
-    max_shard_bytes: int
-    prune: Mapping[str, Any]
-    quantize: Mapping[str, Any] = field(default_factory=dict)
-    dequantized: str = ""
 
 
 def convert(
@@ -112,7 +95,9 @@ def convert(
     if recoded:
         text = "\0".join(f"{name}\0{recoded[name]}" for name in sorted(recoded))
         identity["recoded"] = hashlib.sha256(text.encode()).hexdigest()
-    described = _describe(options)
+    if options.neurons.matrices:
+        identity["neurons"] = sorted(options.neurons.matrices)
+    described = options.describe()
     dense_files = dense_file_names(source.tensors.values())
     companions = find_companions(source)
     writes = _writes(companions, source.config())
@@ -147,6 +132,7 @@ def convert(
         left_out=companions.left_out,
         code=companions.code,
         recodable_tensors=len(recoded),
+        neurons_unused=options.neurons.unused,
     )
 
 
@@ -165,15 +151,6 @@ def _index_names(config: Mapping[str, Any] | None) -> tuple[str, ...]:
     It reads the config first, and refuses it unless Endor is there.
     """
     return (DIFFUSION_INDEX_NAME, PACKED_INDEX_NAME)[not is_diffusion(config) :]
-
-
-def _describe(options: PackOptions) -> dict[str, Any]:
-    said: dict[str, Any] = {
-        "prune": dict(options.prune),
-        "quantize": dict(options.quantize),
-        "dequantized": options.dequantized,
-    }
-    return {"codec": options.codec} | {key: about for key, about in said.items() if about}
 
 
 @dataclass(frozen=True, slots=True)
@@ -212,7 +189,12 @@ class _Run:
         self.coded = source if isinstance(source, CodedSource) and pruner is None else None
         self.codes: dict[str, Codes] = {}
         self.sizes = RecordSizes(
-            selected, recoded, options.codec, options.max_shard_bytes, coded=self.coded is not None
+            selected,
+            recoded,
+            options.codec,
+            options.max_shard_bytes,
+            coded=self.coded is not None,
+            turned=options.neurons.matrices,
         )
         self.loader = TensorLoader(source, pruner, selected)
         self.scratches = ScratchPool(self.loader.budget_bytes)
@@ -293,7 +275,8 @@ class _Run:
             plain = dense.encode_as(loaded.bits, tensor.dtype, tensor.shape)
             return _Encoded(plain, lambda: self.loader.pool.give(loaded.buffer))
         scratch = self.scratches.take()
-        encoded = kernels.encode(
+        turns = tensor.name in self.options.neurons.matrices
+        encoded = (partial(encode_turned, tensor.name) if turns else kernels.encode)(
             loaded.bits,
             tensor.dtype,
             codec=self.options.codec if tensor.name in self.selected else "dense",

@@ -1,6 +1,7 @@
 """How large records and their header may become, before anything is encoded."""
 
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
+from dataclasses import replace
 
 from endor.checkpoint.plan import Unit
 from endor.checkpoint.recode import Layouts, largest_fields_spec
@@ -26,6 +27,7 @@ class RecordSizes:
         codec: What is asked for.
         max_shard_bytes: A shard ends before it would be larger.
         coded: Whether the source has integer codes for the selected ones.
+        turned: Names of matrices that are stored transposed.
     """
 
     def __init__(
@@ -36,12 +38,14 @@ class RecordSizes:
         max_shard_bytes: int,
         *,
         coded: bool,
+        turned: Container[str] = (),
     ) -> None:
         self.selected = selected
         self.recoded = recoded
         self.codec = codec
         self.max_shard_bytes = max_shard_bytes
         self.coded = coded
+        self.turned = turned
 
     def header_room(self, units: Sequence[Unit]) -> tuple[int, int]:
         """Return bytes to reserve for the next header, and how many units its shard takes at most.
@@ -70,9 +74,10 @@ class RecordSizes:
             return largest_fields_spec(tensor, self.recoded[tensor.name])
         if tensor.name not in self.selected or self.codec == "dense":
             return TensorSpec(tensor.shape, tensor.dtype, "dense", False, tensor.numel)
+        found = largest_spec(tensor.shape, tensor.dtype)
         if self.codec == "raw":
-            return TensorSpec(tensor.shape, tensor.dtype, "raw", True, tensor.numel)
-        return largest_spec(tensor.shape, tensor.dtype)
+            found = TensorSpec(tensor.shape, tensor.dtype, "raw", True, tensor.numel)
+        return replace(found, transposed=tensor.name in self.turned)
 
     def least(self, tensor: SourceTensor) -> int:
         """Return bytes that the stored tensor needs at least: its bitmap, or all of it."""

@@ -30,6 +30,7 @@ class Sizes:
         recoded_tensors: Those in codec `fields`: packed codes of another format.
         recoded_from_bytes: What these take dense.
         recoded_bytes: What they take here, without alignment.
+        neuron_tensors: Matrices stored by neuron, that is, transposed.
     """
 
     tensors: int
@@ -43,6 +44,7 @@ class Sizes:
     recoded_tensors: int = 0
     recoded_from_bytes: int = 0
     recoded_bytes: int = 0
+    neuron_tensors: int = 0
 
     @property
     def ratio(self) -> float:
@@ -79,6 +81,7 @@ class Sizes:
             recoded_tensors=len(recoded),
             recoded_from_bytes=sum(spec.dense_nbytes for spec in recoded),
             recoded_bytes=sum(spec.nbytes for spec in recoded),
+            neuron_tensors=sum(spec.transposed for spec in specs),
         )
 
     def to_dict(self) -> dict[str, Any]:
@@ -110,6 +113,7 @@ class PackReport:
         left_out: Other weights and folders beside the source's, which were not carried over.
         code: Files of Python code that were carried over.
         recodable_tensors: Those that were looked at for packed codes of another format.
+        neurons_unused: Why nothing is stored by neuron though it was asked for; else empty.
         stored_quantization: The quantisation that the weights had before, in words; empty for none.
     """
 
@@ -122,6 +126,7 @@ class PackReport:
     code: tuple[str, ...] = ()
     stored_quantization: str = ""
     recodable_tensors: int = 0
+    neurons_unused: str = ""
 
     @property
     def gbps(self) -> float:
@@ -140,6 +145,7 @@ class PackReport:
             "left_out": list(self.left_out),
             "code": list(self.code),
             "recodable_tensors": self.recodable_tensors,
+            "neurons_unused": self.neurons_unused,
         }
 
 

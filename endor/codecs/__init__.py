@@ -112,6 +112,8 @@ def decode(encoded: Encoded, out: np.ndarray | None = None) -> np.ndarray:
     spec = encoded.spec
     module = {"dense": dense, "raw": raw, "exp": exp, "int": integer, "fields": fields}[spec.codec]
     flat = cast(np.ndarray, module.decode(encoded))
+    if spec.transposed:
+        flat = np.ascontiguousarray(flat.reshape(spec.shape[::-1]).T)
     if out is None:
         return flat.reshape(spec.dtype.unit_shape(spec.shape))
     if out.size != spec.units or out.dtype != spec.dtype.uint:

@@ -39,6 +39,8 @@ def row_step(spec: TensorSpec) -> int:
     """Return at which multiples of rows a matrix can be cut; 0 where only whole ones can be had."""
     if len(spec.shape) != 2 or spec.codec not in ("raw", "exp", "int") or not spec.numel:
         return 0
+    if spec.transposed:
+        return 0
     unit = TILE
     if spec.coding is not None:
         unit = CHUNK

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, get_args
 
 import numpy as np
@@ -69,6 +69,8 @@ class TensorSpec:
             no word (`int`).
         coding: How the codes are stored (`int` only).
         fields: Where the symbols lie (`fields` only).
+        transposed: Whether what is stored is the transposed matrix, so that a column lies together
+            (`raw` and `exp` only). `shape` is that of the tensor all the same.
     """
 
     shape: tuple[int, ...]
@@ -81,6 +83,18 @@ class TensorSpec:
     patches: int = 0
     coding: Coding | None = None
     fields: Fields | None = None
+    transposed: bool = False
+
+    @property
+    def stored(self) -> "TensorSpec":
+        """The spec of the matrix whose elements the arrays hold in row-major order."""
+        if not self.transposed:
+            return self
+        return replace(self, shape=self.shape[::-1], transposed=False)
+
+    def turned(self) -> "TensorSpec":
+        """Return the spec of the transposed matrix, in the same arrays."""
+        return replace(self, shape=self.shape[::-1], transposed=not self.transposed)
 
     @property
     def numel(self) -> int:
@@ -176,6 +190,8 @@ class TensorSpec:
             out |= {"bitmap": self.bitmap, "nnz": self.nnz}
         if self.codec == "exp":
             out |= {"k": self.k, "base": self.base, "patches": self.patches}
+        if self.transposed:
+            out["transposed"] = True
         return out
 
     @classmethod
@@ -198,6 +214,11 @@ class TensorSpec:
             raise FormatError(
                 f"shape {shape} has {numel} elements; at most {MAX_NUMEL} are allowed"
             )
+        transposed = fields.get("transposed", False)
+        if not isinstance(transposed, bool):
+            raise FormatError(f"transposed must be true or false, got {transposed!r}")
+        if transposed and codec not in ("raw", "exp"):
+            raise FormatError(f"codec {codec} takes no transposed matrix")
         if codec == "dense":
             return cls(tuple(shape), dtype(name), codec, bitmap=False, nnz=numel)
         if codec == "int":
@@ -215,7 +236,7 @@ class TensorSpec:
         for key, value in counts.items():
             if not _is_count(value):
                 raise FormatError(f"{key} must be a non-negative integer, got {value!r}")
-        spec = cls(tuple(shape), dtype(name), codec, bitmap, **counts)
+        spec = cls(tuple(shape), dtype(name), codec, bitmap, **counts, transposed=transposed)
         spec.check()
         return spec
 
@@ -242,6 +263,11 @@ class TensorSpec:
                 raise FormatError("codec fields takes no bitmap, window or patches")
             self.fields.check(self.dense_nbytes)
             return
+        if self.transposed and (self.codec not in ("raw", "exp") or len(self.shape) != 2):
+            raise FormatError(
+                f"only a matrix in codec raw or exp is stored transposed, got {self.codec} of "
+                f"shape {list(self.shape)}"
+            )
         if not self.dtype.packable and self.codec != "dense":
             raise FormatError(f"dtype {self.dtype.name} takes only the dense codec")
         if self.nnz > self.numel or (not self.bitmap and self.nnz != self.numel):

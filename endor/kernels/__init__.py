@@ -14,7 +14,7 @@ from endor import codecs
 from endor.codecs import CodecChoice, DType, Encoded
 from endor.codecs.spec import MAX_NNZ
 from endor.errors import DTypeError, ShapeError
-from endor.kernels import fields, integer, native
+from endor.kernels import fields, integer, native, neurons
 from endor.kernels.dispatch import CHOICES, describe, select, thread_count
 from endor.kernels.packing import Packer
 from endor.kernels.scratch import Scratch
@@ -28,6 +28,7 @@ __all__ = [
     "fields",
     "integer",
     "matvec",
+    "neurons",
     "prepared_matvec",
     "probe_copy",
     "probe_read",
@@ -141,6 +142,8 @@ def decode(
         size = spec.dtype.itemsize
         raw = out[: stop - start].view(np.uint8)
         fields.decode(encoded, raw, start * size, count, number)
+    elif spec.transposed:
+        _decode_turned(encoded, out[: stop - start], start, count, kernel)
     elif number is None:
         out[: stop - start] = codecs.decode(encoded).reshape(-1)[start:stop]
     elif spec.codec == "int":
@@ -154,6 +157,25 @@ def decode(
         )
         native.check(status)
     return out
+
+
+def _decode_turned(
+    encoded: Encoded, out: np.ndarray, start: int, threads: int, kernel: str | None
+) -> None:
+    """Write elements of a matrix that is stored transposed, which is decoded whole beside."""
+    spec = encoded.spec.stored
+    stored = np.empty(spec.numel, dtype=spec.dtype.uint)
+    decode(Encoded(spec, encoded.arrays), stored, threads=threads, streaming=False, kernel=kernel)
+    rows, cols = spec.shape
+    if not out.size:
+        return
+    first, last = start // rows, -(-(start + out.size) // rows)
+    exact = (start, out.size) == (first * rows, (last - first) * rows)
+    whole = out if exact else np.empty((last - first) * rows, dtype=out.dtype)
+    number = select(kernel)
+    neurons.turn(stored.reshape(rows, cols), whole, first, last, threads, number)
+    if not exact:
+        out[...] = whole[start - first * rows :][: out.size]
 
 
 def matvec(
@@ -196,9 +218,11 @@ def matvec(
         raise ShapeError(f"out must be {(x.shape[0], spec.shape[0])}, got {out.shape}")
     if not (x.flags.c_contiguous and out.flags.c_contiguous and out.flags.writeable):
         raise ShapeError("x and out must be C-contiguous, out writable")
+    if spec.transposed:
+        return neurons.product(encoded, x, neurons.active_neurons(x), out, count, number)
     if number is None:
         weight = codecs.decode(encoded)
-        np.matmul(_floats(x, spec.dtype), _floats(weight, spec.dtype).T, out=out)
+        np.matmul(neurons.floats(x, spec.dtype), neurons.floats(weight, spec.dtype).T, out=out)
         return out
     library, view = native.library(), native.view(encoded)
     operand = (
@@ -246,7 +270,7 @@ def prepared_matvec(
         raise ShapeError(f"a product takes a weight of shape (rows, cols), not {spec.shape}")
     if not 0 <= first <= spec.shape[0]:
         raise ShapeError(f"first must be one of {spec.shape[0]} rows, got {first}")
-    if number is None:
+    if number is None or spec.transposed:
         return None
     view, library = ctypes.byref(native.view(encoded)), native.library()
     coded = spec.codec == "int"
@@ -298,12 +322,3 @@ def probe_read(src: np.ndarray, threads: int | None = None, *, kernel: str | Non
             number, None, src.ctypes.data, src.nbytes, thread_count(threads)
         )
     )
-
-
-def _floats(bits: np.ndarray, dtype: DType) -> np.ndarray:
-    """Return `bits` of `dtype`, or float32 as it is, as float32."""
-    if bits.dtype == np.float32 or dtype.name == "F32":
-        return bits.view(np.float32)
-    if dtype.name == "F16":
-        return bits.view(np.float16).astype(np.float32)
-    return (bits.astype(np.uint32) << np.uint32(16)).view(np.float32)

@@ -7,7 +7,7 @@ waits, so it can be captured into a CUDA graph once the kernel has run a first t
 
 import functools
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -126,8 +126,17 @@ def decode(packed: DeviceEncoded, out: torch.Tensor | None = None) -> torch.Tens
         out = torch.empty(
             packed.spec.shape, dtype=torch_dtype(packed.spec.dtype), device=packed.device
         )
-    prepare([(packed, out)]).run()
+    if packed.spec.transposed:
+        _check_out(packed, out)
+        out.copy_(decode(as_stored(packed)).T)
+    else:
+        prepare([(packed, out)]).run()
     return out
+
+
+def as_stored(packed: DeviceEncoded) -> DeviceEncoded:
+    """Return the matrix whose elements the arrays hold in order, maybe the transposed one."""
+    return replace(packed, spec=packed.spec.stored)
 
 
 def prepare(items: Sequence[tuple[DeviceEncoded, torch.Tensor]]) -> Expansion:
@@ -137,7 +146,7 @@ def prepare(items: Sequence[tuple[DeviceEncoded, torch.Tensor]]) -> Expansion:
 
     Raises:
         BackendError: The kernels cannot run here.
-        DTypeError, ShapeError: A destination does not fit.
+        DTypeError, ShapeError: A destination does not fit, or a matrix is stored transposed.
     """
     parts, copies = [], []
     devices = {packed.device for packed, _ in items}
@@ -146,6 +155,8 @@ def prepare(items: Sequence[tuple[DeviceEncoded, torch.Tensor]]) -> Expansion:
     for packed, out in items:
         require(packed.device)
         _check_out(packed, out)
+        if packed.spec.transposed:
+            raise ShapeError("expand a matrix that is stored transposed by itself: gpu.decode")
         if packed.spec.codec == "dense":
             begin = packed.offsets[""]
             stored = packed.storage[begin : begin + packed.spec.nbytes]

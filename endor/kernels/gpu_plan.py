@@ -212,6 +212,8 @@ def product_refusal(spec: TensorSpec) -> str | None:
         return f"it takes codec raw in BF16 or F16, not {spec.codec} in {spec.dtype.name}"
     if len(spec.shape) != 2 or spec.numel == 0:
         return f"it takes (rows, cols), not shape {spec.shape}"
+    if spec.transposed:
+        return "it takes no matrix that is stored transposed"
     if spec.shape[1] % 32:
         return f"cols must be a multiple of 32, got {spec.shape[1]}"
     if max(spec.shape) >= 1 << 31:

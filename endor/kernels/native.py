@@ -166,6 +166,12 @@ def _bind(library: ctypes.CDLL) -> ctypes.CDLL:
         ),
         ("int_matvec", i32, (i32, pointer, u64, u64, pointer, i32, u64, pointer, i32)),
         ("int_matvec_rows", i32, (i32, pointer, u64, u64, u64, pointer, i32, u64, pointer, i32)),
+        (
+            "neurons",
+            i32,
+            (i32, pointer, i32, u64, u64, pointer, u64, pointer, u64, pointer, i32),
+        ),
+        ("turn", None, (pointer, pointer, u64, u64, u64, u64, i32, i32)),
         ("probe", u64, (i32, pointer, pointer, u64, i32)),
         ("count16", i32, (pointer, u64, ctypes.c_uint32, pointer)),
         ("zero_below16", i32, (pointer, u64, ctypes.c_uint32, ctypes.c_uint32, u64)),

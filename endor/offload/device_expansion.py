@@ -8,7 +8,7 @@ import torch
 from endor.codecs import DType, TensorSpec
 from endor.dtypes import torch_dtype
 from endor.errors import BackendError
-from endor.kernels import gpu_plan
+from endor.kernels import gpu, gpu_plan
 from endor.kernels.gpu import DeviceEncoded
 from endor.offload.device import Device, Runnable
 from endor.offload.device_mover import DeviceMover, OnDevice
@@ -175,10 +175,16 @@ class DeviceExpansion(Expansion):
         expanded beside and copied.
         """
         items: list[tuple[DeviceEncoded, torch.Tensor]] = []
-        copies: list[tuple[torch.Tensor, torch.Tensor]] = []
+        copies: list[tuple[torch.Tensor, torch.Tensor | _Turned]] = []
         for part in parts:
             packed = bind(held, part.tensor)
             out = flat[part.offset : part.offset + part.stop - part.start]
+            if packed.spec.transposed:
+                packed = gpu.as_stored(packed)
+                turned = torch.empty(packed.spec.shape, dtype=flat.dtype, device=flat.device)
+                items.append((packed, turned))
+                copies.append((out, _Turned(turned, part.start, part.stop)))
+                continue
             if out.numel() == packed.spec.numel and out.data_ptr() % 16 == 0:
                 items.append((packed, out.view(packed.spec.shape)))
                 continue
@@ -193,7 +199,7 @@ class _Copying:
     """An expansion beside the destination, then copies of the ranges that are wanted."""
 
     def __init__(
-        self, inner: Runnable, copies: Sequence[tuple[torch.Tensor, torch.Tensor]]
+        self, inner: Runnable, copies: Sequence[tuple[torch.Tensor, "torch.Tensor | _Turned"]]
     ) -> None:
         self._inner = inner
         self._copies = copies
@@ -201,7 +207,25 @@ class _Copying:
     def run(self) -> None:
         self._inner.run()
         for out, wanted in self._copies:
-            out.copy_(wanted)
+            if isinstance(wanted, _Turned):
+                wanted.copy_to(out)
+            else:
+                out.copy_(wanted)
+
+
+class _Turned:
+    """A flat range of a matrix whose transposed one was expanded."""
+
+    def __init__(self, matrix: torch.Tensor, start: int, stop: int) -> None:
+        self._matrix, self._range = matrix, slice(start, stop)
+
+    def copy_to(self, out: torch.Tensor) -> None:
+        """Write the range to `out`, flat."""
+        matrix = self._matrix.T
+        if out.numel() == matrix.numel():
+            out.view(matrix.shape).copy_(matrix)
+        else:
+            out.copy_(matrix.reshape(-1)[self._range])
 
 
 def piece_of(out: torch.Tensor, at: int, rows: int) -> torch.Tensor:

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from endor.codecs import DType
+from endor.codecs import DType, TensorSpec
 from endor.dtypes import torch_dtype
 from endor.offload.mover import Mover
 from endor.offload.state import State
@@ -29,6 +29,7 @@ class Expansion(ABC):
         states: State of each of its units, once.
         whole: Whether its parts are rows of whole stored matrices, in a type that products take.
         converts: Whether the stored type is another than callers see.
+        turned: Whether any of its matrices is stored transposed.
     """
 
     def __init__(
@@ -49,6 +50,7 @@ class Expansion(ABC):
         self.states = tuple(dict.fromkeys(states))
         self.converts = torch_dtype(item) != dtype
         self.whole = all(self._covers_rows(part, state) for part, state in self.parts)
+        self.turned = any(_spec(part, state).transposed for part, state in self.parts)
         self.packed_nbytes = sum(_share(part, state) for part, state in self.parts)
 
     @property
@@ -82,7 +84,7 @@ class Expansion(ABC):
         """Let go of what refers to the mover's memory."""
 
     def _covers_rows(self, part: Part, state: State) -> bool:
-        spec = state.unit.layout.tensors[part.tensor].spec
+        spec = _spec(part, state)
         return (
             spec.codec != "dense"
             and spec.dtype.name in PRODUCT_DTYPES
@@ -95,5 +97,9 @@ class Expansion(ABC):
 
 def _share(part: Part, state: State) -> int:
     """Packed bytes that a part stands for."""
-    spec = state.unit.layout.tensors[part.tensor].spec
+    spec = _spec(part, state)
     return spec.nbytes * (part.stop - part.start) // max(1, spec.numel)
+
+
+def _spec(part: Part, state: State) -> TensorSpec:
+    return state.unit.layout.tensors[part.tensor].spec

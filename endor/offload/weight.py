@@ -142,7 +142,7 @@ class Weight:
         Returns:
             `(batch, rows)`, float32, new.
         """
-        if self.multiplies_packed:
+        if self.multiplies_packed and not self._expansion.turned:
             return self._expansion.panels(inputs, hold=hold)
         rows, cols = self.shape
         x, matrix = inputs.float(), self.dense(hold=hold)

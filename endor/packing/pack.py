@@ -11,10 +11,12 @@ from typing import Any
 
 from endor.checkpoint.companions import QUANTIZATION_KEY, quantization_name
 from endor.checkpoint.composite import is_composite, pack_composite
-from endor.checkpoint.convert import DEFAULT_SHARD_BYTES, PackOptions, convert, pack_writes
+from endor.checkpoint.convert import DEFAULT_SHARD_BYTES, convert, pack_writes
 from endor.checkpoint.located import located
 from endor.checkpoint.manifest import Writes
+from endor.checkpoint.neurons import Neurons, find_neurons
 from endor.checkpoint.output import check_output
+from endor.checkpoint.pack_options import PackOptions
 from endor.checkpoint.recode import FieldedSource, recodable
 from endor.checkpoint.report import PackReport, Progress
 from endor.checkpoint.select import select
@@ -47,6 +49,7 @@ def pack_checkpoint(
     quantized: Mapping[str, Any] | None = None,
     dequantize: bool = False,
     codec: CodecChoice = "auto",
+    neurons: bool = False,
     include: Sequence[str] = (),
     exclude: Sequence[str] = (),
     max_shard_bytes: int = DEFAULT_SHARD_BYTES,
@@ -88,6 +91,8 @@ def pack_checkpoint(
             so they can be run, pruned and quantised. Their codes are stored, where nothing else is
             asked for.
         codec: For the packed tensors: "auto", "raw", "exp" or "dense".
+        neurons: Store the second matrices of feed-forward blocks by neuron, where the activation is
+            exactly zero for many: their product then skips those.
         include: Patterns (globs, or `re:` and a regular expression) of tensors to pack besides the
             matrices of the layers.
         exclude: Patterns of tensors to leave as they are.
@@ -113,11 +118,13 @@ def pack_checkpoint(
     quantizes = quantize is not None or quality is not None
     if (quantizes or dequantize) and codec != "auto":
         raise ConfigError(f"codec: quantised tensors take codec int, not {codec!r}; leave it out")
+    if neurons and (quantizes or codec == "dense"):
+        raise ConfigError("neurons: stores codecs raw and exp by neuron, no integers; leave it out")
     out, how = output_path(out_dir), resolved(prune, sparsity, pattern)
     if isinstance(model, (str, Path)):
         model = located(model, revision=revision)
     if isinstance(model, Path) and is_composite(model):
-        if quantizes or dequantize or is_calibrated(how):
+        if quantizes or dequantize or neurons or is_calibrated(how):
             raise ConfigError(
                 f"{model}: holds several models, which are packed lossless or with --prune "
                 "magnitude; for more, pack the folder of one"
@@ -149,6 +156,7 @@ def pack_checkpoint(
         if quantizes or is_calibrated(how):
             check(source.path, pack_writes(source))
         stored = (source.config() or {}).get(QUANTIZATION_KEY)
+        by_neuron = find_neurons(source, selected) if neurons else Neurons()
         with prepared(source, how, selected, quantize, quality, calibrate, layers) as found:
             lossless = not (quantizes or found.pruner or is_calibrated(how))
             recoded = recodable(source, exclude) if lossless and codec == "auto" else {}
@@ -174,6 +182,7 @@ def pack_checkpoint(
                 description or found.description,
                 quantized or found.quantized,
                 source.quantization if isinstance(source, DequantizedSource) else "",
+                by_neuron,
             )
             report = convert(
                 found.source,

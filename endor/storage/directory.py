@@ -34,7 +34,10 @@ FIELDS_VERSION = 3
 LEVELS_VERSION = 4
 """What is written where a tensor in codec `int` has levels."""
 
-VERSIONS = (FORMAT_VERSION, INT_VERSION, FIELDS_VERSION, LEVELS_VERSION)
+TRANSPOSED_VERSION = 5
+"""What is written where a matrix is stored transposed."""
+
+VERSIONS = (FORMAT_VERSION, INT_VERSION, FIELDS_VERSION, LEVELS_VERSION, TRANSPOSED_VERSION)
 """What this library reads."""
 
 ALIGN = 4096
@@ -59,6 +62,8 @@ _SINCE: dict[str, int] = {"int": INT_VERSION, "fields": FIELDS_VERSION}
 def _since(spec: TensorSpec) -> int:
     if spec.coding is not None and spec.coding.levels:
         return LEVELS_VERSION
+    if spec.transposed:
+        return TRANSPOSED_VERSION
     return _SINCE.get(spec.codec, FORMAT_VERSION)
 
 
@@ -250,10 +255,9 @@ class Directory:
                 raise FormatError(f"{self.path}: {name}: {error}") from None
             since, version = version_of([spec]), self.directory["version"]
             if version < since:
+                what = "a transposed matrix" if spec.transposed else f"codec {spec.codec}"
                 how = " with levels" if since == LEVELS_VERSION else ""
-                raise self.wrong(
-                    f"{name}: codec {spec.codec}{how} needs format version {since}, not {version}"
-                )
+                raise self.wrong(f"{name}: {what}{how} needs format version {since}, not {version}")
             out[name] = TensorEntry(name, spec, record, self.arrays(name, spec, record))
         return dict(sorted(out.items(), key=lambda item: self.position(item[1])))
 

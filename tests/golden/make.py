@@ -149,7 +149,23 @@ def records_v4() -> dict[str, dict[str, Encoded]]:
     }
 
 
-RECORDS = {"v1": records, "v2": records_v2, "v3": records_v3, "v4": records_v4}
+def records_v5() -> dict[str, dict[str, Encoded]]:
+    """Return matrices that are stored transposed, in codecs `raw` and `exp`."""
+    out: dict[str, Encoded] = {}
+    for dtype in (DTYPES["BF16"], DTYPES["F16"], DTYPES["F32"], DTYPES["F8_E4M3"]):
+        base = (1 << (dtype.exponent_bits - 1)) - 3
+        stored = np.ascontiguousarray(elements(dtype).T)
+        forms = {
+            "raw": codecs.encode(stored, dtype, codec="raw"),
+            "exp": exp.encode(stored, dtype, bitmap=True, k=2, base=base),
+            "full": exp.encode(stored, dtype, bitmap=False, k=2, base=base),
+        }
+        for form, made in forms.items():
+            out[f"{form}.{dtype.name}"] = Encoded(made.spec.turned(), made.arrays)
+    return {"turned": out}
+
+
+RECORDS = {"v1": records, "v2": records_v2, "v3": records_v3, "v4": records_v4, "v5": records_v5}
 
 
 def write(path: Path, version: str = "v1") -> dict[str, str]:

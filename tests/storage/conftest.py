@@ -10,7 +10,7 @@ import pytest
 import xxhash
 
 from endor import codecs
-from endor.codecs import DTYPES, DType, Encoded, exp, fields, integer
+from endor.codecs import DTYPES, CodecChoice, DType, Encoded, exp, fields, integer
 from endor.codecs.layout import Layout, Part
 from endor.storage import FileWriter, header_capacity
 
@@ -54,7 +54,16 @@ def sample_tensors(shape: tuple[int, ...] = (3, 700)) -> dict[str, Encoded]:
         out[f"{name}.levels"] = sample_levels(DTYPES[name], shape)
     for dtype in DTYPES.values():
         out[f"{dtype.name}.fields"] = sample_fields(dtype, shape)
+    if len(shape) == 2:
+        out["BF16.turned"] = sample_turned(DTYPES["BF16"], shape, "raw")
+        out["F32.turned"] = sample_turned(DTYPES["F32"], shape, "exp")
     return out
+
+
+def sample_turned(dtype: DType, shape: tuple[int, ...], codec: CodecChoice) -> Encoded:
+    """Return a matrix that is stored transposed."""
+    stored = codecs.encode(sample_bits(dtype, shape[::-1]), dtype, codec=codec)
+    return Encoded(stored.spec.turned(), stored.arrays)
 
 
 def sample_fields(dtype: DType, shape: tuple[int, ...]) -> Encoded:

@@ -23,7 +23,7 @@ def digests(version: str) -> dict[str, str]:
     return loaded
 
 
-@pytest.mark.parametrize("version", ["v1", "v2", "v3", "v4"])
+@pytest.mark.parametrize("version", ["v1", "v2", "v3", "v4", "v5"])
 def test_every_tensor_decodes_to_the_recorded_elements(version: str) -> None:
     layout = FileLayout.read(GOLDEN / f"{version}.safetensors")
     found = {}
@@ -65,7 +65,7 @@ def test_the_second_version_holds_every_form_of_int() -> None:
     assert {"dense", "int"} == {entry.spec.codec for entry in layout.tensors.values()}
 
 
-@pytest.mark.parametrize("version", ["v1", "v2", "v3", "v4"])
+@pytest.mark.parametrize("version", ["v1", "v2", "v3", "v4", "v5"])
 def test_writer_still_gives_the_same_bytes(tmp_path: Path, version: str) -> None:
     again = tmp_path / "again.safetensors"
     make = runpy.run_path(str(GOLDEN / "make.py"))
@@ -82,6 +82,16 @@ def test_the_third_version_holds_every_form_of_fields() -> None:
     assert {len(form.fields) for form in layouts} == {1, 2}
     assert any(form.rest_nbytes() for form in layouts)
     assert any(part.span > 1 for form in layouts for part in form.parts())
+
+
+def test_the_fifth_version_holds_transposed_matrices() -> None:
+    specs = [entry.spec for entry in verify_file(GOLDEN / "v5.safetensors").tensors.values()]
+    assert all(spec.transposed and spec.shape == (4, 300) for spec in specs)
+    assert {(spec.codec, spec.bitmap) for spec in specs} == {
+        ("raw", True),
+        ("exp", True),
+        ("exp", False),
+    }
 
 
 def test_make_refuses_to_overwrite() -> None:

@@ -25,7 +25,7 @@ from endor.storage import ALIGN, FileLayout, HostBuffer, align_up, open_reader
 from endor.storage.directory import ARRAY_ALIGN, TAIL_BYTES
 from endor.storage.writer import largest_int_spec
 
-from .conftest import sample_codes
+from .conftest import sample_codes, sample_turned
 
 Doc = dict[str, Any]
 Edit = Callable[[Doc, Doc], object]
@@ -245,7 +245,7 @@ BAD: dict[str, tuple[Edit, str]] = {
     "version-text": (set_directory(version="1"), "version must be a positive integer"),
     "version-0": (set_directory(version=0), "version must be a positive integer"),
     "version-true": (set_directory(version=True), "version must be a positive integer"),
-    "version-5": (set_directory(version=5), "must be 1 to 4, got 5; upgrade endor"),
+    "version-6": (set_directory(version=6), "must be 1 to 5, got 6; upgrade endor"),
     "align": (set_directory(align=512), "align must be 4096, got 512"),
     "records-missing": (lambda _, d: d.pop("records"), "'records' must be an object"),
     "records-list": (set_directory(records=[]), "'records' must be an object"),
@@ -471,6 +471,14 @@ def test_codec_int_needs_the_second_version(write: Write, tamper: Tamper) -> Non
     assert FileLayout.read(path).version == 2
     tamper(path, set_directory(version=1))
     with pytest.raises(FormatError, match="x: codec int needs format version 2, not 1"):
+        FileLayout.read(path)
+
+
+def test_a_transposed_matrix_needs_the_fifth_version(write: Write, tamper: Tamper) -> None:
+    path = write({"x": {"x": sample_turned(DTYPES["BF16"], (30, 70), "raw")}})
+    assert FileLayout.read(path).version == 5
+    tamper(path, set_directory(version=4))
+    with pytest.raises(FormatError, match="x: a transposed matrix needs format version 5, not 4"):
         FileLayout.read(path)
 
 

@@ -173,6 +173,10 @@ typedef struct {
     int bf16_pairs; /* has vdpbf16ps */
 } endor_ops;
 
+/* out[0:len] += h * w[0:len]; w, of kind ENDOR_X_*, is readable ENDOR_SLACK bytes past its end. */
+typedef void (*endor_axpy)(const uint8_t *w, int kind, uint64_t len, float h, float *out);
+endor_axpy endor_axpy_of(int kernel);
+
 const endor_ops *endor_scalar_ops(void);
 const endor_ops *endor_avx2_ops(void);
 const endor_ops *endor_avx512_ops(void);
