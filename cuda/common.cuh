@@ -139,6 +139,23 @@ __device__ __forceinline__ Staged staged_address(const void* shared) {
   return opaque;
 }
 
+// The same address kept in a word of shared memory, and back.
+__device__ __forceinline__ u32 kept(Staged at) { return at; }
+__device__ __forceinline__ Staged staged(u32 kept_address) { return kept_address; }
+
+// 4 or 8 bytes of shared memory, OFFSET bytes after an aligned address.
+template <int OFFSET = 0>
+__device__ __forceinline__ u32 fetch4(Staged at) {
+  u32 word;
+  asm volatile("ld.shared.u32 %0, [%1+%2];" : "=r"(word) : "r"(at), "n"(OFFSET));
+  return word;
+}
+__device__ __forceinline__ uint2 fetch8(Staged at) {
+  uint2 v;
+  asm volatile("ld.shared.v2.u32 {%0, %1}, [%2];" : "=r"(v.x), "=r"(v.y) : "r"(at));
+  return v;
+}
+
 // The element at `at`, which moves on to the next one, if `bit`; else zero, and `at` stays.
 template <int BYTES>
 __device__ __forceinline__ u32 take(Staged& at, u32 bit) {

@@ -16,7 +16,7 @@ import torch
 from endor.codecs import Encoded, TensorSpec
 from endor.dtypes import torch_dtype
 from endor.errors import BackendError, DTypeError, ShapeError
-from endor.kernels import gpu_build, gpu_device, gpu_plan
+from endor.kernels import gpu_build, gpu_device, gpu_plan, gpu_product
 from endor.kernels.gpu_device import require
 from endor.kernels.gpu_launch import Kernel, Launch, Part
 
@@ -32,13 +32,13 @@ class DeviceEncoded:
         spec: Shape, codec and sizes.
         storage: `uint8`, holds the arrays and 128 readable bytes after the last one.
         offsets: Byte offset in `storage` of each array, by suffix.
-        segment_nnz: Most stored elements in 1024 columns of a row, as far as known.
+        segment_nnz: Most stored elements in `gpu_product.SEGMENT` columns of a row, or more.
     """
 
     spec: TensorSpec
     storage: torch.Tensor
     offsets: Mapping[str, int]
-    segment_nnz: int = gpu_plan.SEGMENT
+    segment_nnz: int = gpu_product.SEGMENT
 
     @property
     def device(self) -> torch.device:
@@ -90,9 +90,9 @@ def upload(encoded: Encoded, device: torch.device | str) -> DeviceEncoded:
     for suffix, array in encoded.arrays.items():
         flat = array.reshape(-1).view(np.uint8)
         host[offsets[suffix] : offsets[suffix] + flat.size] = flat
-    fullest = gpu_plan.SEGMENT
-    if gpu_plan.product_refusal(encoded.spec) is None:
-        fullest = gpu_plan.segment_nnz(encoded.spec, encoded.arrays["bitmap"])
+    fullest = gpu_product.SEGMENT
+    if gpu_product.product_refusal(encoded.spec) is None:
+        fullest = gpu_product.segment_nnz(encoded.spec, encoded.arrays.get("bitmap"))
     return DeviceEncoded(encoded.spec, torch.from_numpy(host).to(target), offsets, fullest)
 
 
@@ -175,7 +175,7 @@ def product(
     Deterministic, but not bit-equal to a dense product, which adds in another order.
 
     Args:
-        packed: W, codec `raw`, BF16 or F16, `(rows, cols)` with cols a multiple of 32.
+        packed: W, codec `raw` or `exp`, BF16 or F16, `(rows, cols)` with cols a multiple of 32.
         x: `(batch, cols)`, batch 1 to 8, W's element type, contiguous, on W's device.
         out: `(batch, rows)`, W's element type or fp32, contiguous. Allocated when omitted.
 
@@ -188,7 +188,7 @@ def product(
         ShapeError: x or `out` has another shape, layout, alignment or device.
     """
     require(packed.device)
-    why = gpu_plan.product_refusal(packed.spec)
+    why = gpu_product.product_refusal(packed.spec)
     if why:
         raise DTypeError(f"the product kernel cannot run: {why}; expand the weight instead")
     rows, cols = packed.spec.shape
@@ -210,7 +210,7 @@ def product(
             f"{tuple(out.shape)} with strides {out.stride()} on {out.device}"
         )
     index = gpu_device.index_of(packed.device)
-    launch = gpu_plan.plan_product(
+    launch = gpu_product.plan_product(
         packed.spec,
         packed.addresses,
         x=x.data_ptr(),

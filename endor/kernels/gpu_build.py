@@ -14,13 +14,8 @@ from endor.codecs import DTYPES
 from endor.errors import BackendError
 from endor.kernels import gpu_int
 from endor.kernels.gpu_launch import Kernel
-from endor.kernels.gpu_plan import (
-    MAX_COLUMNS,
-    constants,
-    exp_kernel,
-    product_kernel,
-    raw_kernel,
-)
+from endor.kernels.gpu_plan import constants, exp_kernel, raw_kernel
+from endor.kernels.gpu_product import MAX_COLUMNS, product_kernel, warp_rows
 
 ARCHITECTURES = ("sm_75", "sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120")
 """What the kernels are compiled for in the tests; the oldest is the oldest that runs them."""
@@ -70,12 +65,18 @@ def all_kernels() -> list[Kernel]:
     columns = [1 << i for i in range(MAX_COLUMNS.bit_length())]
     for name in ("BF16", "F16"):
         for count in columns:
-            pairs = 2 if count <= 4 else 1
-            kernels.append(
-                product_kernel(
-                    DTYPES[name], columns=count, row_pairs=pairs, float_out=name == "F16"
-                )
-            )
+            for planes in (0, 3, 4, 6):
+                for bitmap in (True, False) if planes == 3 else (True,):
+                    kernels.append(
+                        product_kernel(
+                            DTYPES[name],
+                            columns=count,
+                            rows=warp_rows(count, "exp" if planes else "raw"),
+                            float_out=name == "F16",
+                            bit_planes=planes,
+                            bitmap=bitmap,
+                        )
+                    )
     return kernels
 
 

@@ -22,7 +22,7 @@ _ALIGNED |= {"low_bits": 4, "levels": 4}
 class Kernel:
     """One compiled function: a source of `cuda/` and the constants it is compiled with."""
 
-    name: Literal["expand_raw", "expand_exp", "expand_int", "product"]
+    name: Literal["expand_raw", "expand_exp", "expand_int", "product", "product_exp"]
     defines: tuple[tuple[str, int], ...]
 
 

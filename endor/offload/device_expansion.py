@@ -8,7 +8,7 @@ import torch
 from endor.codecs import DType, TensorSpec
 from endor.dtypes import torch_dtype
 from endor.errors import BackendError
-from endor.kernels import gpu, gpu_plan
+from endor.kernels import gpu, gpu_product
 from endor.kernels.gpu import DeviceEncoded
 from endor.offload.device import Device, Runnable
 from endor.offload.device_mover import DeviceMover, OnDevice
@@ -84,7 +84,7 @@ class DeviceExpansion(Expansion):
             groups.setdefault(state, []).append(part)
         self._groups = tuple(groups.items())
         self._taken = all(
-            gpu_plan.product_refusal(_spec(state, part)) is None for part, state in self.parts
+            gpu_product.product_refusal(_spec(state, part)) is None for part, state in self.parts
         )
 
     @property
@@ -243,5 +243,5 @@ def bind(held: OnDevice, tensor: str) -> DeviceEncoded:
     """Return a stored tensor as views of its unit's record on the device."""
     entry = held.unit.layout.tensors[tensor]
     offsets = {array.suffix: array.start for array in entry.arrays}
-    segment = held.segments.get(tensor, gpu_plan.SEGMENT)
+    segment = held.segments.get(tensor, gpu_product.SEGMENT)
     return DeviceEncoded(entry.spec, held.storage, offsets, segment)

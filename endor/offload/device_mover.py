@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from endor.errors import BackendError
-from endor.kernels import gpu_plan
+from endor.kernels import gpu_product
 from endor.offload.copier import Copier
 from endor.offload.device import Device, allocate_for_copies
 from endor.offload.exchange import Exchange
@@ -319,7 +319,7 @@ def _segments(unit: Unit, data: np.ndarray) -> dict[str, int]:
     out = {}
     for name in unit.tensors:
         spec = unit.layout.tensors[name].spec
-        if gpu_plan.product_refusal(spec) is None:
-            bitmap = unit.layout.bind(name, data).arrays["bitmap"]
-            out[name] = gpu_plan.segment_nnz(spec, bitmap)
+        if gpu_product.product_refusal(spec) is None:
+            bitmap = unit.layout.bind(name, data).arrays.get("bitmap")
+            out[name] = gpu_product.segment_nnz(spec, bitmap)
     return out

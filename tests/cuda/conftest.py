@@ -14,15 +14,13 @@ from endor import codecs
 from endor.codecs import Encoded
 from endor.kernels.gpu_build import SOURCES, options
 from endor.kernels.gpu_launch import Kernel, Launch, Part
-from endor.kernels.gpu_plan import (
-    plan_expansion,
-    plan_product,
-    segment_nnz,
-)
+from endor.kernels.gpu_plan import plan_expansion
+from endor.kernels.gpu_product import plan_product, segment_nnz
 
 from ..support.device_arrays import Output, Record
 
 HERE = Path(__file__).parent
+ARGUMENTS = {"product": "Product", "product_exp": "Product", "expand_int": "IntBatch"}
 SANITIZE = ["-fsanitize=alignment,bounds,shift", "-fno-sanitize-recover=all"]
 
 ENTRY = """
@@ -74,7 +72,7 @@ class Emulator:
         key = (kernel, tensor_cores)
         if key not in self._built:
             digest = hashlib.sha256(repr(key).encode()).hexdigest()[:16]
-            argument = {"product": "Product", "expand_int": "IntBatch"}.get(kernel.name, "Batch")
+            argument = ARGUMENTS.get(kernel.name, "Batch")
             entry = self._folder / f"{digest}.cpp"
             entry.write_text(ENTRY.format(name=kernel.name, argument=argument))
             library = self._folder / f"{digest}.so"
@@ -144,13 +142,14 @@ def multiply(emulator: Emulator) -> Callable[..., np.ndarray]:
         x: np.ndarray,
         *,
         float_out: bool = True,
+        rows: int | None = None,
         warps: int | None = None,
         tensor_cores: bool = True,
     ) -> np.ndarray:
-        rows = packed.spec.shape[0]
+        n_rows = packed.spec.shape[0]
         record = Record([packed])
         uint = np.dtype(np.uint32 if float_out else np.uint16)
-        output = Output(len(x) * rows, uint)
+        output = Output(len(x) * n_rows, uint)
         columns = Output(x.size, np.dtype(np.uint16))
         columns.array[:] = x.reshape(-1)
         launch = plan_product(
@@ -160,13 +159,15 @@ def multiply(emulator: Emulator) -> Callable[..., np.ndarray]:
             y=output.address,
             batch=len(x),
             float_out=float_out,
-            segment_nnz=segment_nnz(packed.spec, packed.arrays["bitmap"]),
+            segment_nnz=segment_nnz(packed.spec, packed.arrays.get("bitmap")),
+            rows=rows,
             warps=warps,
+            shared_limit=100 << 10,
         )
         inputs = (columns.address, columns.address + x.nbytes)
         emulator.launch(launch, [(record.begin, record.end), inputs], tensor_cores=tensor_cores)
         output.check_canaries()
         y = output.array.view(np.float32) if float_out else output.array
-        return y.reshape(len(x), rows).copy()
+        return y.reshape(len(x), n_rows).copy()
 
     return run

@@ -261,6 +261,20 @@ inline void copy16(void* shared, const void* global) {
 }
 typedef uintptr_t Staged;
 inline Staged staged_address(const void* shared) { return reinterpret_cast<Staged>(shared); }
+// Addresses are wider here than a word: what is kept counts from the start of shared memory.
+inline uint32_t kept(Staged at) { return static_cast<uint32_t>(at - reinterpret_cast<Staged>(emulator::shared_begin())); }
+inline Staged staged(uint32_t offset) { return reinterpret_cast<Staged>(emulator::shared_begin()) + offset; }
+template <int OFFSET = 0> uint32_t fetch4(Staged at) {
+  if ((at + OFFSET) % 4) emulator::fail("misaligned shared load");
+  emulator::check_shared(reinterpret_cast<const void*>(at + OFFSET), 4);
+  uint32_t word;
+  memcpy(&word, reinterpret_cast<const void*>(at + OFFSET), 4);
+  return word;
+}
+inline uint2 fetch8(Staged at) {
+  if (at % 8) emulator::fail("misaligned shared load");
+  return {fetch4(at), fetch4(at + 4)};
+}
 template <int BYTES> uint32_t take(Staged& at, uint32_t bit) {
   if (!bit) return 0;
   if (at % BYTES) emulator::fail("misaligned shared load");

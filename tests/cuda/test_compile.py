@@ -8,7 +8,8 @@ from endor.codecs import DTYPES
 from endor.errors import BackendError
 from endor.kernels import gpu_build
 from endor.kernels.gpu_build import ARCHITECTURES, SOURCES, all_kernels, compile_cubin
-from endor.kernels.gpu_plan import exp_kernel, product_kernel, raw_kernel
+from endor.kernels.gpu_plan import exp_kernel, raw_kernel
+from endor.kernels.gpu_product import product_kernel
 
 BF16, F16, F32, I8 = (DTYPES[name] for name in ("BF16", "F16", "F32", "I8"))
 TYPICAL = [
@@ -18,8 +19,11 @@ TYPICAL = [
     exp_kernel(F16, bitmap=True, planes=1 << 6),
     exp_kernel(F32, bitmap=True, planes=1 << 3),
     exp_kernel(I8, bitmap=True, planes=1 << 4),
-    product_kernel(BF16, columns=1, row_pairs=2, float_out=False),
-    product_kernel(F16, columns=8, row_pairs=1, float_out=True),
+    product_kernel(BF16, columns=1, rows=4, float_out=False),
+    product_kernel(F16, columns=8, rows=16, float_out=True),
+    product_kernel(BF16, columns=1, rows=4, float_out=False, bit_planes=3),
+    product_kernel(F16, columns=8, rows=16, float_out=True, bit_planes=6),
+    product_kernel(BF16, columns=2, rows=8, float_out=True, bit_planes=3, bitmap=False),
 ]
 REQUIRED = os.environ.get("ENDOR_REQUIRE_NVRTC") == "1"
 

@@ -183,17 +183,18 @@ def test_product(rng, name, batch):
     ):
         weight = torch.randn(rows, cols, generator=generator, device="cuda").to(kind)
         weight[torch.rand(rows, cols, generator=generator, device="cuda") >= density] = 0
-        encoded = codecs.encode(bits(weight).reshape(rows, cols), dtype, codec="raw")
-        packed = gpu.upload(encoded, "cuda")
         x = torch.randn(batch, cols, generator=generator, device="cuda").to(kind)
         expected = x.double() @ weight.double().T
-        wide = torch.full((batch, rows), float("nan"), dtype=torch.float32, device="cuda")
-        gpu.product(packed, x, wide)
-        scale = expected.abs().max().clamp_min(1.0)
-        assert float((wide.double() - expected).abs().max() / scale) < 1e-5
-        assert torch.equal(gpu.product(packed, x), wide.to(kind))
-        again = gpu.product(packed, x, torch.empty_like(wide))
-        assert torch.equal(again, wide)
+        for codec in ("raw", "exp"):
+            encoded = codecs.encode(bits(weight).reshape(rows, cols), dtype, codec=codec)
+            packed = gpu.upload(encoded, "cuda")
+            wide = torch.full((batch, rows), float("nan"), dtype=torch.float32, device="cuda")
+            gpu.product(packed, x, wide)
+            scale = expected.abs().max().clamp_min(1.0)
+            assert float((wide.double() - expected).abs().max() / scale) < 1e-5
+            assert torch.equal(gpu.product(packed, x), wide.to(kind))
+            again = gpu.product(packed, x, torch.empty_like(wide))
+            assert torch.equal(again, wide)
 
 
 def test_what_does_not_fit_is_refused(rng):

@@ -15,6 +15,7 @@ import torch
 
 from endor.bench.gpu.case import (
     GpuCase,
+    Packed,
     check_run,
     gpu_record,
     make_weight,
@@ -26,7 +27,7 @@ from endor.bench.gpu.case import (
 from endor.bench.records import BenchRecord
 from endor.codecs import CodecChoice
 from endor.errors import EndorError
-from endor.kernels import gpu, gpu_plan
+from endor.kernels import gpu, gpu_plan, gpu_product
 from endor.kernels.gpu_launch import Part
 
 
@@ -80,7 +81,7 @@ def expansion(case: GpuCase) -> Iterator[BenchRecord]:
 
 
 def products(case: GpuCase, batches: Sequence[int] = (1, 2, 4, 8)) -> Iterator[BenchRecord]:
-    """Yield products from the packed form and torch's dense ones, by batch.
+    """Yield products from the packed forms and torch's dense ones, by batch.
 
     Raises:
         EndorError: A result was wrong.
@@ -88,13 +89,11 @@ def products(case: GpuCase, batches: Sequence[int] = (1, 2, 4, 8)) -> Iterator[B
     weight = make_weight(case)
     sets = rotation(weight.nbytes // 2)
     sources = [weight.clone() for _ in range(sets)]
-    packed = pack_copies("raw", weight, "raw", True, sets)
-    spec = packed.encoded.spec
+    forms = [pack_copies(codec, weight, codec, True, sets) for codec in ("raw", "exp")]
     ceiling = _ceiling(
         case, [partial(source.copy_, weight) for source in sources], 2 * weight.nbytes
     )
     generator = torch.Generator(device="cuda").manual_seed(case.seed)
-    limit = gpu.shared_limit(0)
     for batch in batches:
         x = torch.randn(batch, case.cols, generator=generator, device="cuda").to(weight.dtype)
         samples = time_graph(
@@ -105,36 +104,48 @@ def products(case: GpuCase, batches: Sequence[int] = (1, 2, 4, 8)) -> Iterator[B
             case, f"torch F.linear, batch {batch}", samples, weight.nbytes, ceiling, peer=True
         )
         expected = x.double() @ weight.double().T
-        y = torch.full((batch, case.rows), float("nan"), device="cuda")
-        for pairs in (1, 2):
-            for warps in (2, 4, 8):
-                launches = [
-                    gpu_plan.plan_product(
-                        spec,
-                        copy.addresses,
-                        x=x.data_ptr(),
-                        y=y.data_ptr(),
-                        batch=batch,
-                        float_out=True,
-                        segment_nnz=copy.segment_nnz,
-                        row_pairs=pairs,
-                        warps=warps,
-                        shared_limit=limit,
-                    )
-                    for copy in packed.copies
-                ]
-                works = [gpu.Expansion([launch], []) for launch in launches]
-                y.fill_(float("nan"))
-                works[0].run()
-                error = float((y.double() - expected).abs().max() / expected.abs().max())
-                if not error < 1e-4:
-                    raise EndorError(f"product {case}, batch {batch}: relative error {error}")
-                samples = time_graph([work.run for work in works], repeats=case.repeats)
-                note = f"{pairs} row pairs, {launches[0].block // 32} warps"
-                yield gpu_record(
-                    case, f"endor product, batch {batch}", samples, spec.nbytes, ceiling, note,
-                    packed_bytes=spec.nbytes,
-                )  # fmt: skip
+        for packed in forms:
+            yield from _products(case, packed, x, expected, ceiling)
+
+
+def _products(
+    case: GpuCase, packed: Packed, x: torch.Tensor, expected: torch.Tensor, ceiling: BenchRecord
+) -> Iterator[BenchRecord]:
+    """The product of one packed form, with the rows of a warp that are planned and with half."""
+    spec, batch = packed.encoded.spec, len(x)
+    limit = gpu.shared_limit(0)
+    y = torch.full((batch, case.rows), float("nan"), device="cuda")
+    columns = 1 << (batch - 1).bit_length()
+    most = gpu_product.warp_rows(columns, spec.codec)
+    for rows in sorted({most, max(most // 2, 2 * columns, 4)}):
+        for warps in (2, 4, 8):
+            launches = [
+                gpu_product.plan_product(
+                    spec,
+                    copy.addresses,
+                    x=x.data_ptr(),
+                    y=y.data_ptr(),
+                    batch=batch,
+                    float_out=True,
+                    segment_nnz=copy.segment_nnz,
+                    rows=rows,
+                    warps=warps,
+                    shared_limit=limit,
+                )
+                for copy in packed.copies
+            ]
+            works = [gpu.Expansion([launch], []) for launch in launches]
+            y.fill_(float("nan"))
+            works[0].run()
+            error = float((y.double() - expected).abs().max() / expected.abs().max())
+            if not error < 1e-4:
+                raise EndorError(f"product {case}, batch {batch}: relative error {error}")
+            samples = time_graph([work.run for work in works], repeats=case.repeats)
+            note = f"{rows} rows a warp, {launches[0].block // 32} warps"
+            yield gpu_record(
+                case, f"endor {spec.codec} product, batch {batch}", samples, spec.nbytes, ceiling,
+                note, packed_bytes=spec.nbytes,
+            )  # fmt: skip
 
 
 def _masked_scatter(

@@ -4,6 +4,7 @@ import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 
@@ -48,15 +49,16 @@ def _expansion(name: str, make: Callable[[], Encoded]) -> Figure:
     return Figure(name, run)
 
 
-def _product(name: str, cols: int, batch: int) -> Figure:
+def _product(codec: Literal["raw", "exp"], cols: int, batch: int) -> Figure:
     def run(simulator: Simulator, architecture: str) -> tuple[Costs, int, int]:
         rng = _rng()
-        packed = codecs.encode(weights(rng, (8, cols), 0.5), BF16, codec="raw")
+        packed = codecs.encode(weights(rng, (32, cols), 0.5), BF16, codec=codec)
         x = weights(rng, (batch, cols))
         # x and y are small beside the weights of a whole matrix
         return simulator.multiply(packed, x, architecture)[1], packed.spec.numel, packed.spec.nbytes
 
-    return Figure(name, run)
+    columns = f"{batch} column{'s' if batch > 1 else ''}"
+    return Figure(f"product `{codec}`, density 0.5, {columns}, {cols} wide", run)
 
 
 def _tiles(density: float) -> np.ndarray:
@@ -84,10 +86,11 @@ FIGURES = (
     _expansion("expand `exp`, bf16, density 0.5", lambda: _exp(0.5, bitmap=True)),
     _expansion("expand `exp`, bf16, no bitmap", lambda: _exp(1.0, bitmap=False)),
     _expansion("expand `int`, bf16, 3.5 bits a weight", lambda: _int(2.7)),
-    _product("product, density 0.5, 1 column, 4096 wide", 4096, 1),
-    _product("product, density 0.5, 1 column, 11008 wide", 11008, 1),
-    _product("product, density 0.5, 4 columns, 4096 wide", 4096, 4),
-    _product("product, density 0.5, 8 columns, 4096 wide", 4096, 8),
+    *(
+        _product(codec, cols, batch)
+        for codec in ("raw", "exp")
+        for cols, batch in ((4096, 1), (11008, 1), (4096, 2), (4096, 4), (4096, 8))
+    ),
 )
 
 

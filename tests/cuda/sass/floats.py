@@ -141,10 +141,9 @@ def tensor_core(m: Machine, i: Instruction, acting: np.ndarray) -> None:
     for at in range(2):
         right[:, at] = halves(b + at).transpose(0, 2, 3, 1)
     sums = np.zeros((count, 2, 8, 4, 2))  # row high, g, t, column low
-    if c >= 0:
-        for at in range(4):
+    with np.errstate(invalid="ignore", over="ignore"):  # what stands in other warps' registers
+        for at in range(4) if c >= 0 else ():
             sums[:, at >> 1, :, :, at & 1] = m.R[c + at].view(np.float32).reshape(count, 8, 4)
-    with np.errstate(invalid="ignore", over="ignore"):
         product = left.reshape(count, 16, 16) @ right.reshape(count, 16, 8)
         sums += product.reshape(sums.shape)
         single = sums.astype(np.float32).view(np.uint32)

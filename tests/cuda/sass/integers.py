@@ -251,6 +251,13 @@ def least(m: Machine, i: Instruction, acting: np.ndarray) -> None:
     m.set(i.operands[0], _least_or_most(m, i, a, b, i.operands[3]), acting)
 
 
+@executes("VIMNMX3")
+def least_of_three(m: Machine, i: Instruction, acting: np.ndarray) -> None:
+    a, b, c = (m.value(item) for item in i.operands[1:4])
+    two = _least_or_most(m, i, a, b, i.operands[4])
+    m.set(i.operands[0], _least_or_most(m, i, two, c, i.operands[4]), acting)
+
+
 @executes("VIADDMNMX")
 def add_least(m: Machine, i: Instruction, acting: np.ndarray) -> None:
     total = m.value(i.operands[1]) + m.value(i.operands[2])

@@ -10,7 +10,8 @@ from endor import codecs
 from endor.codecs import DTYPES, Encoded
 from endor.kernels import gpu_build
 from endor.kernels.gpu_launch import Kernel, Launch, Part
-from endor.kernels.gpu_plan import plan_expansion, plan_product, segment_nnz
+from endor.kernels.gpu_plan import plan_expansion
+from endor.kernels.gpu_product import plan_product, segment_nnz
 
 from ...support.device_arrays import Output, Record
 from . import accesses, floats, integers  # noqa: F401, they register what they execute
@@ -85,7 +86,7 @@ class Simulator:
                 shared_bytes=launch.shared_bytes,
                 blocks=chosen[begin : begin + at_once],
                 # a product loads three words where the last weights of a row may need one
-                unwritten=unwritten or launch.kernel.name == "product",
+                unwritten=unwritten or launch.kernel.name.startswith("product"),
             ).run()
         return costs
 
@@ -111,7 +112,8 @@ class Simulator:
         x: np.ndarray,
         architecture: str,
         *,
-        row_pairs: int | None = None,
+        warp_rows: int | None = None,
+        warps: int | None = None,
         shared_limit: int = 100 << 10,
         blocks: Iterable[int] | None = None,
     ) -> tuple[np.ndarray, Costs]:
@@ -128,8 +130,9 @@ class Simulator:
             y=output.address,
             batch=len(x),
             float_out=True,
-            segment_nnz=segment_nnz(packed.spec, packed.arrays["bitmap"]),
-            row_pairs=row_pairs,
+            segment_nnz=segment_nnz(packed.spec, packed.arrays.get("bitmap")),
+            rows=warp_rows,
+            warps=warps,
             shared_limit=shared_limit,
         )
         inputs = [record.region, columns.region]

@@ -83,14 +83,29 @@ def test_int_of_more_elements(simulator: Simulator, rng, architecture):
 
 
 @pytest.mark.parametrize("batch", [1, 2, 3, 8])
-@pytest.mark.parametrize("shape", [(5, 2240), (3, 96), (7, 4096)])
+@pytest.mark.parametrize("shape", [(5, 2240), (3, 96), (40, 1024), (7, 4096)])
 def test_product(simulator: Simulator, rng, architecture, shape, batch):
     bits, x = weights(rng, shape, 0.5), weights(rng, (batch, shape[1]))
-    packed = codecs.encode(bits, BF16, codec="raw")
-    y, _ = simulator.multiply(packed, x, architecture)
     wide = [(part.astype(np.uint32) << 16).view(np.float32).astype(float) for part in (x, bits)]
     expected = wide[0] @ wide[1].T
-    assert np.abs(y - expected).max() <= 1e-5 * np.abs(expected).max()
+    for codec in ("raw", "exp"):
+        packed = codecs.encode(bits, BF16, codec=codec)
+        y, _ = simulator.multiply(packed, x, architecture)
+        assert np.abs(y - expected).max() <= 1e-5 * np.abs(expected).max(), codec
+
+
+@pytest.mark.parametrize(("k", "bitmap"), [(1, True), (2, True), (3, False), (4, True), (6, True)])
+@pytest.mark.parametrize("batch", [1, 5])
+def test_product_of_exp_has_the_bits_of_raw(simulator, rng, architecture, k, bitmap, batch):
+    """Patches in every group, rows that cross groups; and a batch that fills no power of two."""
+    bits, x = weights(rng, (24, 1120), 0.5 if bitmap else 1.0), weights(rng, (batch, 1120))
+    packed = exp.encode(bits, BF16, bitmap=bitmap, k=k, base=119)
+    assert packed.spec.patches
+    alike = {"warp_rows": 16, "warps": 2}
+    found, _ = simulator.multiply(packed, x, architecture, **alike)
+    raw = codecs.encode(bits, BF16, codec="raw")
+    expected, _ = simulator.multiply(raw, x, architecture, **alike)
+    assert np.array_equal(found.view(np.uint32), expected.view(np.uint32))
 
 
 @pytest.mark.parametrize("codec", ["raw", "exp", "int"])
