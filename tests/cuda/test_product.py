@@ -52,8 +52,10 @@ def test_product(multiply, rng, name, batch, tensor_cores):
                 assert np.abs(got - expected).max() / scale < (1e-5 if float_out else 6e-3)
 
 
-@pytest.mark.parametrize("name", ["BF16", "F16"])
-@pytest.mark.parametrize(("batch", "tensor_cores"), [(1, True), (3, True), (8, True), (2, False)])
+@pytest.mark.parametrize(
+    ("name", "batch", "tensor_cores"),
+    [("BF16", 1, True), ("BF16", 8, True), ("BF16", 2, False), ("F16", 3, True)],
+)
 def test_exp_sums_as_raw_does(multiply, rng, name, batch, tensor_cores):
     """The same bits from either codec; patches in every place, NaN and infinity among them."""
     dtype = DTYPES[name]
@@ -62,7 +64,7 @@ def test_exp_sums_as_raw_does(multiply, rng, name, batch, tensor_cores):
         bits = bits_of_weight(rng, rows, cols, density, dtype)
         bits[:, -1] = bits_of(np.full(rows, 3e-5), dtype)
         x = bits_of(rng.standard_normal((batch, cols)), dtype)
-        k = 1 + at % dtype.exponent_bits
+        k = (2, 3, 4, dtype.exponent_bits)[at % 4]
         base = min(first, (1 << dtype.exponent_bits) - (1 << k))
         packed = exp.encode(bits, dtype, bitmap=True, k=k, base=base)
         assert packed.spec.patches or k == dtype.exponent_bits or density == 0
@@ -94,7 +96,7 @@ def test_rows_of_a_warp(multiply, rng, codec):
     dtype = DTYPES["BF16"]
     bits = bits_of_weight(rng, 37, 1504, 0.5, dtype)
     packed = codecs.encode(bits, dtype, codec=codec)
-    for batch, rows in ((1, 8), (1, 32), (2, 4), (2, 16), (4, 16), (8, 32)):
+    for batch, rows in ((1, 8), (1, 32), (2, 4), (4, 16), (8, 32)):
         x = bits_of(rng.standard_normal((batch, 1504)), dtype)
         expected = floats(x, dtype) @ floats(bits, dtype).T
         y = multiply(packed, x, rows=rows)
