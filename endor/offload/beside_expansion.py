@@ -14,7 +14,7 @@ import torch
 
 from endor import kernels
 from endor.codecs import DType, Encoded
-from endor.kernels import gpu_plan
+from endor.kernels import gpu_product
 from endor.offload.device_expansion import DeviceExpansion, DeviceScratch, bind, piece_of
 from endor.offload.device_mover import DeviceMover
 from endor.offload.expansion import Expansion
@@ -75,7 +75,7 @@ class BesideExpansion(DeviceExpansion):
     ) -> None:
         """Enqueue the device's product with one part; what its kernel refuses is expanded first."""
         spec = state.unit.layout.tensors[part.tensor].spec
-        if gpu_plan.product_refusal(spec) is None:
+        if gpu_product.product_refusal(spec) is None:
             super()._multiply(part, state, inputs, out, hold=hold)
             return
         held = self.mover.take(state)

@@ -20,7 +20,7 @@ import torch
 from endor import kernels
 from endor.codecs import Encoded
 from endor.errors import BackendError, DTypeError
-from endor.kernels import gpu_plan
+from endor.kernels import gpu_product
 from endor.kernels.gpu import DeviceEncoded
 from endor.offload.page_locks import PAGE_BYTES, PageLocks
 from endor.packed import bits_of
@@ -170,7 +170,7 @@ class FakeDevice:
         return FakeEvent()
 
     def product(self, packed: DeviceEncoded, inputs: torch.Tensor, out: torch.Tensor) -> None:
-        why = gpu_plan.product_refusal(packed.spec)
+        why = gpu_product.product_refusal(packed.spec)
         if why:
             raise DTypeError(f"the product kernel cannot run: {why}; expand the weight instead")
         self.settle()
