@@ -38,6 +38,7 @@ lint: $(STAMP)
 	$(BIN)/python -m ruff format --check .
 	$(BIN)/python -m mypy
 	MYPYPATH=scripts $(BIN)/python -m mypy --explicit-package-bases --follow-imports=silent scripts/*.py tests/support
+	MYPYPATH=plugins/vllm $(BIN)/python -m mypy --explicit-package-bases --follow-imports=silent plugins/vllm/endor_vllm plugins/vllm/measure.py
 	for folder in make_model models_matrix torture; do MYPYPATH=scripts/$$folder \
 		$(BIN)/python -m mypy --explicit-package-bases --follow-imports=silent scripts/$$folder || exit 1; done
 

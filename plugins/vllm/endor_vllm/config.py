@@ -52,7 +52,7 @@ class EndorVllmConfig(QuantizationConfig):  # type: ignore[misc]
         refuse_quantized(config)
         return cls()
 
-    def get_quant_method(self, layer: torch.nn.Module, prefix: str) -> QuantizeMethodBase | None:
+    def get_quant_method(self, layer: Any, prefix: str) -> QuantizeMethodBase | None:
         """Return how a layer keeps its weights; None for those that keep dense ones.
 
         Raises:

@@ -35,7 +35,7 @@ class EndorLinearMethod(LinearMethodBase):  # type: ignore[misc]
 
     def create_weights(
         self,
-        layer: torch.nn.Module,
+        layer: Any,
         input_size_per_partition: int,
         output_partition_sizes: list[int],
         input_size: int,
@@ -59,7 +59,7 @@ class EndorLinearMethod(LinearMethodBase):  # type: ignore[misc]
         set_weight_attrs(weight, extra_weight_attrs)
         self._dtype = params_dtype
 
-    def settle(self, layer: torch.nn.Module) -> None:
+    def settle(self, layer: Any) -> None:
         """Note what the layer was given; sets `nbytes`.
 
         Raises:
@@ -69,7 +69,7 @@ class EndorLinearMethod(LinearMethodBase):  # type: ignore[misc]
         self._placement = Placement.of(self._parts)
         self.nbytes = self._placement.nbytes
 
-    def process_weights_after_loading(self, layer: torch.nn.Module) -> None:
+    def process_weights_after_loading(self, layer: Any) -> None:
         weight = layer.weight
         assert self._placement is not None, "the loader settles every layer"
         data = torch.empty(self.nbytes, dtype=torch.uint8, device="cpu")
@@ -83,8 +83,7 @@ class EndorLinearMethod(LinearMethodBase):  # type: ignore[misc]
         layer.endor = matrix
         layer.register_buffer("endor_handle", op.handle_of(matrix), persistent=False)
 
-    def apply(
-        self, layer: torch.nn.Module, x: torch.Tensor, bias: torch.Tensor | None = None
-    ) -> torch.Tensor:
+    def apply(self, layer: Any, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         rows: int = layer.endor.shape[0]
-        return op.linear(x, layer.weight, bias, layer.endor_handle, rows)
+        out: torch.Tensor = op.linear(x, layer.weight, bias, layer.endor_handle, rows)
+        return out

@@ -40,8 +40,8 @@ class EndorLoader(DefaultModelLoader):  # type: ignore[misc]
         own.model_loader_extra_config = extra
         super().__init__(own)
         self._stored: list[Stored] = []
-        if self.enable_weights_track is None:
-            self.enable_weights_track = True
+        # vLLM itself leaves it to the quantised checkpoint to be whole.
+        self.enable_weights_track: bool | None = extra.get("enable_weights_track", True)
 
     def download_model(self, model_config: ModelConfig) -> None:
         self._directory(model_config)
@@ -74,7 +74,7 @@ class EndorLoader(DefaultModelLoader):  # type: ignore[misc]
                 "--load-format endor, or make one with `endor pack`"
             )
         super().load_weights(model, model_config)
-        layers = [
+        layers: list[Any] = [
             module
             for module in model.modules()
             if isinstance(getattr(module, "quant_method", None), EndorLinearMethod)
@@ -114,7 +114,7 @@ class EndorLoader(DefaultModelLoader):  # type: ignore[misc]
             )
         )
 
-    def _report(self, layers: list[torch.nn.Module]) -> None:
+    def _report(self, layers: list[Any]) -> None:
         kept = [stored for stored in self._stored if stored.taken]
         expanded = [stored.name for stored in self._stored if not stored.taken]
         self._stored = []
@@ -135,7 +135,7 @@ class EndorLoader(DefaultModelLoader):  # type: ignore[misc]
             )
 
 
-def _one_size_per_role(layers: list[torch.nn.Module]) -> None:
+def _one_size_per_role(layers: list[Any]) -> None:
     """Give layers of one role parameters of one size, since prefetching shares their buffers."""
     largest: dict[str, int] = {}
     for layer in layers:

@@ -12,7 +12,7 @@ from endor_vllm.placement import join_dense
 from endor_vllm.shares import take
 
 
-class PackedParameter(BasevLLMParameter):
+class PackedParameter(BasevLLMParameter):  # type: ignore[misc]
     """u8, empty until the layer's shares are all there.
 
     vLLM's layers hand a parameter a stored tensor and say which share of it is this rank's: the

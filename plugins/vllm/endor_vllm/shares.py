@@ -110,7 +110,7 @@ def _place(loaded: torch.Tensor, base: torch.Tensor, stored: Stored) -> tuple[in
         or not loaded.numel()
     ):
         return None
-    row, col = divmod(loaded.storage_offset() - base.storage_offset(), base.shape[1])
+    row, col = divmod(int(loaded.storage_offset() - base.storage_offset()), base.shape[1])
     if row < 0 or row + loaded.shape[0] > base.shape[0] or col + loaded.shape[1] > base.shape[1]:
         return None
     return row, col

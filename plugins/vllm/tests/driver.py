@@ -1,7 +1,8 @@
 """Runs vLLM on checkpoints in a process of its own: `driver.py` reads jobs, prints what came out.
 
-Standard input: a JSON list of {"model", "options", "prompts", "tokens"}. The last line of standard
-output: a list of {"tokens", "expansions", "products", "packed_bytes", "layers"}, or {"error"}.
+Standard input: a JSON list of {"model", "options", "prompts", "tokens"}, and "prefetch" to have
+decoder layers offloaded. The last line of standard output: a list of {"tokens", "expansions",
+"products", "packed_bytes", "layers", "prefetch"}, or {"error"}.
 """
 
 import gc
@@ -21,10 +22,12 @@ SETTINGS = {
 def run(job: dict[str, Any]) -> dict[str, Any]:
     from vllm import LLM, SamplingParams
     from vllm.distributed import cleanup_dist_env_and_memory
+    from vllm.model_executor.offloader import set_offloader
 
     from endor_vllm import op
 
     first = len(op.matrices())
+    offloader = prefetching() if job.get("prefetch") else None
     options = {"enforce_eager": True, "dtype": "bfloat16"} | job["options"]
     try:
         llm = LLM(
@@ -34,6 +37,8 @@ def run(job: dict[str, Any]) -> dict[str, Any]:
         return {"error": f"{type(error).__name__}: {error}"}
     finally:
         gc.collect()
+    if offloader is not None:
+        offloader.post_init()  # vLLM's runner for GPUs does
     sampling = SamplingParams(
         temperature=0, max_tokens=job["tokens"], ignore_eos=True, detokenize=False
     )
@@ -47,9 +52,28 @@ def run(job: dict[str, Any]) -> dict[str, Any]:
         "products": sum(matrix.products for matrix in matrices),
         "packed_bytes": sum(matrix.placement.nbytes for matrix in matrices),
     }
+    if offloader is not None:
+        result["prefetch"] = offloader.summary()
     del llm
+    set_offloader(None)
     cleanup_dist_env_and_memory()
     return result
+
+
+def prefetching() -> Any:
+    """Have the next model offloaded, and return by what."""
+    from prefetching import SynchronousOffloader
+    from vllm.v1.worker import gpu_model_runner
+
+    offloader = SynchronousOffloader()
+    create = gpu_model_runner.create_offloader
+
+    def once(config: Any) -> Any:
+        gpu_model_runner.create_offloader = create
+        return offloader
+
+    gpu_model_runner.create_offloader = once
+    return offloader
 
 
 def main() -> None:

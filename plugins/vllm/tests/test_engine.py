@@ -112,7 +112,7 @@ def test_compiled_and_in_other_types(tmp_path):
     endor.pack_checkpoint(dense, tmp_path / "exp", codec="exp")
     compiled, wide = {"enforce_eager": False}, {"dtype": "float32"}
     jobs = [
-        job(dense, {}),
+        job(dense, compiled),
         job(tmp_path / "exp", PACKED | compiled),
         job(dense, wide),
         job(tmp_path / "exp", PACKED | wide),
@@ -128,6 +128,23 @@ def test_few_rows_are_multiplied_as_they_lie(tmp_path):
     assert "error" not in result, result.get("error")
     assert result["products"] > result["expansions"] > 0
     assert all(len(tokens) == 12 for tokens in result["tokens"])
+
+
+def test_prefetching_streams_packed_bytes_through_buffers_of_one_size(tmp_path):
+    dense = make_model("llama", tmp_path)
+    endor.pack_checkpoint(dense, tmp_path / "packed", prune="magnitude", sparsity=0.5)
+    endor.unpack_checkpoint(tmp_path / "packed", tmp_path / "pruned")
+    jobs = [
+        job(tmp_path / "pruned", {}),
+        job(tmp_path / "packed", PACKED) | {"prefetch": True},
+    ]
+    found = same_tokens(tmp_path, jobs, [(1, 0)])[1]["prefetch"]
+    # A name has one kind of buffer only where its parameters are of one size in all layers.
+    assert found["kinds_of_buffers"] == found["names"]
+    assert len(set(found["layer_bytes"])) == 1
+    dense_bytes = 2 * (128 * (256 + 128) + 3 * 128 * 192 + 2 * 128)
+    assert found["layer_bytes"][0] < 0.6 * dense_bytes
+    assert found["copied_bytes"] > 12 * sum(found["layer_bytes"])
 
 
 def damaged(folder: Path, source: Path) -> Path:
