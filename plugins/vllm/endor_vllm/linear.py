@@ -25,6 +25,8 @@ class EndorLinearMethod(LinearMethodBase):  # type: ignore[misc]
     Attributes:
         nbytes: Bytes of the layer's parameter; the loader makes it one size for each role where
             they are streamed.
+        exact: See `Matrix`; the loader sets it.
+        threads: See `Matrix`; the loader sets it.
     """
 
     def __init__(self) -> None:
@@ -32,6 +34,7 @@ class EndorLinearMethod(LinearMethodBase):  # type: ignore[misc]
         self._placement: Placement | None = None
         self.nbytes = 0
         self.exact = True
+        self.threads: int | None = None
 
     def create_weights(
         self,
@@ -77,7 +80,12 @@ class EndorLinearMethod(LinearMethodBase):  # type: ignore[misc]
         self._parts = []
         weight.data = data.to(weight.device)
         matrix = Matrix(
-            weight.layer_name, weight.dense_shape, self._dtype, self._placement, exact=self.exact
+            weight.layer_name,
+            weight.dense_shape,
+            self._dtype,
+            self._placement,
+            exact=self.exact,
+            threads=self.threads,
         )
         reserve(weight.device, matrix.dense_nbytes)
         layer.endor = matrix

@@ -11,11 +11,13 @@ from vllm.config.load import LoadConfig
 from vllm.logger import init_logger
 from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
 from vllm.model_executor.offloader import NoopOffloader, get_offloader
+from vllm.platforms import current_platform
 
 from endor.checkpoint.directory import PACKED_INDEX_NAME
 from endor.errors import CheckpointError, ConfigError
 from endor_vllm.checkpoint import tensors
 from endor_vllm.linear import EndorLinearMethod
+from endor_vllm.processors import start_helpers
 from endor_vllm.shares import Stored
 
 logger = init_logger("vllm.endor")
@@ -73,6 +75,7 @@ class EndorLoader(DefaultModelLoader):  # type: ignore[misc]
                 f"{model_config.model}: config.json names no packed checkpoint; leave out "
                 "--load-format endor, or make one with `endor pack`"
             )
+        threads = start_helpers() if current_platform.is_cpu() else None
         super().load_weights(model, model_config)
         layers: list[Any] = [
             module
@@ -80,7 +83,7 @@ class EndorLoader(DefaultModelLoader):  # type: ignore[misc]
             if isinstance(getattr(module, "quant_method", None), EndorLinearMethod)
         ]
         for layer in layers:
-            layer.quant_method.exact = self._exact
+            layer.quant_method.exact, layer.quant_method.threads = self._exact, threads
             layer.quant_method.settle(layer)
         if not isinstance(get_offloader(), NoopOffloader):
             _one_size_per_role(layers)

@@ -36,6 +36,7 @@ class Matrix:
         shape: `(rows, cols)` on this rank.
         dtype: Element type that the layer computes in; a stored one that differs is converted.
         placement: Where what is packed lies in the layer's bytes.
+        threads: Of the kernels on the CPU; None leaves it to Endor.
         exact: Expand for every product. Without, up to eight rows are multiplied by the packed
             form on the CPU, with sums of another order.
 
@@ -52,9 +53,11 @@ class Matrix:
         placement: Placement,
         *,
         exact: bool,
+        threads: int | None = None,
     ) -> None:
         self.name, self.shape, self.dtype, self.placement = name, shape, dtype, placement
         self.exact = exact
+        self._threads = threads
         self.expansions = 0
         self.products = 0
         parts = placement.parts
@@ -124,7 +127,7 @@ class Matrix:
         for (_, encoded), call in zip(bound, calls, strict=True):
             piece = torch.empty((len(x), encoded.spec.shape[0]), dtype=torch.float32)
             if call is None:
-                kernels.matvec(encoded, bits_of(x), piece.numpy())
+                kernels.matvec(encoded, bits_of(x), piece.numpy(), threads=self._threads)
             else:
                 call(x.data_ptr(), len(x), piece.data_ptr())
             pieces.append(piece)
@@ -138,7 +141,8 @@ class Matrix:
             target = matrix[row : row + encoded.spec.shape[0]]
             stored = torch_dtype(encoded.spec.dtype)
             own = target if stored == self.dtype else torch.empty(target.shape, dtype=stored)
-            kernels.decode(encoded, bits_of(own).reshape(-1), streaming=False)
+            flat = bits_of(own).reshape(-1)
+            kernels.decode(encoded, flat, streaming=False, threads=self._threads)
             if own is not target:
                 target.copy_(own)
 
@@ -150,7 +154,9 @@ class Matrix:
             bytes_: np.ndarray = data.detach().numpy()
             parts = self.placement.bind(bytes_)
             calls = [
-                kernels.prepared_matvec(encoded) if self._multiplies else None
+                kernels.prepared_matvec(encoded, threads=self._threads)
+                if self._multiplies
+                else None
                 for _, encoded in parts
             ]
             found = self._bound[key] = (parts, calls)
