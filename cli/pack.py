@@ -78,6 +78,12 @@ count; of smaller ones `endor inspect --model` tells."""
     show_default=True,
     help="Size that a file does not exceed.",
 )
+@click.option(
+    "--stream",
+    is_flag=True,
+    help="Fetch a model from the Hub shard by shard while earlier ones are packed, and delete them "
+    "behind: the disk needs room for OUT and a few shards. Without calibration only.",
+)
 @output_options
 @revision_option
 @json_option
@@ -91,6 +97,7 @@ def pack_command(
     include: tuple[str, ...],
     exclude: tuple[str, ...],
     max_shard_size: int,
+    stream: bool,
     resume: bool,
     overwrite: bool,
     threads: int | None,
@@ -123,11 +130,13 @@ def pack_command(
     from endor.packing import pack_checkpoint
 
     request = requested(prune, options)
-    model = at_hand(model, revision)
+    if not stream:
+        model, revision = at_hand(model, revision), None
     with resumable(out), calibration_progress() as layers, progress_bar("pack") as progress:
         report = pack_checkpoint(
             model,
             out,
+            revision=revision,
             **request,
             codec=codec,
             dequantize=dequantize,
@@ -135,6 +144,7 @@ def pack_command(
             include=include,
             exclude=exclude,
             max_shard_bytes=max_shard_size,
+            stream=stream,
             resume=resume,
             overwrite=overwrite,
             threads=threads,
@@ -161,6 +171,8 @@ def _say(out: Path, report: "PackReport", *, as_json: bool) -> None:
         show(report.neurons_unused, err=True)
     elif sizes.neuron_tensors:
         show(f"{sizes.neuron_tensors} matrices stored by neuron")
+    if report.streamed_shards:
+        show(f"of the model at most {report.streamed_shards} shards were on disk at once", err=True)
     if report.stored_quantization:
         show(
             f"its weights are quantized ({report.stored_quantization}): packed for storage; "

@@ -41,7 +41,7 @@ from endor.checkpoint.reading import TensorLoader, WeightPruner
 from endor.checkpoint.recode import Layouts, encode_codes, recode
 from endor.checkpoint.record_sizes import RecordSizes
 from endor.checkpoint.report import PackReport, Progress, Sizes, no_progress
-from endor.checkpoint.sources.contract import CheckpointSource, CodedSource, SourceTensor
+from endor.checkpoint.sources.contract import CheckpointSource, CodedSource, SourceTensor, fetching
 from endor.checkpoint.verify import check_file
 from endor.codecs import Encoded, dense
 from endor.codecs.codes import Codes
@@ -244,10 +244,18 @@ class _Run:
             budget_bytes=self.loader.budget_bytes,
             prepare=self._prepare,
         )
-        tensors = (tensor for unit in self.units[self.done :] for tensor in unit.tensors)
+        tensors = [tensor for unit in self.units[self.done :] for tensor in unit.tensors]
+        remote = fetching(self.loader.source)
+        if remote is not None:
+            remote.expect([tensor.name for tensor in tensors])
         with closing(work.run(tensors)) as results:
-            while self.done < len(self.units):
-                self._write_shard(results)
+            try:
+                while self.done < len(self.units):
+                    self._write_shard(results)
+            except BaseException:
+                if remote is not None:
+                    remote.cancel()  # or the workers would be waited for, and they for a download
+                raise
 
     def _prepare(self, tensor: SourceTensor) -> None:
         """Read in order what a source with state demands so."""

@@ -3,6 +3,7 @@
 Everything is written below `OUT.partial` beside OUT, which nobody else may enter:
 
     OUT.partial/journal.jsonl   what the result depends on; what will be written; finished files
+    OUT.partial/source/         what was fetched of the input, while it is needed
     OUT.partial/content/        what becomes OUT, by one rename
     OUT.partial/replaced/       what was OUT, between that rename and its removal
 
@@ -156,6 +157,7 @@ class OutputDirectory:
         else:
             self._fresh = True
             self._work.empty(kept)
+            self._work.drop_input()
             self._work.truncate(0)
             self._work.append(self._identity)
         self._work.make_content()
@@ -163,7 +165,7 @@ class OutputDirectory:
         sync_directory(self.partial)
 
     def _check_unfinished(self, lines: list[dict[str, Any]]) -> None:
-        count = sum("file" in line for line in lines)
+        count = _count_files(lines)
         if count and not self._resume and not self._overwrite:
             raise OutputExistsError(
                 f"{self.partial}: an unfinished run left {count} files here; add --resume to go on "
@@ -270,7 +272,8 @@ class OutputDirectory:
     def _leave(self) -> None:
         """Keep what can be resumed, and remove the rest."""
         try:
-            if self._work.is_open and self._fresh and not self.finished:
+            # The journal knows: Ctrl-C may have come between its line and our list.
+            if self._work.is_open and self._fresh and not _count_files(self._work.read()[0]):
                 with contextlib.suppress(OSError, EndorError):
                     self._work.empty(set())
                     self._work.remove()
@@ -313,6 +316,11 @@ def _sync_tree(folder: Path) -> None:
             os.fsync(fd)
         finally:
             os.close(fd)
+
+
+def _count_files(lines: Collection[Mapping[str, Any]]) -> int:
+    """Return how many finished files a journal names."""
+    return sum("file" in line for line in lines)
 
 
 def _brief(value: object) -> str:

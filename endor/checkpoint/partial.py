@@ -19,12 +19,14 @@ from endor.storage.tree import list_tree, open_directory, remove_tree
 JOURNAL_NAME = "journal.jsonl"
 CONTENT_NAME = "content"
 REPLACED_NAME = "replaced"
+SOURCE_NAME = "source"
 
 HEAD = {"endor journal": 1}
 """Members of every journal's first line, by which it is known."""
 
 _START = b'{"endor journal":1,'
 _SHARD = re.compile(r"endor-\d{5}(-of-\d{5})?\.safetensors")
+_INPUT = re.compile(r"shard-\d{5}(\.part)?")
 _COUNT = re.compile(r"(?<=^endor-\d{5})-of-\d{5}(?=\.safetensors$)")
 """What a shard's name gains once the number of shards is known."""
 
@@ -127,11 +129,16 @@ class Partial:
             raise self._foreign(f"{JOURNAL_NAME} is not Endor's")
         for line in lines[1:]:
             self._known |= names_in(line.get("writes"))
-        strangers = sorted(names - {JOURNAL_NAME, CONTENT_NAME, REPLACED_NAME})
+        strangers = sorted(names - {JOURNAL_NAME, CONTENT_NAME, REPLACED_NAME, SOURCE_NAME})
         strangers += [
             f"{CONTENT_NAME}/{name}"
             for name, is_file in self.files(CONTENT_NAME)
             if not (name.endswith("/") or (is_file and self._ours(name)))
+        ]
+        strangers += [
+            f"{SOURCE_NAME}/{name}"
+            for name, is_file in self.files(SOURCE_NAME)
+            if not (is_file and _INPUT.fullmatch(name))
         ]
         if strangers:
             raise OutputExistsError(
@@ -188,6 +195,12 @@ class Partial:
             if fd is not None:
                 remove_tree(fd, lambda name: self._ours(name) and _COUNT.sub("", name) not in kept)
 
+    def drop_input(self) -> None:
+        """Remove what was fetched of the input."""
+        with self.below(SOURCE_NAME) as fd:
+            if fd is not None:
+                remove_tree(fd, lambda name: bool(_INPUT.fullmatch(name)))
+
     # ---- the journal ---------------------------------------------------------------------------
 
     def append(self, entry: Mapping[str, Any]) -> None:
@@ -236,8 +249,9 @@ class Partial:
             raise OSError(error.errno, error.strerror, str(target)) from error
 
     def remove(self) -> None:
-        """Remove `OUT.partial`, in which only empty directories and the journal are left."""
-        for name in (REPLACED_NAME, CONTENT_NAME):
+        """Remove `OUT.partial`, in which only empty directories, input and journal are left."""
+        self.drop_input()
+        for name in (REPLACED_NAME, CONTENT_NAME, SOURCE_NAME):
             with contextlib.suppress(FileNotFoundError):
                 os.rmdir(name, dir_fd=self._directory)
         # The journal last: without it the directory would be a stranger's.

@@ -57,14 +57,14 @@ class TensorLoader:
         sizes = [tensor.nbytes for tensor in source.tensors.values()]
         self.budget_bytes = budget_for(max(sizes, default=0))
         self.pool = BufferPool(self.budget_bytes)
-        self._source = source
+        self.source = source
         self._pruner = pruner
         self._selected = selected
         self._prepared: dict[str, Loaded] = {}
 
     def prepare(self, tensor: SourceTensor) -> None:
         """Read in order, on the consumer's thread, what a source with state demands so."""
-        if self._source.ordered:
+        if self.source.ordered:
             self._prepared[tensor.name] = self._read(tensor)
 
     def load(self, tensor: SourceTensor) -> Loaded:
@@ -77,7 +77,7 @@ class TensorLoader:
     def _read(self, tensor: SourceTensor) -> Loaded:
         buffer = self.pool.take(tensor.nbytes)
         out = buffer.array[: tensor.nbytes]
-        self._source.read_into(tensor.name, out)
+        self.source.read_into(tensor.name, out)
         return Loaded(tensor, buffer, _shaped(out, tensor))
 
 

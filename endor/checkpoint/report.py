@@ -115,6 +115,8 @@ class PackReport:
         recodable_tensors: Those that were looked at for packed codes of another format.
         neurons_unused: Why nothing is stored by neuron though it was asked for; else empty.
         stored_quantization: The quantisation that the weights had before, in words; empty for none.
+        streamed_shards: Of a model that was fetched while it was packed, the most files of it that
+            were on disk at once.
     """
 
     path: Path
@@ -127,6 +129,7 @@ class PackReport:
     stored_quantization: str = ""
     recodable_tensors: int = 0
     neurons_unused: str = ""
+    streamed_shards: int = 0
 
     @property
     def gbps(self) -> float:
@@ -146,6 +149,7 @@ class PackReport:
             "code": list(self.code),
             "recodable_tensors": self.recodable_tensors,
             "neurons_unused": self.neurons_unused,
+            "streamed_shards": self.streamed_shards,
         }
 
 

@@ -67,6 +67,9 @@ def hub() -> Any:
     """
     try:
         import huggingface_hub
+        import huggingface_hub.constants
+        import huggingface_hub.errors
+        import huggingface_hub.utils  # none of which comes by itself
     except ImportError:
         raise BackendError(
             "models on the Hub need huggingface_hub; install it: pip install 'endor-sparse[hub]'"
@@ -123,7 +126,7 @@ def opened(repository: Repository, file: str, start: int, stop: int) -> Iterator
                     )
             elif start or stop != whole:
                 raise HubError(f"{where}: the server sends no parts of files; leave out --stream")
-            yield response.iter_bytes(1 << 20)
+            yield response.iter_bytes()
 
 
 def read_part(repository: Repository, file: str, start: int, stop: int) -> bytes:

@@ -21,7 +21,7 @@ from endor.checkpoint.recode import FieldedSource, recodable
 from endor.checkpoint.report import PackReport, Progress
 from endor.checkpoint.select import select
 from endor.checkpoint.single import pack_file
-from endor.checkpoint.sources.contract import CheckpointSource
+from endor.checkpoint.sources.contract import CheckpointSource, fetching
 from endor.checkpoint.sources.dequantized import DequantizedSource
 from endor.checkpoint.targets import output_path
 from endor.codecs import CodecChoice
@@ -53,6 +53,7 @@ def pack_checkpoint(
     include: Sequence[str] = (),
     exclude: Sequence[str] = (),
     max_shard_bytes: int = DEFAULT_SHARD_BYTES,
+    stream: bool = False,
     resume: bool = False,
     overwrite: bool = False,
     threads: int | None = None,
@@ -97,6 +98,8 @@ def pack_checkpoint(
             matrices of the layers.
         exclude: Patterns of tensors to leave as they are.
         max_shard_bytes: Size that a file does not exceed, unless one record does.
+        stream: Fetch the shards of a model on the Hub while earlier ones are packed, and delete
+            them behind. Without calibration only.
         resume: Go on with an interrupted run.
         overwrite: Replace `out_dir`.
         threads: Workers; every CPU when omitted.
@@ -121,9 +124,15 @@ def pack_checkpoint(
     if neurons and (quantizes or codec == "dense"):
         raise ConfigError("neurons: stores codecs raw and exp by neuron, no integers; leave it out")
     out, how = output_path(out_dir), resolved(prune, sparsity, pattern)
-    if isinstance(model, (str, Path)):
+    if stream and (is_calibrated(how) or (quantizes and calibrate) or dequantize):
+        raise ConfigError(
+            "--stream reads each weight once: it packs lossless, with --prune magnitude or "
+            "magnitude-row, and with --bits and --calibration none; for calibration, and where "
+            "scales lie beside weights, leave it out"
+        )
+    if isinstance(model, (str, Path)) and not stream:
         model = located(model, revision=revision)
-    if isinstance(model, Path) and is_composite(model):
+    if isinstance(model, Path) and not stream and is_composite(model):
         if quantizes or dequantize or neurons or is_calibrated(how):
             raise ConfigError(
                 f"{model}: holds several models, which are packed lossless or with --prune "
@@ -151,7 +160,8 @@ def pack_checkpoint(
         if not (path.is_file() and out.suffix == ".safetensors"):
             check_output(out, path, writes=writes, resume=resume, overwrite=overwrite)
 
-    with opened(model, check, dequantize=dequantize) as source:
+    where = out if stream else None
+    with opened(model, check, revision, stream_into=where, dequantize=dequantize) as source:
         selected = select(source.tensors.values(), include=include, exclude=exclude)
         if quantizes or is_calibrated(how):
             check(source.path, pack_writes(source))
@@ -196,4 +206,9 @@ def pack_checkpoint(
                 threads=threads,
                 progress=progress,
             )
-    return replace(report, stored_quantization=quantization_name(stored) if stored else "")
+    remote = fetching(source)
+    return replace(
+        report,
+        stored_quantization=quantization_name(stored) if stored else "",
+        streamed_shards=remote.most_shards if remote is not None else 0,
+    )

@@ -7,10 +7,13 @@ from pathlib import Path
 from endor.checkpoint.companions import QUANTIZATION_KEY, quantization_name
 from endor.checkpoint.located import located
 from endor.checkpoint.open import open_source
+from endor.checkpoint.partial import SOURCE_NAME
 from endor.checkpoint.reading import WeightPruner
 from endor.checkpoint.sources.contract import CheckpointSource
 from endor.checkpoint.sources.dequantized import DequantizedSource
+from endor.checkpoint.targets import target_of
 from endor.errors import ConfigError, PruningError
+from endor.hub.names import hub_name
 from endor.pruning import run as pruning
 from endor.pruning.contract import Progress as LayerProgress
 from endor.pruning.contract import PruneOptions
@@ -25,17 +28,40 @@ def opened(
     check: Callable[[Path], None] | None = None,
     revision: str | None = None,
     *,
+    stream_into: Path | None = None,
     dequantize: bool = False,
 ) -> Iterator[CheckpointSource]:
     """Yield the source, which is closed iff it was opened here, and checked for before."""
     if not isinstance(model, (str, Path)):
         yield DequantizedSource(model) if dequantize else model
         return
+    if stream_into is not None:
+        with closing(streamed(model, revision, stream_into)) as source:
+            if check is not None:
+                check(source.path)
+            yield source
+        return
     model = located(model, revision=revision)
     if check is not None:
         check(model)
     with closing(open_source(model)) as source:
         yield DequantizedSource(source) if dequantize else source
+
+
+def streamed(model: Path | str, revision: str | None, out: Path) -> CheckpointSource:
+    """Return a model on the Hub that is fetched as it is packed into `out`.
+
+    Raises:
+        ConfigError: It is no model on the Hub.
+        HubError, CheckpointError: See `StreamedSource`.
+    """
+    from endor.checkpoint.sources.streamed import StreamedSource
+
+    name = hub_name(model, revision)
+    if name is None:
+        raise ConfigError(f"{model}: is no model on the Hub, which --stream is for; leave it out")
+    target = target_of(out)
+    return StreamedSource(name, target.with_name(f"{target.name}.partial") / SOURCE_NAME)
 
 
 @contextmanager

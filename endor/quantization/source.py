@@ -90,6 +90,10 @@ class RoundedSource:
         self._selected = selected
 
     @property
+    def wrapped(self) -> CheckpointSource:
+        return self._source
+
+    @property
     def path(self) -> Path:
         return self._source.path
 
@@ -163,6 +167,10 @@ class WeightPrunedSource:
         self._selected = selected
         self._identity = identity
         self.ordered = source.ordered
+
+    @property
+    def wrapped(self) -> CheckpointSource:
+        return self._source
 
     @property
     def path(self) -> Path:

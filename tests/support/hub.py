@@ -16,6 +16,9 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
+RANGES = True
+"""Whether it sends parts of files."""
+
 LFS_SUFFIXES = (".safetensors", ".bin")
 
 
@@ -96,6 +99,21 @@ def drop_after(nbytes: int) -> Fault:
         handler.count(nbytes)
         handler.close_connection = True
         handler.connection.close()
+        return True
+
+    return fault
+
+
+def hold_after(nbytes: int, release: threading.Event) -> Fault:
+    """Send the beginning, and then nothing."""
+
+    def fault(handler: "Handler", body: bytes) -> bool:
+        handler.start(206 if handler.headers.get("Range") else 200, len(body))
+        handler.wfile.write(body[:nbytes])
+        handler.wfile.flush()
+        handler.count(nbytes)
+        release.wait(120)
+        handler.close_connection = True
         return True
 
     return fault
@@ -233,7 +251,7 @@ class Handler(BaseHTTPRequestHandler):
             self._extra |= {"X-Linked-Etag": f'"{etag}"', "X-Linked-Size": str(len(content))}
         code, body = 200, content
         asked = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range") or "")
-        if asked and self.command == "GET":
+        if asked and self.command == "GET" and RANGES:
             stop = min(int(asked[2]) + 1 if asked[2] else len(content), len(content))
             body = content[int(asked[1]) : stop]
             code = 206

@@ -1,7 +1,7 @@
 """What a conversion needs to know about a checkpoint, whatever its files look like."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
@@ -98,3 +98,33 @@ class CodedSource(CheckpointSource, Protocol):
     def outcome(self) -> dict[str, Any]:
         """Return what config.json says besides of the quantisation, once all tensors are read."""
         ...
+
+
+@runtime_checkable
+class FetchingSource(CheckpointSource, Protocol):
+    """A source that has to fetch what is read, and wants to know it before.
+
+    Attributes:
+        most_shards: Files of the source that were on disk at once, at most, so far.
+    """
+
+    @property
+    def most_shards(self) -> int: ...
+
+    def expect(self, names: Sequence[str]) -> int:
+        """Say which tensors will be read, once each, about in this order."""
+        ...
+
+    def cancel(self) -> None:
+        """Let whoever waits for a tensor fail at once."""
+        ...
+
+
+def fetching(source: CheckpointSource) -> FetchingSource | None:
+    """Return what a source reads from, through those that wrap another, if that has to fetch."""
+    found: object = source
+    while not isinstance(found, FetchingSource):
+        found = getattr(found, "wrapped", None)
+        if found is None:
+            return None
+    return found

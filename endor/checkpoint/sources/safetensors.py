@@ -47,16 +47,22 @@ class SafetensorsSource:
         path: The directory or file, for messages.
         directory: Where config.json lies; None for a lone file.
         choice: The weight files, relative to the directory of `path`.
+        once: Refuse a tensor that lies in two files, for their content cannot be compared.
+
+    Attributes:
+        places: File and offset of each tensor.
     """
 
     ordered = False
 
-    def __init__(self, path: Path, directory: Path | None, choice: Choice) -> None:
+    def __init__(
+        self, path: Path, directory: Path | None, choice: Choice, *, once: bool = False
+    ) -> None:
         self.path = path
         self.directory = directory
         self.tensors: dict[str, SourceTensor] = {}
         self._files = OpenFiles()
-        self._places: dict[str, tuple[Path, int]] = {}
+        self.places: dict[str, tuple[Path, int]] = {}
         root = path if directory is not None else path.parent
         self._paths = [root / file for file in choice.files]
         headers: dict[str, Header] = {}
@@ -71,6 +77,13 @@ class SafetensorsSource:
             for name in header.entries:
                 found.setdefault(name, []).append(file)
 
+        twice = [name for name, files in found.items() if len(files) > 1]
+        if once and twice:
+            raise CheckpointError(
+                f"{path.name}: {twice[0]} lies in two files, which are compared only when all is "
+                "there; leave out --stream"
+            )
+
         def equal(name: str, one: str, other: str) -> bool:
             return self._same_bits(name, headers[one], headers[other])
 
@@ -79,7 +92,7 @@ class SafetensorsSource:
             for name, entry in header.entries.items():
                 if homes[name] == file:
                     self.tensors[name] = SourceTensor(name, dtype(entry.dtype), entry.shape, file)
-                    self._places[name] = (header.path, header.data_start + entry.start)
+                    self.places[name] = (header.path, header.data_start + entry.start)
 
     def _same_bits(self, name: str, one: Header, other: Header) -> bool:
         """Whether a tensor is the same in two files."""
@@ -99,7 +112,7 @@ class SafetensorsSource:
         return True
 
     def read_into(self, name: str, out: np.ndarray) -> None:
-        path, offset = self._places[name]
+        path, offset = self.places[name]
         self._files.read_into(path, offset, out)
 
     def config(self) -> dict[str, Any] | None:
