@@ -69,7 +69,7 @@ def plan_command(
     ways.
     """
     from endor.checkpoint.loadable import is_packed
-    from endor.checkpoint.remote import headers_at_hand
+    from endor.sharing.headers import headers_at_hand
 
     target = find_target(machine_name, disk_gbps)
     if machine_name == "list":

@@ -29,6 +29,7 @@ ROOMS = [
     "storage",
     "formats",
     "checkpoint",
+    "sharing",
 ]
 ROOMS += [
     "planning",

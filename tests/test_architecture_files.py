@@ -24,6 +24,7 @@ ORDER = [
         "storage",
         "formats",
         "checkpoint",
+        "sharing",
         "planning",
     ),
     *("models", "pruning", "quantization", "packing", "offload", "hf", "serving", "bench", "cli"),

@@ -55,7 +55,7 @@ def streamed(model: Path | str, revision: str | None, out: Path) -> CheckpointSo
         ConfigError: It is no model on the Hub.
         HubError, CheckpointError: See `StreamedSource`.
     """
-    from endor.checkpoint.sources.streamed import StreamedSource
+    from endor.sharing.streamed import StreamedSource
 
     name = hub_name(model, revision)
     if name is None:

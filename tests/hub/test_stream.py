@@ -13,10 +13,10 @@ import torch
 from safetensors.torch import save_file
 
 import endor
-from endor.checkpoint.sources import streamed
 from endor.errors import CheckpointError, ChecksumError, ConfigError, HubError
 from endor.packing import pack_checkpoint
 from endor.quantization.contract import QuantizeOptions
+from endor.sharing import streamed
 from tests.hub.conftest import write_model
 from tests.hub.test_located import SHARDS, files
 from tests.support.hub import damage, drop_after, hold_after, status

@@ -19,7 +19,6 @@ import numpy as np
 from endor.checkpoint.composite import is_composite
 from endor.checkpoint.directory import CONFIG_NAME, choose, read_config
 from endor.checkpoint.located import fetched, weight_files
-from endor.checkpoint.remote import read_head, write_head
 from endor.checkpoint.sources.bitmask import has_bitmasks
 from endor.checkpoint.sources.contract import SourceTensor
 from endor.checkpoint.sources.safetensors import SafetensorsSource
@@ -27,6 +26,7 @@ from endor.errors import CheckpointError, HubError
 from endor.hub.client import Repository, look_up, patiently
 from endor.hub.names import HubName
 from endor.hub.transfer import Cancelled, fetch
+from endor.sharing.headers import read_head, write_head
 from endor.storage.positioned import read_at
 
 AHEAD = 1
