@@ -1,1 +1,1 @@
-"""Models that are elsewhere: headers without weights, shards fetched as they are packed, uploads."""
+"""Models that are elsewhere: headers alone, shards fetched as they are packed, uploads."""
