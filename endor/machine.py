@@ -25,7 +25,7 @@ from endor.jsontext import read_object
 from endor.version import __version__
 
 CACHE_VERSION = 4
-PARTS = ("machines", "disks", "arithmetic")
+PARTS = ("machines", "disks", "arithmetic", "products")
 Facts = Mapping[str, Any]
 
 PROBE_ROWS, PROBE_SIZE = 64, 768

@@ -1,24 +1,23 @@
-"""The codecs on a CUDA device: expansion and products from packed weights in device memory.
+"""The codecs on a CUDA device: expansion of packed weights in device memory.
 
 NVRTC compiles `cuda/*.cu` through CuPy at first use, and CuPy keeps the result on disk.
 Every launch goes to torch's current stream (CuPy does not follow it), allocates nothing and never
 waits, so it can be captured into a CUDA graph once the kernel has run a first time.
 """
 
-import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import numpy as np
 import torch
 
 from endor.codecs import Encoded, TensorSpec
 from endor.dtypes import torch_dtype
-from endor.errors import BackendError, DTypeError, ShapeError
-from endor.kernels import gpu_build, gpu_device, gpu_plan, gpu_product
+from endor.errors import DTypeError, ShapeError
+from endor.kernels import gpu_device, gpu_plan, gpu_product
 from endor.kernels.gpu_device import require
-from endor.kernels.gpu_launch import Kernel, Launch, Part
+from endor.kernels.gpu_launch import Launch, Part
+from endor.kernels.gpu_run import enqueue
 
 ALIGN = 256
 """Where `upload` places arrays, as records do."""
@@ -76,7 +75,7 @@ class Expansion:
         for out, stored in self._copies:
             out.copy_(stored)
         for launch in self._launches:
-            _launch(launch, self._index)
+            enqueue(launch, self._index)
 
 
 def upload(encoded: Encoded, device: torch.device | str) -> DeviceEncoded:
@@ -167,63 +166,6 @@ def prepare(items: Sequence[tuple[DeviceEncoded, torch.Tensor]]) -> Expansion:
     return Expansion(gpu_plan.plan_expansion(parts), copies, index)
 
 
-def product(
-    packed: DeviceEncoded, x: torch.Tensor, out: torch.Tensor | None = None
-) -> torch.Tensor:
-    """Return `x @ W.T` straight from the packed W, with fp32 sums.
-
-    Deterministic, but not bit-equal to a dense product, which adds in another order.
-
-    Args:
-        packed: W, codec `raw` or `exp`, BF16 or F16, `(rows, cols)` with cols a multiple of 32.
-        x: `(batch, cols)`, batch 1 to 8, W's element type, contiguous, on W's device.
-        out: `(batch, rows)`, W's element type or fp32, contiguous. Allocated when omitted.
-
-    Returns:
-        `out`: ordered on torch's current stream, not finished.
-
-    Raises:
-        BackendError: The kernels cannot run here.
-        DTypeError: The kernel does not take such a weight, x or `out`; expand the weight instead.
-        ShapeError: x or `out` has another shape, layout, alignment or device.
-    """
-    require(packed.device)
-    why = gpu_product.product_refusal(packed.spec)
-    if why:
-        raise DTypeError(f"the product kernel cannot run: {why}; expand the weight instead")
-    rows, cols = packed.spec.shape
-    dtype = torch_dtype(packed.spec.dtype)
-    if x.dtype != dtype:
-        raise DTypeError(f"x must be {dtype} like the weight, got {x.dtype}")
-    if x.ndim != 2 or x.shape[1] != cols or not x.is_contiguous() or x.device != packed.device:
-        raise ShapeError(
-            f"x must be contiguous (batch, {cols}) on {packed.device}, got {tuple(x.shape)} with "
-            f"strides {x.stride()} on {x.device}"
-        )
-    if out is None:
-        out = torch.empty((len(x), rows), dtype=dtype, device=packed.device)
-    if out.dtype not in (dtype, torch.float32):
-        raise DTypeError(f"out must be {dtype} or torch.float32, got {out.dtype}")
-    if out.shape != (len(x), rows) or not out.is_contiguous() or out.device != packed.device:
-        raise ShapeError(
-            f"out must be contiguous ({len(x)}, {rows}) on {packed.device}, got "
-            f"{tuple(out.shape)} with strides {out.stride()} on {out.device}"
-        )
-    index = gpu_device.index_of(packed.device)
-    launch = gpu_product.plan_product(
-        packed.spec,
-        packed.addresses,
-        x=x.data_ptr(),
-        y=out.data_ptr(),
-        batch=len(x),
-        float_out=out.dtype == torch.float32,
-        segment_nnz=packed.segment_nnz,
-        shared_limit=shared_limit(index),
-    )
-    _launch(launch, index)
-    return out
-
-
 def _check_out(packed: DeviceEncoded, out: torch.Tensor) -> None:
     dtype = torch_dtype(packed.spec.dtype)
     if out.dtype != dtype:
@@ -235,56 +177,3 @@ def _check_out(packed: DeviceEncoded, out: torch.Tensor) -> None:
         )
     if out.device != packed.device:
         raise ShapeError(f"out must be on {packed.device} like the weight, got {out.device}")
-
-
-@functools.cache
-def _function(kernel: Kernel) -> Any:
-    """The compiled kernel. CuPy loads it once per device, at its first launch there."""
-    module = gpu_device.cupy_module().RawModule(
-        code=gpu_build.source(kernel.name), options=gpu_build.options(kernel), backend="nvrtc"
-    )
-    return module.get_function(kernel.name)
-
-
-@functools.cache
-def _stream(pointer: int) -> Any:
-    """CuPy's view of a torch stream. It owns nothing, so caching it is safe."""
-    return gpu_device.cupy_module().cuda.ExternalStream(pointer)
-
-
-@functools.cache
-def shared_limit(index: int) -> int:
-    """Return the shared memory that a product's block may take: two fit a multiprocessor."""
-    attributes = gpu_device.cupy_module().cuda.Device(index).attributes
-    return int(attributes["MaxSharedMemoryPerBlockOptin"]) // 2 - 1024
-
-
-_enlarged: dict[tuple[Kernel, int], int] = {}
-
-
-def _launch(launch: Launch, index: int) -> None:
-    """Enqueue on the current stream of device `index`, whichever device the thread is on."""
-    cupy = gpu_device.cupy_module()
-    stream = torch.cuda.current_stream(index)
-    with cupy.cuda.Device(index), _stream(stream.cuda_stream):
-        try:
-            function = _function(launch.kernel)
-            needed = launch.shared_bytes
-            if needed > 48 << 10 and _enlarged.get((launch.kernel, index), 0) < needed:
-                function.max_dynamic_shared_size_bytes = needed
-                _enlarged[launch.kernel, index] = needed
-            function(
-                (launch.grid,), (launch.block,), (launch.args,), shared_mem=launch.shared_bytes
-            )
-        except (
-            # The driver's and the runtime's errors are RuntimeErrors, as are CuPy's own, such as
-            # of headers that it cannot find; a missing NVRTC is an ImportError or an OSError.
-            cupy.cuda.compiler.CompileException,
-            RuntimeError,
-            ImportError,
-            OSError,
-        ) as error:
-            raise BackendError(
-                f"cuda/{launch.kernel.name}.cu does not run on "
-                f"{torch.cuda.get_device_name(index)}: {error}"
-            ) from error

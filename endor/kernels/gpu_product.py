@@ -3,7 +3,6 @@
 Plain arithmetic on sizes and addresses, without CUDA, as in `gpu_plan`.
 """
 
-import functools
 import struct
 from collections.abc import Mapping
 
@@ -162,51 +161,15 @@ def plan_product(
         DTypeError: The kernel does not take such a tensor.
         ShapeError: The batch is out of range, or an address is not aligned.
     """
-    planned = _planned_product(
-        spec,
-        tuple(addresses.items()),
-        batch,
-        float_out,
-        segment_nnz,
-        rows,
-        warps,
-        shared_limit,
-    )
-    for name, address in (("x", x), ("y", y)):
-        if address % 16:
-            raise ShapeError(f"{name} must start at a multiple of 16, got {address:#x}")
-    args = bytearray(planned.args)  # copying a structured array takes ten times as long
-    _OPERANDS.pack_into(args, _OPERANDS_AT, x, y)
-    return Launch(
-        planned.kernel,
-        np.frombuffer(args, dtype=PRODUCT),
-        planned.grid,
-        planned.block,
-        planned.shared_bytes,
-    )
-
-
-@functools.lru_cache(maxsize=8192)
-def _planned_product(
-    spec: TensorSpec,
-    addresses: tuple[tuple[str, int], ...],
-    batch: int,
-    float_out: bool,
-    segment_nnz: int,
-    of_warp: int | None,
-    most_warps: int | None,
-    shared_limit: int,
-) -> Launch:
-    """The launch without x and y: a decode step asks for the same ones at every token."""
     refusal = product_refusal(spec)
     if refusal:
         raise DTypeError(f"the product kernel cannot run: {refusal}; expand the weight instead")
     if not 1 <= batch <= MAX_COLUMNS:
         raise ShapeError(f"batch must be 1..{MAX_COLUMNS}, got {batch}; expand the weight instead")
-    Part(spec, dict(addresses), 0).check_alignment()
-    rows, cols = spec.shape
+    Part(spec, addresses, 0).check_alignment()
     columns = 1 << (batch - 1).bit_length()
-    each = of_warp or warp_rows(columns, spec.codec)
+    each = rows or warp_rows(columns, spec.codec)
+    n_rows, cols = spec.shape
     segment = WEIGHTS // each
     capacity = min(segment_nnz * max(segment // SEGMENT, 1), segment)
     packed = spec.codec == "exp"
@@ -217,13 +180,13 @@ def _planned_product(
         return each * ((1 if packed else 2) * slot + places + 32 + (8 if packed else 0))
 
     segments = -(-cols // segment)
-    most = min(most_warps or MAX_WARPS, max((shared_limit - 128) // warp_bytes(), 1), segments)
+    most = min(warps or MAX_WARPS, max((shared_limit - 128) // warp_bytes(), 1), segments)
     share = -(-segments // most)
-    warps = -(-segments // share)
+    used = -(-segments // share)
     args = np.zeros(1, dtype=PRODUCT)
-    for suffix, address in addresses:
+    for suffix, address in addresses.items():
         args[_FIELDS.get(suffix, suffix)] = address
-    args["nnz"], args["rows"], args["cols"] = spec.nnz, rows, cols
+    args["nnz"], args["rows"], args["cols"] = spec.nnz, n_rows, cols
     args["batch"], args["capacity"] = batch, capacity
     if packed:
         args["plane_nbytes"], args["patches"] = spec.plane_nbytes, spec.patches
@@ -236,4 +199,21 @@ def _planned_product(
         bit_planes=spec.bit_planes if packed else 0,
         bitmap=spec.bitmap,
     )
-    return Launch(kernel, args, -(-rows // each), 32 * warps, 128 + warps * warp_bytes())
+    planned = Launch(kernel, args, -(-n_rows // each), 32 * used, 128 + used * warp_bytes())
+    return with_operands(planned, x, y)
+
+
+def with_operands(launch: Launch, x: int, y: int) -> Launch:
+    """Return a launch of `plan_product` for another x and y; errors as there."""
+    for name, address in (("x", x), ("y", y)):
+        if address % 16:
+            raise ShapeError(f"{name} must start at a multiple of 16, got {address:#x}")
+    args = bytearray(launch.args)  # copying a structured array takes ten times as long
+    _OPERANDS.pack_into(args, _OPERANDS_AT, x, y)
+    return Launch(
+        launch.kernel,
+        np.frombuffer(args, dtype=PRODUCT),
+        launch.grid,
+        launch.block,
+        launch.shared_bytes,
+    )

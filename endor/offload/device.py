@@ -4,7 +4,7 @@
 that tests control, so that the host's logic is proved where there is no GPU.
 """
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, Protocol
 
@@ -14,7 +14,9 @@ import torch
 from endor.errors import BackendError
 from endor.kernels import gpu, gpu_device
 from endor.kernels.gpu import DeviceEncoded
+from endor.kernels.gpu_multiply import Multiplication
 from endor.offload.page_locks import PageLocks
+from endor.version import __version__
 
 _HOST_TO_DEVICE = 1
 _DEVICE_TO_HOST = 2
@@ -25,6 +27,13 @@ class Runnable(Protocol):
 
     def run(self) -> None:
         """Enqueue it on the caller's current stream."""
+
+
+class Product(Protocol):
+    """Products with a packed weight; see `endor.kernels.gpu_multiply.Multiplication`."""
+
+    def run(self, x: torch.Tensor, out: torch.Tensor) -> None:
+        """Enqueue `out = x @ W.T` on the caller's current stream."""
 
 
 class Device(Protocol):
@@ -55,8 +64,14 @@ class Device(Protocol):
     def prepare(self, items: Sequence[tuple[DeviceEncoded, torch.Tensor]]) -> Runnable:
         """Return the expansion of stored tensors, each into its dense tensor; see `gpu.prepare`."""
 
-    def product(self, packed: DeviceEncoded, inputs: torch.Tensor, out: torch.Tensor) -> None:
-        """Enqueue `out = inputs @ packed.T` on the caller's current stream; see `gpu.product`."""
+    def prepare_product(self, packed: DeviceEncoded) -> Product:
+        """Return what multiplies by a stored tensor where it lies; errors as `Multiplication`'s."""
+
+    def facts(self) -> dict[str, Any]:
+        """Return what, when it changes, makes measured times worthless."""
+
+    def seconds(self, work: Callable[[], None]) -> float:
+        """Return what enqueued work takes on the device: the least of some runs after a first."""
 
     def event(self) -> Any:
         """Return a new event that was never recorded; waiting for it is no wait."""
@@ -162,8 +177,30 @@ class CudaDevice:
     def prepare(self, items: Sequence[tuple[DeviceEncoded, torch.Tensor]]) -> Runnable:
         return gpu.prepare(items)
 
-    def product(self, packed: DeviceEncoded, inputs: torch.Tensor, out: torch.Tensor) -> None:
-        gpu.product(packed, inputs, out)
+    def prepare_product(self, packed: DeviceEncoded) -> Product:
+        return Multiplication(packed)
+
+    def facts(self) -> dict[str, Any]:
+        return {
+            "endor": __version__,
+            "torch": torch.__version__,
+            "card": torch.cuda.get_device_name(self.device),
+        }
+
+    def seconds(self, work: Callable[[], None]) -> float:
+        work()  # compiles, and asks the allocator
+        stream, best = torch.cuda.current_stream(self.device), float("inf")
+        for _ in range(5):
+            start, stop = (
+                torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+                for _ in range(2)
+            )
+            start.record(stream)
+            work()
+            stop.record(stream)
+            stop.synchronize()
+            best = min(best, start.elapsed_time(stop) / 1e3)
+        return best
 
     def event(self) -> torch.cuda.Event:
         return torch.cuda.Event()  # type: ignore[no-untyped-call]

@@ -10,10 +10,11 @@ from endor.dtypes import torch_dtype
 from endor.errors import BackendError
 from endor.kernels import gpu, gpu_product
 from endor.kernels.gpu import DeviceEncoded
-from endor.offload.device import Device, Runnable
+from endor.offload.device import Device, Product, Runnable
 from endor.offload.device_mover import DeviceMover, OnDevice
 from endor.offload.expansion import Expansion
 from endor.offload.state import State
+from endor.offload.tuning import Tuner
 from endor.planning.scratch import align_view
 from endor.planning.units import Part, WeightSpec
 
@@ -23,11 +24,15 @@ class DeviceScratch:
 
     In one stream a buffer is free again when the next expansion into it runs. A thread that changes
     its stream makes the new one wait for the old.
+
+    Attributes:
+        tuner: Which products are faster from the packed form than with what was expanded here.
     """
 
     def __init__(self, device: Device, nbytes: int) -> None:
         self.each = -(-nbytes // 256) * 256
         self.nbytes = 2 * self.each
+        self.tuner = Tuner(device)
         self._device = device
         self._local = threading.local()
 
@@ -79,6 +84,7 @@ class DeviceExpansion(Expansion):
         super().__init__(mover, spec, states, item, dtype)
         self._scratch = scratch
         self._prepared: dict[tuple[int, int, int], Runnable] = {}
+        self._ways: dict[tuple[int, int], tuple[Product, Product]] = {}
         groups: dict[State, list[Part]] = {}
         for part, state in self.parts:
             groups.setdefault(state, []).append(part)
@@ -116,6 +122,7 @@ class DeviceExpansion(Expansion):
 
     def forget(self) -> None:
         self._prepared.clear()
+        self._ways.clear()
 
     def product(self, inputs: torch.Tensor, *, hold: bool) -> torch.Tensor:
         out = torch.empty(
@@ -134,14 +141,30 @@ class DeviceExpansion(Expansion):
         """Enqueue the product with one part into its columns of `out`."""
         held = self.mover.take(state)
         try:
-            packed = bind(held, part.tensor)
-            rows, at = packed.spec.shape[0], part.offset // self.shape[1]
+            spec = _spec(state, part)
+            rows, at = spec.shape[0], part.offset // self.shape[1]
             piece = piece_of(out, at, rows)
-            self.mover.device.product(packed, inputs, piece)
+            self._way(part, held, spec, inputs, piece).run(inputs, piece)
             if piece.data_ptr() != out.data_ptr():
                 out[:, at : at + rows] = piece
         finally:
             self.mover.release(held, hold=hold)
+
+    def _way(
+        self, part: Part, held: OnDevice, spec: TensorSpec, inputs: torch.Tensor, out: torch.Tensor
+    ) -> Product:
+        """Return the faster way to multiply by one part: packed, or expanded into scratch."""
+        key = part.offset, held.storage.data_ptr()
+        ways = self._ways.get(key)
+        if ways is None:
+            bound = bind(held, part.tensor)
+            made = self.mover.device.prepare_product(bound)
+            ways = self._ways[key] = made, _Expanded(self.mover.device, self._scratch, bound)
+        packed, expanded = ways
+        prefers = self._scratch.tuner.prefers_packed(
+            spec, len(inputs), lambda: packed.run(inputs, out), lambda: expanded.run(inputs, out)
+        )
+        return packed if prefers else expanded
 
     def panels(self, inputs: torch.Tensor, *, hold: bool) -> torch.Tensor:
         raise BackendError(f"{self.name}: products in panels are for processors, not {self.device}")
@@ -193,6 +216,27 @@ class DeviceExpansion(Expansion):
             copies.append((out, beside.view(-1)[part.start : part.stop]))
         prepared = self.mover.device.prepare(items)
         return (_Copying(prepared, copies), False) if copies else (prepared, True)
+
+
+class _Expanded:
+    """A product with a tensor that is expanded into scratch memory first, each time."""
+
+    def __init__(self, device: Device, scratch: DeviceScratch, packed: DeviceEncoded) -> None:
+        self._device, self._scratch, self._packed = device, scratch, packed
+        self._dtype = torch_dtype(packed.spec.dtype)
+        self._prepared: dict[int, Runnable] = {}
+
+    def run(self, x: torch.Tensor, out: torch.Tensor) -> None:
+        spec = self._packed.spec
+        buffer = self._scratch.next()[: spec.dense_nbytes]
+        matrix = buffer.view(self._dtype).view(spec.shape)
+        expansion = self._prepared.get(matrix.data_ptr())
+        if expansion is None:
+            expansion = self._device.prepare([(self._packed, matrix)])
+            self._prepared[matrix.data_ptr()] = expansion
+        expansion.run()
+        self._scratch.expanded()
+        out.copy_(torch.nn.functional.linear(x, matrix))
 
 
 class _Copying:

@@ -9,7 +9,7 @@ from endor import codecs, kernels
 from endor.codecs import DTYPES, DType
 from endor.dtypes import torch_dtype
 from endor.errors import DTypeError, ShapeError
-from endor.kernels import gpu
+from endor.kernels import gpu, gpu_multiply
 
 from ..support.int_cases import cases
 
@@ -189,11 +189,11 @@ def test_product(rng, name, batch):
             encoded = codecs.encode(bits(weight).reshape(rows, cols), dtype, codec=codec)
             packed = gpu.upload(encoded, "cuda")
             wide = torch.full((batch, rows), float("nan"), dtype=torch.float32, device="cuda")
-            gpu.product(packed, x, wide)
+            gpu_multiply.product(packed, x, wide)
             scale = expected.abs().max().clamp_min(1.0)
             assert float((wide.double() - expected).abs().max() / scale) < 1e-5
-            assert torch.equal(gpu.product(packed, x), wide.to(kind))
-            again = gpu.product(packed, x, torch.empty_like(wide))
+            assert torch.equal(gpu_multiply.product(packed, x), wide.to(kind))
+            again = gpu_multiply.product(packed, x, torch.empty_like(wide))
             assert torch.equal(again, wide)
 
 
@@ -210,8 +210,8 @@ def test_what_does_not_fit_is_refused(rng):
     with pytest.raises(ShapeError, match="must be on cuda:0"):
         gpu.decode(packed, torch.empty(64, 96, dtype=torch.bfloat16))
     with pytest.raises(DTypeError, match=r"x must be torch\.bfloat16"):
-        gpu.product(packed, torch.zeros(1, 96, device="cuda"))
+        gpu_multiply.product(packed, torch.zeros(1, 96, device="cuda"))
     with pytest.raises(ShapeError, match=r"x must be contiguous \(batch, 96\)"):
-        gpu.product(packed, torch.zeros(1, 64, **like))
+        gpu_multiply.product(packed, torch.zeros(1, 64, **like))
     with pytest.raises(ShapeError, match=r"1\.\.8, got 9"):
-        gpu.product(packed, torch.zeros(9, 96, **like))
+        gpu_multiply.product(packed, torch.zeros(9, 96, **like))

@@ -9,7 +9,7 @@ import torch
 from endor import codecs
 from endor.codecs import DTYPES
 from endor.errors import BackendError, ShapeError
-from endor.kernels import gpu, gpu_device
+from endor.kernels import gpu, gpu_device, gpu_run
 from endor.kernels.gpu_launch import Part
 from endor.kernels.gpu_plan import plan_expansion
 
@@ -123,11 +123,11 @@ def launch(rng):
     spec = codecs.encode(rng.integers(1, 99, 2000).astype("u2"), dtype, codec="raw").spec
     at = {"tile_offsets": 256, "bitmap": 512, "values": 1024}
     (made,) = plan_expansion([Part(spec, at, 4096)])
-    gpu._function.cache_clear()
-    gpu._stream.cache_clear()
+    gpu_run._function.cache_clear()
+    gpu_run._stream.cache_clear()
     yield made
-    gpu._function.cache_clear()
-    gpu._stream.cache_clear()
+    gpu_run._function.cache_clear()
+    gpu_run._stream.cache_clear()
 
 
 def test_a_launch_goes_to_the_tensors_device(monkeypatch, launch):

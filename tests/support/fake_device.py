@@ -80,6 +80,7 @@ class FakeExpansion:
 
     def run(self) -> None:
         self._device.settle()
+        self._device.spend("expansion")
         for packed, out in self._items:
             bits = np.empty(packed.spec.numel, dtype=packed.spec.dtype.uint)
             kernels.decode(_encoded(packed), bits, threads=1)
@@ -95,6 +96,22 @@ def _encoded(packed: DeviceEncoded) -> Encoded:
         flat = storage[begin : begin + array.nbytes].view(array.dtype.uint)
         arrays[array.suffix] = flat.reshape(array.unit_shape)
     return Encoded(packed.spec, arrays)
+
+
+class FakeProduct:
+    """Multiplies by what the simulated device holds when the work before it is over."""
+
+    def __init__(self, device: "FakeDevice", packed: DeviceEncoded) -> None:
+        self._device = device
+        self._packed = packed
+        self.runs = 0
+
+    def run(self, x: torch.Tensor, out: torch.Tensor) -> None:
+        self.runs += 1
+        self._device.settle()
+        self._device.spend("product")
+        bits = bits_of(x).view(self._packed.spec.dtype.uint)
+        kernels.matvec(_encoded(self._packed), bits, out.numpy(), threads=1)
 
 
 class FakeDevice:
@@ -113,6 +130,10 @@ class FakeDevice:
         now: Simulated seconds.
         pinned_bytes: Host memory that is page-locked.
         errors: What went wrong inside streams; must stay empty.
+        card: Name of the card.
+        costs_s: What a product and an expansion cost, for `seconds`.
+        measured: How often `seconds` was called.
+        products: What `prepare_product` returned.
     """
 
     def __init__(
@@ -131,6 +152,10 @@ class FakeDevice:
         self.now = 0.0
         self.pinned_bytes = 0
         self.errors: list[str] = []
+        self.card, self.measured = "simulated", 0
+        self.costs_s = {"product": 1.0, "expansion": 2.0}
+        self.products: list[FakeProduct] = []
+        self._spent = 0.0
         self.latency_s = latency_s
         self._bytes_per_s = bytes_per_s
         self._pinnable_bytes = pinnable_bytes
@@ -169,13 +194,27 @@ class FakeDevice:
     def event(self) -> FakeEvent:
         return FakeEvent()
 
-    def product(self, packed: DeviceEncoded, inputs: torch.Tensor, out: torch.Tensor) -> None:
+    def prepare_product(self, packed: DeviceEncoded) -> "FakeProduct":
         why = gpu_product.product_refusal(packed.spec)
         if why:
             raise DTypeError(f"the product kernel cannot run: {why}; expand the weight instead")
-        self.settle()
-        bits = bits_of(inputs).view(packed.spec.dtype.uint)
-        kernels.matvec(_encoded(packed), bits, out.numpy(), threads=1)
+        self.products.append(FakeProduct(self, packed))
+        return self.products[-1]
+
+    def facts(self) -> dict[str, str]:
+        return {"card": self.card}
+
+    def seconds(self, work: Callable[[], None]) -> float:
+        """Twice for each run of a product or an expansion what it was given; see `costs_s`."""
+        self.measured += 1
+        before = self._spent
+        work()
+        work()
+        return self._spent - before
+
+    def spend(self, what: str) -> None:
+        """Note that such work ran."""
+        self._spent += self.costs_s[what]
 
     def pin(self, memory: np.ndarray) -> str | None:
         return self._locks.lock(memory)

@@ -27,7 +27,7 @@ from endor.bench.gpu.case import (
 from endor.bench.records import BenchRecord
 from endor.codecs import CodecChoice
 from endor.errors import EndorError
-from endor.kernels import gpu, gpu_plan, gpu_product
+from endor.kernels import gpu, gpu_plan, gpu_product, gpu_run
 from endor.kernels.gpu_launch import Part
 
 
@@ -113,7 +113,7 @@ def _products(
 ) -> Iterator[BenchRecord]:
     """The product of one packed form, with the rows of a warp that are planned and with half."""
     spec, batch = packed.encoded.spec, len(x)
-    limit = gpu.shared_limit(0)
+    limit = gpu_run.shared_limit(0)
     y = torch.full((batch, case.rows), float("nan"), device="cuda")
     columns = 1 << (batch - 1).bit_length()
     most = gpu_product.warp_rows(columns, spec.codec)
