@@ -1,6 +1,6 @@
 """A checkpoint whose selected tensors come out pruned by a calibrated method."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from endor.checkpoint.sources.contract import CheckpointSource, SourceTensor
+from endor.checkpoint.sources.contract import CheckpointSource
+from endor.checkpoint.sources.wrapped import WrappedSource
 from endor.codecs.codes import Codes
 from endor.errors import EndorError, PruningError
 from endor.packed import bits_of
@@ -19,7 +20,7 @@ from endor.pruning.scratch import ScratchFolder
 from endor.pruning.stream import LayerStream
 
 
-class PrunedSource:
+class PrunedSource(WrappedSource):
     """Wraps a dense source; prunes layer after layer as their tensors are asked for.
 
     The layer that was pruned last is in memory; earlier ones are read back from the scratch folder,
@@ -36,8 +37,6 @@ class PrunedSource:
         PruningError, ConfigError, BackendError: See `LayerStream`.
     """
 
-    ordered = True
-
     def __init__(
         self,
         source: CheckpointSource,
@@ -47,7 +46,8 @@ class PrunedSource:
         progress: Progress | None = None,
         quantizer: LayerQuantizer | None = None,
     ) -> None:
-        self._source = source
+        super().__init__(source, "pruned")
+        self.ordered = True
         self._options = options
         self._quantizer = quantizer
         self._scratch: ScratchFolder | None
@@ -65,18 +65,6 @@ class PrunedSource:
             self._drop_scratch()
             raise
         self._layer: dict[str, torch.Tensor] = {}
-
-    @property
-    def path(self) -> Path:
-        return self._source.path
-
-    @property
-    def directory(self) -> Path | None:
-        return self._source.directory
-
-    @property
-    def tensors(self) -> Mapping[str, SourceTensor]:
-        return self._source.tensors
 
     def read_into(self, name: str, out: np.ndarray) -> None:
         """Fill `out` with a tensor's bytes, pruning up to its layer first if need be."""
@@ -103,9 +91,6 @@ class PrunedSource:
         if tensor is None:
             tensor = self._stream.stored(index, name)
         return tensor
-
-    def config(self) -> dict[str, Any] | None:
-        return self._source.config()
 
     def fingerprint(self) -> str:
         return f"{self._source.fingerprint()}:{self._stream.fingerprint}"

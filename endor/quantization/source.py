@@ -1,14 +1,13 @@
 """Checkpoints whose selected tensors come out quantised: in codes, or as what these stand for."""
 
 import math
-from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from endor.checkpoint.reading import WeightPruner, prune_in_place
-from endor.checkpoint.sources.contract import CheckpointSource, SourceTensor
+from endor.checkpoint.sources.contract import CheckpointSource
+from endor.checkpoint.sources.wrapped import WrappedSource
 from endor.codecs import integer
 from endor.codecs.codes import Codes
 from endor.codecs.rounding import floats_of, round_to_bits
@@ -64,7 +63,7 @@ class QuantizedSource(PrunedSource):
         return self._ecq.describe() | {key: calibrated[key] for key in keys}
 
 
-class RoundedSource:
+class RoundedSource(WrappedSource):
     """Wraps a dense source; rounds each selected tensor by itself, without calibration.
 
     Args:
@@ -76,8 +75,6 @@ class RoundedSource:
         DTypeError: A selected tensor is not of floats that codes can stand for.
     """
 
-    ordered = False
-
     def __init__(
         self,
         source: CheckpointSource,
@@ -85,25 +82,9 @@ class RoundedSource:
         selected: frozenset[str],
     ) -> None:
         check_quantizable(source, selected)
-        self._source = source
+        super().__init__(source, repr(options))
         self._options = options
         self._selected = selected
-
-    @property
-    def wrapped(self) -> CheckpointSource:
-        return self._source
-
-    @property
-    def path(self) -> Path:
-        return self._source.path
-
-    @property
-    def directory(self) -> Path | None:
-        return self._source.directory
-
-    @property
-    def tensors(self) -> Mapping[str, SourceTensor]:
-        return self._source.tensors
 
     def read_into(self, name: str, out: np.ndarray) -> None:
         found = self.coded(name)
@@ -131,21 +112,12 @@ class RoundedSource:
         """Nothing is known of outputs without calibration."""
         return {}
 
-    def config(self) -> dict[str, Any] | None:
-        return self._source.config()
-
-    def fingerprint(self) -> str:
-        return f"{self._source.fingerprint()}:{self._options!r}"
-
     def describe_quantization(self) -> dict[str, Any]:
         """Return what config.json says about the quantisation."""
         return {"method": "round", "bits": self._options.bits, "calibration": None}
 
-    def close(self) -> None:
-        """Nothing to give up."""
 
-
-class WeightPrunedSource:
+class WeightPrunedSource(WrappedSource):
     """Wraps a dense source; prunes each selected tensor by itself as it is read.
 
     Args:
@@ -162,42 +134,15 @@ class WeightPrunedSource:
         selected: frozenset[str],
         identity: str,
     ) -> None:
-        self._source = source
+        super().__init__(source, identity)
         self._pruner = pruner
         self._selected = selected
-        self._identity = identity
-        self.ordered = source.ordered
-
-    @property
-    def wrapped(self) -> CheckpointSource:
-        return self._source
-
-    @property
-    def path(self) -> Path:
-        return self._source.path
-
-    @property
-    def directory(self) -> Path | None:
-        return self._source.directory
-
-    @property
-    def tensors(self) -> Mapping[str, SourceTensor]:
-        return self._source.tensors
 
     def read_into(self, name: str, out: np.ndarray) -> None:
         self._source.read_into(name, out)
         if name in self._selected:
             tensor = self._source.tensors[name]
             prune_in_place(self._pruner, tensor, out.view(tensor.dtype.uint).reshape(tensor.shape))
-
-    def config(self) -> dict[str, Any] | None:
-        return self._source.config()
-
-    def fingerprint(self) -> str:
-        return f"{self._source.fingerprint()}:{self._identity}"
-
-    def close(self) -> None:
-        """Nothing to give up."""
 
 
 def check_quantizable(source: CheckpointSource, selected: frozenset[str]) -> None:

@@ -128,7 +128,7 @@ def test_codes_and_steps_of_what_is_split_evenly(pair, text):
     tensors, coded = renewed(fused, wrap)
     coded = {name: one for name, one in coded.items() if one is not None}
     assert len(coded) == 3 * 3
-    for name, (codes, steps) in coded.items():
+    for name, (codes, steps, *_) in coded.items():
         shape = tuple(dense[name].shape)
         assert codes.shape == shape
         assert steps.shape == (
