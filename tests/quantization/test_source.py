@@ -92,7 +92,7 @@ def test_pruned_weights_stay_zero(method, tmp_path, save, text):
     save(tmp_path, "llama", torch.bfloat16)
     prune = small(text, method, sparsity=0.5)
     _, coded, dense = run(tmp_path, prune, QuantizeOptions(bits=3))
-    for name, (codes, _) in coded.items():
+    for name, (codes, *_) in coded.items():
         zeros = np.count_nonzero(codes == 0)
         assert zeros >= int(dense[name].numel() * 0.5 + 0.5), name
 
@@ -101,11 +101,11 @@ def test_zeros_of_a_sparse_input_are_kept_unless_told_otherwise(tmp_path, save, 
     save(tmp_path / "model", "llama", torch.bfloat16)
     prune_checkpoint(tmp_path / "model", tmp_path / "sparse", prune="magnitude")
     _, coded, dense = run(tmp_path / "sparse", small(text), QuantizeOptions(bits=3))
-    for name, (codes, _) in coded.items():
+    for name, (codes, *_) in coded.items():
         assert not codes[(dense[name] == 0).numpy()].any(), name
     options = QuantizeOptions(bits=6, keep_zeros=False)
     _, coded, dense = run(tmp_path / "sparse", small(text), options)
-    assert any(codes[(dense[name] == 0).numpy()].any() for name, (codes, _) in coded.items())
+    assert any(codes[(dense[name] == 0).numpy()].any() for name, (codes, *_) in coded.items())
 
 
 def test_a_second_run_goes_on_with_the_same_bits(tmp_path, save, text):
