@@ -31,3 +31,23 @@ def at_hand(model: Path, revision: str | None = None) -> Path:
     from endor.checkpoint.located import located
 
     return located(model, revision=revision, bars=sys.stderr.isatty() and not is_quiet())
+
+
+def card_options(command: Command) -> Command:
+    """Add `--base` and `--eval`."""
+    for option in (
+        click.option(
+            "--eval",
+            "evaluation",
+            type=click.Path(exists=True, dir_okay=False, path_type=Path),
+            metavar="FILE",
+            help="What `endor eval PACKED --json` printed: its perplexity goes into the card.",
+        ),
+        click.option(
+            "--base",
+            metavar="ORG/NAME",
+            help="The model that was packed.  [default: what its config.json says]",
+        ),
+    ):
+        command = option(command)
+    return command

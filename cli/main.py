@@ -28,6 +28,8 @@ COMMANDS = {
     "unpack": "Turn a packed checkpoint back into an ordinary one, bit for bit.",
     "inspect": "Show what a packed checkpoint holds, tensor by tensor.",
     "verify": "Check checksums, structure and, if given, equality with a model.",
+    "card": "Print the model card of a packed checkpoint.",
+    "push": "Upload a packed checkpoint to the Hub, with a model card.",
     "generate": "Generate text from a packed checkpoint.",
     "serve": "Serve a packed checkpoint to OpenAI's clients over HTTP.",
     "eval": "Measure perplexity, and agreement with a dense model.",

@@ -58,7 +58,7 @@ def fetched(name: HubName, *, weights: bool = True, bars: bool = False) -> Path:
     Raises:
         HubError: It cannot be had: see `hub_errors`.
     """
-    with _bars(bars):
+    with hub_bars(bars):
         return _fetched(name, weights)
 
 
@@ -200,7 +200,7 @@ def _offline() -> bool:
 
 
 @contextmanager
-def _bars(shown: bool) -> Iterator[None]:
+def hub_bars(shown: bool) -> Iterator[None]:
     """Silence huggingface_hub, whose bars are a setting of the process, or let it speak."""
     tools = hub().utils
     if shown or tools.are_progress_bars_disabled():

@@ -186,8 +186,10 @@ def hub_errors(name: HubName, file: str | None = None) -> Iterator[None]:
 
 def _said(error: Exception, kinds: Any, name: HubName, where: str) -> Exception:
     cause = error.__cause__
-    if isinstance(error, kinds.LocalEntryNotFoundError) and isinstance(cause, Exception):
-        error = cause  # why the Hub was not asked, or did not answer
+    if isinstance(error, (kinds.LocalEntryNotFoundError, RuntimeError)) and isinstance(
+        cause, Exception
+    ):
+        return _said(cause, kinds, name, where)  # why the Hub was not asked, or did not answer
     status = getattr(getattr(error, "response", None), "status_code", None)
     if isinstance(error, kinds.GatedRepoError):
         return HubError(

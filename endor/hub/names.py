@@ -61,3 +61,15 @@ def hub_name(model: Path | str, revision: str | None = None) -> HubName | None:
     if inside is not None and revision not in (None, inside):
         raise ConfigError(f"{text}: names revision {inside}, and {revision} was given; give one")
     return HubName(repo, wanted)
+
+
+def repository_name(text: str) -> HubName:
+    """Return a repository to write to, whatever is on this machine by that name.
+
+    Raises:
+        ConfigError: It is no id, or names a revision.
+    """
+    match = _ID.fullmatch(text)
+    if match is None or match["revision"] or _ODD.search(text):
+        raise ConfigError(f"{text}: must be the id of a model on the Hub, ORG/NAME")
+    return HubName(text)

@@ -30,6 +30,7 @@ class Model:
     branches: dict[str, str] = field(default_factory=dict)
     gated: bool = False
     token: str | None = None
+    private: bool = False
 
     def commit(self, files: dict[str, bytes], branch: str = "main") -> str:
         digest = hashlib.sha1(
@@ -281,6 +282,11 @@ class Handler(BaseHTTPRequestHandler):
             return
         if path == "/api/repos/create":
             self._create(json.loads(body))
+        elif found := re.fullmatch(r"/api/models/([^/]+/[^/]+)/branch/(.+)", path):
+            model = self.server.models[found[1]]
+            known = found[2] in model.branches
+            model.branches.setdefault(found[2], model.branches["main"])
+            self.json({}, 409 if known else 200)
         elif path == "/api/validate-yaml":
             self.json({"errors": [], "warnings": []})
         elif found := re.fullmatch(r"/api/models/([^/]+/[^/]+)/preupload/(.+)", path):
@@ -308,7 +314,14 @@ class Handler(BaseHTTPRequestHandler):
 
     def do_PUT(self) -> None:
         oid = urlsplit(self.path).path.removeprefix("/put/")
-        body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        if "chunked" in (self.headers.get("Transfer-Encoding") or ""):
+            body = b""
+            while nbytes := int(self.rfile.readline(), 16):
+                body += self.rfile.read(nbytes)
+                self.rfile.readline()
+            self.rfile.readline()
+        else:
+            body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
         self.server.requests.append(("PUT", self.path, None))
         self.server.blobs[oid] = body
         self.answer(200, b"")
@@ -320,7 +333,7 @@ class Handler(BaseHTTPRequestHandler):
             return
         self.server.models[repo] = model = Model()
         model.commit({})
-        model.private = about.get("private")  # type: ignore[attr-defined]
+        model.private = bool(about.get("private") or about.get("visibility") == "private")
         self.json({"url": f"{self.server.url}/{repo}", "name": repo})
 
     def _commit(self, repo: str, revision: str, body: bytes, *, create_pr: bool) -> None:
