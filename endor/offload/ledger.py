@@ -58,6 +58,9 @@ class Counters:
         host_products: Products of the host beside a device.
         host_bytes: Packed bytes that they read.
         host_product_s: Time spent in them.
+        neurons: Inputs of products with matrices that are stored by neuron.
+        active_neurons: Of these, those that were not zero for all rows.
+        skipped_bytes: What was not read from disk for those that were.
         hits: Streamed units that were in memory when they were needed.
         late: Streamed units that were on their way.
         misses: Streamed units that nobody had asked for.
@@ -102,6 +105,9 @@ class Counters:
     host_products: int = 0
     host_bytes: int = 0
     host_product_s: float = 0.0
+    neurons: int = 0
+    active_neurons: int = 0
+    skipped_bytes: int = 0
     hits: int = 0
     late: int = 0
     misses: int = 0

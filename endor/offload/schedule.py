@@ -16,13 +16,14 @@ class Schedule:
         order: Units in the order of the file.
     """
 
-    __slots__ = ("_first", "_last", "_learns", "_next")
+    __slots__ = ("_expects", "_first", "_last", "_learns", "_next")
 
     def __init__(self, order: Sequence[int]) -> None:
         self._next = dict(zip(order, [*order[1:], *order[:1]], strict=True))
         self._first = order[0] if order else 0
         self._last: int | None = None
         self._learns = True
+        self._expects = True
 
     def follower(self) -> Self:
         """Return a place of its own in this order, which learns nothing.
@@ -44,6 +45,7 @@ class Schedule:
         if unit not in self._next or unit == self._last:
             return True
         last, self._last = self._last, unit
+        self._expects = True
         if last is None:
             return True
         expected = self._next[last]
@@ -55,6 +57,7 @@ class Schedule:
         """Expect units no more until they are used again."""
         gone = set(units) & self._next.keys()
         rest = [unit for unit in self._next if unit not in gone]
+        self._expects = bool(rest)
         if not rest:
             return
         if self._first in gone:
@@ -71,7 +74,7 @@ class Schedule:
 
     def ahead(self) -> Iterator[int]:
         """Yield the units predicted to follow, nearest first, each once."""
-        if not self._next:
+        if not self._next or not self._expects:
             return
         seen = set()
         unit = self._first if self._last is None else self._next[self._last]

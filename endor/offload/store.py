@@ -15,6 +15,8 @@ from endor.offload.host_expansion import HostExpansion, Scratch
 from endor.offload.host_mover import HostMover
 from endor.offload.ledger import Ledger
 from endor.offload.mover import Mover
+from endor.offload.neuron_expansion import NeuronExpansion, is_by_neuron
+from endor.offload.neuron_reads import NeuronReads
 from endor.offload.weight import Owner, Weight, refuse_pickle
 from endor.planning.products import Products
 from endor.planning.scratch import scratch_bytes
@@ -34,6 +36,7 @@ class Share:
         weights: What its units are parts of, by name.
         scratch_nbytes: Dense memory that a thread expands them into.
         reader: Reads records; closed with the mover.
+        reads: Reads parts of matrices that are stored by neuron; None on a device.
     """
 
     mover: Mover[Any]
@@ -42,6 +45,7 @@ class Share:
     weights: Mapping[str, Weight]
     scratch_nbytes: int
     reader: RecordReader
+    reads: NeuronReads | None = None
 
     @property
     def held_nbytes(self) -> int:
@@ -50,7 +54,8 @@ class Share:
         kept = sum(
             unit.dense_nbytes for unit in self.units if tiers[unit.name] in ("dense", "vram-dense")
         )
-        return self.mover.held_nbytes + kept
+        parts = self.reads.nbytes if self.reads else 0
+        return self.mover.held_nbytes + kept + parts
 
     def report(self) -> dict[str, Any]:
         """Return where the units live, and what the mover says of itself; plain data."""
@@ -97,9 +102,11 @@ def open_share(
     specs = list(specs)
     nbytes = scratch_bytes(layouts, specs)
     mover: HostMover | DeviceMover
+    reads: NeuronReads | None = None
     if device is None:
         scratch = Scratch(nbytes)
         mover = HostMover(units, placement, reader, verify=verify, threads=threads, ledger=ledger)
+        reads = NeuronReads.of(units, placement, reader, mover.ledger, verify=verify)
     else:
         device_scratch = DeviceScratch(device, nbytes)
         nbytes = device_scratch.nbytes
@@ -117,12 +124,16 @@ def open_share(
             beside = any(placement.tiers[state.unit.name] == "host" for state in states)
             kind = BesideExpansion if beside else DeviceExpansion
             expansion = kind(mover, spec, states, item, dtype, scratch=device_scratch)
+        elif reads is not None and is_by_neuron(spec, states):
+            expansion = NeuronExpansion(
+                mover, spec, states, item, dtype, scratch=scratch, key=key, reads=reads
+            )
         else:
             expansion = HostExpansion(mover, spec, states, item, dtype, scratch=scratch, key=key)
         tiers = {placement.tiers[state.unit.name] for state in states}
         keep = tiers in ({"dense"}, {"vram-dense"})
         weights[spec.name] = Weight(expansion, owner, keep=keep, products=products or Products())
-    return Share(mover, tuple(units), placement, weights, nbytes, reader)
+    return Share(mover, tuple(units), placement, weights, nbytes, reader, reads)
 
 
 class Store:

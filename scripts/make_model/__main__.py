@@ -2,6 +2,7 @@
 
     python scripts/make_model smollm2 OUT      SmolLM2-135M-Instruct, without a model hub
     python scripts/make_model random OUT       Llama-2-7B's layers, ten of them, random weights
+    python scripts/make_model relu OUT         OPT-6.7B's layers, four of them, most neurons at 0
     python scripts/make_model moe DENSE OUT    a mixture of experts made of a small dense model
 
 Each takes options of its own: `python scripts/make_model random --help`.
@@ -10,7 +11,7 @@ Each takes options of its own: `python scripts/make_model random --help`.
 import argparse
 from importlib import import_module
 
-KINDS = {"smollm2": "smollm2", "random": "random_llama", "moe": "mixture"}
+KINDS = {"smollm2": "smollm2", "random": "random_llama", "relu": "relu_opt", "moe": "mixture"}
 
 
 def main() -> None:

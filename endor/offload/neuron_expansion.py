@@ -1,0 +1,100 @@
+"""A weight on the processor that is stored by neuron: products skip the neurons that are zero."""
+
+import time
+from collections.abc import Sequence
+
+import torch
+
+from endor.codecs import DType, Encoded
+from endor.kernels import neurons, select, thread_count
+from endor.offload.host_expansion import HostExpansion, Scratch
+from endor.offload.mover import Mover
+from endor.offload.neuron_reads import NeuronReads
+from endor.offload.state import Bound, Phase, State
+from endor.packed import bits_of
+from endor.planning.units import WeightSpec
+
+
+def is_by_neuron(spec: WeightSpec, states: Sequence[State]) -> bool:
+    """Whether a weight is one matrix that is stored by neuron, in a unit of its own."""
+    if len(spec.parts) != 1:
+        return False
+    (part,), unit = spec.parts, states[0].unit
+    stored = unit.layout.tensors[part.tensor].spec
+    whole = (part.start, part.stop) == (0, stored.numel)
+    return stored.transposed and whole and not unit.shared and len(unit.record.tensors) == 1
+
+
+class NeuronExpansion(HostExpansion):
+    """One matrix that is stored by neuron.
+
+    In memory, only what the active neurons have is touched. On disk, only the blocks in which that
+    lies are read, where these are well below the whole; such a unit then is no longer read ahead,
+    since nothing is known of it before its inputs. What was read ahead in vain gives way first.
+
+    Args:
+        reads: Shared by all such matrices of the mover.
+
+    The others are those of `HostExpansion`.
+    """
+
+    def __init__(
+        self,
+        mover: Mover[Bound],
+        spec: WeightSpec,
+        states: Sequence[State],
+        item: DType,
+        dtype: torch.dtype,
+        *,
+        scratch: Scratch,
+        key: int,
+        reads: NeuronReads,
+    ) -> None:
+        super().__init__(mover, spec, states, item, dtype, scratch=scratch, key=key)
+        self._reads = reads
+
+    def forget(self) -> None:
+        super().forget()
+        self._reads.forget(self.states[0])
+
+    def product(self, inputs: torch.Tensor, *, hold: bool) -> torch.Tensor:
+        out = torch.empty((inputs.shape[0], self.shape[0]), dtype=torch.float32)
+        start = time.perf_counter()
+        x = bits_of(inputs)
+        active = neurons.active_neurons(x)
+
+        def multiply(encoded: Encoded) -> None:
+            neurons.product(encoded, x, active, out.numpy(), thread_count(), select())
+
+        part, state = self.parts[0]
+        if state.fixed is not None:
+            multiply(state.fixed[part.tensor])
+        else:
+            parts = self._reads.known(state)
+            spans = parts.spans(active) if parts is not None else None
+            if parts is not None and spans is not None:
+                if state.phase is not Phase.ABSENT:
+                    self.mover.forget(self._reads.states)
+                with self._reads.lock:
+                    encoded, nbytes = self._reads.read(parts, spans)
+                    multiply(encoded)
+                self.mover.ledger.counters.skipped_bytes += state.unit.nbytes - nbytes
+            else:
+                bound = self.mover.take(state)
+                try:
+                    multiply(bound[part.tensor])
+                    if parts is None:
+                        self._reads.learn(state, part.tensor, bound[part.tensor])
+                finally:
+                    self.mover.release(bound, hold=hold)
+        stop = time.perf_counter()
+        touched = self.packed_nbytes * active.size // max(1, self.shape[1])
+        ledger = self.mover.ledger
+        counters = ledger.counters
+        counters.products += 1
+        counters.packed_bytes += touched
+        counters.product_s += stop - start
+        counters.neurons += self.shape[1]
+        counters.active_neurons += active.size
+        ledger.note("product", self.name, start, stop, touched)
+        return out

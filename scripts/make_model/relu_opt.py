@@ -1,0 +1,95 @@
+"""Write an OPT-shaped checkpoint of random bf16 weights, most of whose neurons are zero.
+
+Weights are normal with standard deviation 0.02. What a feed-forward block gets comes from a layer
+norm, so that its inputs have variance 1 and what its neurons sum up has that of the weights times
+their number: a bias of so many deviations below 0 leaves the wanted share of them at exactly 0
+behind ReLU. Biases are drawn around it, so that some neurons are active more often than others.
+"""
+
+import argparse
+import json
+import math
+from pathlib import Path
+from statistics import NormalDist
+
+import torch
+from random_llama import INDEX, STD, write_tokenizer
+from safetensors.torch import save_file
+
+SPREAD = 0.5
+"""Deviation of biases, in deviations of what neurons sum up."""
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Add this kind's options."""
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--hidden", type=int, default=4096)
+    parser.add_argument("--intermediate", type=int, default=16384)
+    parser.add_argument("--layers", type=int, default=4)
+    parser.add_argument("--heads", type=int, default=32)
+    parser.add_argument("--vocab", type=int, default=1024)
+    parser.add_argument("--zeros", type=float, default=0.93, help="share of neurons at 0")
+
+
+def run(args: argparse.Namespace) -> None:
+    """Write the checkpoint."""
+    args.out.mkdir(parents=True)
+    (args.out / "config.json").write_text(json.dumps(config(args), indent=2))
+    generator = torch.Generator().manual_seed(0)
+    deviation = STD * math.sqrt(args.hidden)
+    middle = -NormalDist(0, math.sqrt(1 + SPREAD**2)).inv_cdf(args.zeros) * deviation
+
+    def normal(*shape: int) -> torch.Tensor:
+        return (torch.randn(shape, generator=generator) * STD).bfloat16()
+
+    def norm(name: str) -> dict[str, torch.Tensor]:
+        one = torch.ones(args.hidden, dtype=torch.bfloat16)
+        return {f"{name}.weight": one, f"{name}.bias": torch.zeros_like(one)}
+
+    hidden, wide, prefix = args.hidden, args.intermediate, "model.decoder"
+    names = {
+        f"{prefix}.embed_tokens.weight": normal(args.vocab, hidden),
+        f"{prefix}.embed_positions.weight": normal(2050, hidden),
+        **norm(f"{prefix}.final_layer_norm"),
+    }
+    weight_map: dict[str, str] = {}
+    for number in range(args.layers + 1):
+        if number:
+            layer = f"{prefix}.layers.{number - 1}"
+            names = norm(f"{layer}.self_attn_layer_norm") | norm(f"{layer}.final_layer_norm")
+            for part in ("q_proj", "k_proj", "v_proj", "out_proj"):
+                names[f"{layer}.self_attn.{part}.weight"] = normal(hidden, hidden)
+                names[f"{layer}.self_attn.{part}.bias"] = normal(hidden)
+            names[f"{layer}.fc1.weight"] = normal(wide, hidden)
+            bias = middle + torch.randn(wide, generator=generator) * SPREAD * deviation
+            names[f"{layer}.fc1.bias"] = bias.bfloat16()
+            names[f"{layer}.fc2.weight"] = normal(hidden, wide)
+            names[f"{layer}.fc2.bias"] = normal(hidden)
+        file = f"model-{number + 1:05d}-of-{args.layers + 1:05d}.safetensors"
+        save_file(names, args.out / file, metadata={"format": "pt"})
+        weight_map |= dict.fromkeys(names, file)
+    index = {"metadata": {"total_size": 0}, "weight_map": weight_map}
+    (args.out / INDEX).write_text(json.dumps(index))
+    write_tokenizer(args.out, args.vocab)
+
+
+def config(args: argparse.Namespace) -> dict[str, object]:
+    """Return the checkpoint's config.json."""
+    return {
+        "architectures": ["OPTForCausalLM"],
+        "model_type": "opt",
+        "hidden_size": args.hidden,
+        "word_embed_proj_dim": args.hidden,
+        "ffn_dim": args.intermediate,
+        "num_hidden_layers": args.layers,
+        "num_attention_heads": args.heads,
+        "vocab_size": args.vocab,
+        "max_position_embeddings": 2048,
+        "activation_function": "relu",
+        "do_layer_norm_before": True,
+        "tie_word_embeddings": True,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "pad_token_id": 0,
+        "dtype": "bfloat16",
+    }
