@@ -39,7 +39,7 @@ from endor.planning.machine import Disk, Machine
 from endor.planning.products import PRODUCT_ROWS, head_s, multiply_s, packed_rows, packed_s
 from endor.planning.shape import ModelShape
 from endor.planning.tiers import Tier
-from endor.planning.unit_cost import UnitCost
+from endor.planning.unit_cost import NEURONS_READ, UnitCost
 
 Product = Literal["exact", "direct"]
 """`exact`: expand, then torch's product; `direct`: whichever is fastest of that, a product from the
@@ -167,7 +167,8 @@ def predict(
             sums.expand += 0.0 if tier == "dense" else use * cost.expand_s
             sums.multiply += use * multiply_s(cost, machine, rows, wide=direct)
         if tier == "disk":
-            sums.disk_bytes += use * cost.packed_bytes
+            part = NEURONS_READ if cost.by_neuron and beside and not on_device else 1.0
+            sums.disk_bytes += use * part * cost.packed_bytes
             sums.routed_bytes += 0.0 if cost.scheduled else use * cost.packed_bytes
     if machine.link is not None:
         return _on_device(sums, machine, disk, shape, step)

@@ -124,12 +124,19 @@ def fill(
 ) -> tuple[list[UnitCost], int]:
     """Give `tier` to a share of the `free` units, evenly through depth; return (rest, room).
 
-    Units that every step needs come before experts. Within each kind, a unit is chosen when
+    Units that every step needs come before those of which it needs a part (matrices stored by
+    neuron), and these before experts. Within each kind, a unit is chosen when
     the chosen bytes fall behind their share of the bytes seen; what still fits is added last.
     """
     chosen: set[str] = set()
-    for scheduled in (True, False):
-        group = [cost for cost in free if cost.scheduled is scheduled]
+    always = [cost for cost in free if cost.scheduled]
+    groups = [
+        [cost for cost in always if not cost.by_neuron],
+        # expanded, nothing of them could be skipped
+        [cost for cost in always if cost.by_neuron and tier != "dense"],
+        [cost for cost in free if not cost.scheduled],
+    ]
+    for group in groups:
         sizes = [_bytes_in(cost, tier) for cost in group]
         total = sum(sizes)
         if not total or room <= 0:

@@ -70,6 +70,11 @@ def fixed_bytes(
         "scratch for expanded units": (2 if on_device else 1) * scratch,
         "activations": rows * shape.activation_bytes_per_token + workload.batch * shape.vocab * 8,
     }
+    by_neuron = [cost for cost in costs if cost.by_neuron]
+    if by_neuron and workload.product == "direct" and not on_device:
+        largest = max(cost.packed_bytes for cost in by_neuron)
+        kept = sum(cost.neuron_bytes for cost in by_neuron)
+        out["parts of matrices stored by neuron"] = largest + kept
     return out | ({"libraries": WORKSPACE_BYTES} if on_device else {})
 
 
