@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from endor.hf.config import Loading
     from endor.hf.planned import Planned
     from endor.hf.sketch import SketchedUnit
+    from endor.planning.plan import Alternative
     from endor.planning.units import Unit
 
     Placed = Unit | SketchedUnit
@@ -108,6 +109,18 @@ def plan_command(
         show("\n" + arithmetic(planned))
 
 
+def alternative_to_dict(each: "Alternative") -> dict[str, Any]:
+    """Return one of a plan's best ways, but for the place of every unit."""
+    return {
+        "way": each.way,
+        "kv": each.kv,
+        "expanded": each.expanded,
+        "decode_tokens_per_s": each.decode_tokens_per_s,
+        "prefill_tokens_per_s": each.prefill_tokens_per_s,
+        "bound": each.bound,
+    }
+
+
 def to_dict(planned: "Planned") -> dict[str, Any]:
     """Return the plan for machines."""
     found, result = planned.outline, planned.plan
@@ -125,7 +138,7 @@ def to_dict(planned: "Planned") -> dict[str, Any]:
         "decode": asdict(result.decode) | {"tokens_per_s": result.decode_tokens_per_s},
         "prefill": asdict(result.prefill) | {"tokens_per_s": result.prefill_tokens_per_s},
         "way": result.way,
-        "alternatives": [asdict(each) for each in result.alternatives],
+        "alternatives": [alternative_to_dict(each) for each in result.alternatives],
         "load_s": result.load_s,
         "dense_decode_s": result.dense_decode.seconds if result.dense_decode else None,
         "dense_is_faster": result.dense_is_faster,

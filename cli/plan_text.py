@@ -161,6 +161,14 @@ def arithmetic(planned: "Planned | PlannedSketch") -> str:
     ]
     if result.workload.product == "direct" and not result.vram_bytes:
         lines += ["", *ways(result)]
+    if result.way != "stream":
+        hosted = [name for name, tier in result.tiers.items() if tier == "host"]
+        shares = [result.host_shares.get(name, 1.0) for name in hosted]
+        lines += [
+            "",
+            f"the host multiplies {max(shares):.0%} of the rows of {len(hosted)} units, up to "
+            f"{max(result.products.packed_rows.values())} rows of input",
+        ]
     for name, step in (("decode", result.decode), ("prefill", result.prefill)):
         main = next(place for place in step.resources if place != "disk" and place != "link")
         parts = " + ".join(f"{what} {seconds:.4f}" for what, seconds in step.parts.items())
@@ -172,6 +180,11 @@ def arithmetic(planned: "Planned | PlannedSketch") -> str:
         ]
         if step.disk_bytes:
             lines.append(f"  disk = {step.disk_bytes / 1e9:.3f} GB / {disk.read_gbps:.2f} GB/s")
+        if step.host_bytes:
+            lines.append(
+                f"  memory = ({step.host_bytes / 1e9:.3f} GB multiplied + "
+                f"{step.link_bytes / 1e9:.3f} GB copied) / {machine.read_gbps:.1f} GB/s"
+            )
     return "\n".join(lines)
 
 

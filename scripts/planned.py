@@ -112,10 +112,13 @@ HEAD = """# Predicted: large models on machines that are not at hand
 
 **Nothing on this page was measured.** Tokens a second of one sequence, 1024 tokens of context, from
 the cost model of `endor plan` with published constants (`endor plan --for list`; sources in
-`endor/planning/catalogue.py`); weights are expanded on the device and multiplied there. 50 % and
-70 % are shares of zeros; what they and 3.5 bits cost in quality is in [quality.md](quality.md). The
-word beside a rate is what limits the step. Sizes are of bf16 weights: gpt-oss and DeepSeek are
-published in 4 and 8 bits, and packing those losslessly saves less. Made by
+`endor/planning/catalogue.py`); weights are expanded on the device and multiplied there. Behind an
+arrow: `--fast`, with the processor multiplying some of what lies in RAM beside the device, where
+that is more than a twentieth faster (`host`: whole weights, `both`: rows of each;
+[offload.md](../offload.md)). 50 % and 70 % are shares of zeros; what they and 3.5 bits cost in
+quality is in [quality.md](quality.md). The word beside a rate is what limits the step. Sizes are of
+bf16 weights: gpt-oss and DeepSeek are published in 4 and 8 bits, and packing those losslessly saves
+less. Made by
 `python scripts/planned.py`; for another model, machine or memory:
 `endor plan DIR_OR_CONFIG.json --for rtx4090 --ram 128GiB`.
 """
@@ -130,12 +133,16 @@ def sketched(name: str) -> Sketch:
 
 
 def cell(found: Sketch, how: Method, target: Described) -> str:
-    """Return the predicted rate and its bound, or that there is none."""
+    """Return the predicted rate and its bound, and the rate with the host's help if that helps."""
     try:
-        planned = plan_sketch(found, how, target=target)
+        exact = plan_sketch(found, how, target=target).plan
     except BudgetError:
         return "does not run"
-    return f"{planned.plan.decode_tokens_per_s:.3g} {planned.plan.decode.bound}"
+    text = f"{exact.decode_tokens_per_s:.3g} {exact.decode.bound}"
+    fast = plan_sketch(found, how, target=target, exact=False).plan
+    if fast.way == "stream" or fast.decode_tokens_per_s < 1.05 * exact.decode_tokens_per_s:
+        return text
+    return f"{text} → {fast.decode_tokens_per_s:.3g} {fast.way}"
 
 
 def main() -> None:

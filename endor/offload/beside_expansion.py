@@ -1,7 +1,7 @@
 """Weights of a device's model that the host multiplies where they lie packed.
 
-    device:  inputs -> down ...... product with the parts that are there ...... up -> result
-    host:              arrived . product with the parts in RAM .
+    device:  inputs -> down ...... product with the rows that are there ....... up -> result
+    host:              arrived . product with the rows in RAM .
 
 Few rows only: with more than `Weight.product_rows` a weight is copied and expanded like others.
 """
@@ -14,8 +14,7 @@ import torch
 
 from endor import kernels
 from endor.codecs import DType, Encoded
-from endor.kernels import gpu_product
-from endor.offload.device_expansion import DeviceExpansion, DeviceScratch, bind, piece_of
+from endor.offload.device_expansion import DeviceExpansion, DeviceScratch, piece_of
 from endor.offload.device_mover import DeviceMover
 from endor.offload.expansion import Expansion
 from endor.offload.state import State
@@ -63,74 +62,76 @@ class BesideExpansion(DeviceExpansion):
         mover.exchange.send(inputs)
         for part, state in self._elsewhere:
             self._multiply(part, state, inputs, out, hold=hold)
+        for part, state in self._hosted:
+            if mover.split.rows(state.unit, part.tensor):
+                self._multiply_rows(part, state, inputs, out, hold=hold)
         operand = mover.exchange.arrived()
-        for part, encoded in hosted:
-            self._multiply_here(part, encoded, operand, out)
+        for (part, state), (_, encoded) in zip(self._hosted, hosted, strict=True):
+            first = mover.split.rows(state.unit, part.tensor)
+            if first < encoded.spec.shape[0]:
+                self._multiply_here(part, encoded, first, operand, out)
         mover.ledger.counters.products += 1
         mover.ledger.counters.packed_bytes += self.packed_nbytes
         return out
 
-    def _multiply(
+    def _multiply_rows(
         self, part: Part, state: State, inputs: torch.Tensor, out: torch.Tensor, *, hold: bool
     ) -> None:
-        """Enqueue the device's product with one part; what its kernel refuses is expanded first."""
-        spec = state.unit.layout.tensors[part.tensor].spec
-        if gpu_product.product_refusal(spec) is None:
-            super()._multiply(part, state, inputs, out, hold=hold)
-            return
-        held = self.mover.take(state)
+        """Enqueue the device's product with the rows of one part that the host leaves to it."""
+        held = self.mover.take_rows(state)
         try:
-            rows, at = spec.shape[0], part.offset // self.shape[1]
-            buffer = self._scratch.next()[: spec.dense_nbytes]
-            matrix = buffer.view(self.dtype).view(spec.shape)
-            self.mover.device.prepare([(bind(held, part.tensor), matrix)]).run()
-            out[:, at : at + rows] = inputs @ matrix.T
-            self._scratch.expanded()
+            self._multiply_held(part, held, inputs, out)
         finally:
             self.mover.release(held, hold=hold)
 
     def _multiply_here(
-        self, part: Part, encoded: Encoded, operand: np.ndarray, out: torch.Tensor
+        self, part: Part, encoded: Encoded, first: int, operand: np.ndarray, out: torch.Tensor
     ) -> None:
-        """Multiply one part on the host, and enqueue the copy of the result into `out`."""
+        """Multiply rows of one part on the host, and enqueue the copy of the result into `out`."""
         exchange, ledger = self.mover.exchange, self.mover.ledger
         batch, cols = out.shape[0], self.shape[1]
-        at, rows = part.offset // cols, encoded.spec.shape[0]
+        rows = encoded.spec.shape[0] - first
+        at = part.offset // cols + first
+        nbytes = encoded.spec.nbytes * rows // encoded.spec.shape[0]
         result = exchange.result(batch, rows)
         start = time.perf_counter()
-        multiply_rows(self._prepared_call(part, encoded), encoded, operand, result)
+        call = self._prepared_call(part, encoded, first)
+        multiply_rows(call, encoded, first, operand, result)
         stop = time.perf_counter()
         counters = ledger.counters
         counters.host_products += 1
-        counters.host_bytes += encoded.spec.nbytes
+        counters.host_bytes += nbytes
         counters.host_product_s += stop - start
-        ledger.note("host product", self.name, start, stop, encoded.spec.nbytes)
+        ledger.note("host product", self.name, start, stop, nbytes)
         piece = piece_of(out, at, rows)
         exchange.receive(piece, result)
-        if piece.data_ptr() != out.data_ptr():
+        if piece is not out:
             out[:, at : at + rows] = piece
 
     def _prepared_call(
-        self, part: Part, encoded: Encoded
+        self, part: Part, encoded: Encoded, first: int
     ) -> Callable[[int, int, int], None] | None:
         """Return the prepared product, made anew where the unit was read anew."""
         known = self._calls.get(part.offset)
         if known is None or known[0] is not encoded:
-            known = self._calls[part.offset] = (encoded, kernels.prepared_matvec(encoded))
+            call = kernels.prepared_matvec(encoded, first=first)
+            known = self._calls[part.offset] = (encoded, call)
         return known[1]
 
 
 def multiply_rows(
     call: Callable[[int, int, int], None] | None,
     encoded: Encoded,
+    first: int,
     operand: np.ndarray,
     result: np.ndarray,
 ) -> None:
-    """Write the product with a packed matrix to `result`.
+    """Write the product with the rows of a packed matrix from `first` on to `result`.
 
     Args:
         call: From `kernels.prepared_matvec`.
         encoded: The matrix.
+        first: The first row.
         operand: The inputs' bytes: `(batch, cols)` of the matrix's type.
         result: float32 `(batch, rows)`.
     """
@@ -138,4 +139,5 @@ def multiply_rows(
         call(operand.ctypes.data, result.shape[0], result.ctypes.data)
         return
     bits = operand.view(encoded.spec.dtype.uint).reshape(result.shape[0], -1)
-    kernels.matvec(encoded, bits, result)
+    whole = np.empty((result.shape[0], encoded.spec.shape[0]), dtype=np.float32)
+    result[:] = kernels.matvec(encoded, bits, whole)[:, first:]

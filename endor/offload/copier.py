@@ -34,10 +34,11 @@ from endor.threads import join_all, start_all
 class Source(Protocol):
     """Where the bytes of units come from."""
 
-    def acquire(self, unit: int) -> np.ndarray:
-        """Return the bytes of a unit; may wait for the disk. Called on a copier thread.
+    def acquire(self, unit: int) -> Sequence[tuple[int, np.ndarray]]:
+        """Return the bytes of a unit, and where in the slot each piece of them goes.
 
-        They stay as they are until the event given to `issued` has happened.
+        May wait for the disk. Called on a copier thread. They stay as they are until the event
+        given to `issued` has happened.
         """
 
     def issued(self, unit: int, event: Any) -> None:
@@ -306,12 +307,13 @@ class Copier:
                 self._device.synchronize(event)
             slot.uses.clear()
             return self._source.read_into(unit, slot.buffer)
-        data = self._source.acquire(unit)
+        pieces = self._source.acquire(unit)
         with self._issue:  # the order in the stream is that of the calls
             for event in slot.uses.values():
                 self._device.await_in_copy(event)
             slot.uses.clear()
-            self._device.copy(slot.buffer, data)
+            for at, data in pieces:
+                self._device.copy(slot.buffer[at:], data)
             self._device.record_copy(slot.ready)
         self._source.issued(unit, slot.ready)
-        return data.nbytes
+        return sum(data.nbytes for _, data in pieces)

@@ -84,7 +84,7 @@ class DeviceExpansion(Expansion):
         super().__init__(mover, spec, states, item, dtype)
         self._scratch = scratch
         self._prepared: dict[tuple[int, int, int], Runnable] = {}
-        self._ways: dict[tuple[int, int], tuple[Product, Product]] = {}
+        self._ways: dict[tuple[int, int, bool], tuple[Product, Product]] = {}
         groups: dict[State, list[Part]] = {}
         for part, state in self.parts:
             groups.setdefault(state, []).append(part)
@@ -141,30 +141,47 @@ class DeviceExpansion(Expansion):
         """Enqueue the product with one part into its columns of `out`."""
         held = self.mover.take(state)
         try:
-            spec = _spec(state, part)
-            rows, at = spec.shape[0], part.offset // self.shape[1]
-            piece = piece_of(out, at, rows)
-            self._way(part, held, spec, inputs, piece).run(inputs, piece)
-            if piece.data_ptr() != out.data_ptr():
-                out[:, at : at + rows] = piece
+            self._multiply_held(part, held, inputs, out)
         finally:
             self.mover.release(held, hold=hold)
 
+    def _multiply_held(
+        self, part: Part, held: OnDevice, inputs: torch.Tensor, out: torch.Tensor
+    ) -> None:
+        """Enqueue the product with what is here of one part into its columns of `out`."""
+        packed = held.bind(part.tensor)
+        rows, at = packed.spec.shape[0], part.offset // self.shape[1]
+        piece = piece_of(out, at, rows)
+        self._way(part, held, packed, inputs, piece).run(inputs, piece)
+        if piece is not out:
+            out[:, at : at + rows] = piece
+
     def _way(
-        self, part: Part, held: OnDevice, spec: TensorSpec, inputs: torch.Tensor, out: torch.Tensor
+        self,
+        part: Part,
+        held: OnDevice,
+        packed: DeviceEncoded,
+        inputs: torch.Tensor,
+        out: torch.Tensor,
     ) -> Product:
         """Return the faster way to multiply by one part: packed, or expanded into scratch."""
-        key = part.offset, held.storage.data_ptr()
+        key = part.offset, held.storage.data_ptr(), held.cut is not None
         ways = self._ways.get(key)
         if ways is None:
-            bound = bind(held, part.tensor)
-            made = self.mover.device.prepare_product(bound)
-            ways = self._ways[key] = made, _Expanded(self.mover.device, self._scratch, bound)
-        packed, expanded = ways
-        prefers = self._scratch.tuner.prefers_packed(
-            spec, len(inputs), lambda: packed.run(inputs, out), lambda: expanded.run(inputs, out)
+            device = self.mover.device
+            expanded: Product = _Expanded(device, self._scratch, packed)
+            made = expanded
+            if gpu_product.product_refusal(packed.spec) is None:
+                made = device.prepare_product(packed)
+            ways = self._ways[key] = made, expanded
+        first, second = ways
+        prefers = first is second or self._scratch.tuner.prefers_packed(
+            packed.spec,
+            len(inputs),
+            lambda: first.run(inputs, out),
+            lambda: second.run(inputs, out),
         )
-        return packed if prefers else expanded
+        return first if prefers else second
 
     def panels(self, inputs: torch.Tensor, *, hold: bool) -> torch.Tensor:
         raise BackendError(f"{self.name}: products in panels are for processors, not {self.device}")
@@ -200,7 +217,7 @@ class DeviceExpansion(Expansion):
         items: list[tuple[DeviceEncoded, torch.Tensor]] = []
         copies: list[tuple[torch.Tensor, torch.Tensor | _Turned]] = []
         for part in parts:
-            packed = bind(held, part.tensor)
+            packed = held.bind(part.tensor)
             out = flat[part.offset : part.offset + part.stop - part.start]
             if packed.spec.transposed:
                 packed = gpu.as_stored(packed)
@@ -222,7 +239,8 @@ class _Expanded:
     """A product with a tensor that is expanded into scratch memory first, each time."""
 
     def __init__(self, device: Device, scratch: DeviceScratch, packed: DeviceEncoded) -> None:
-        self._device, self._scratch, self._packed = device, scratch, packed
+        self._device, self._scratch = device, scratch
+        self._packed, self._turned = gpu.as_stored(packed), packed.spec.transposed
         self._dtype = torch_dtype(packed.spec.dtype)
         self._prepared: dict[int, Runnable] = {}
 
@@ -236,7 +254,7 @@ class _Expanded:
             self._prepared[matrix.data_ptr()] = expansion
         expansion.run()
         self._scratch.expanded()
-        out.copy_(torch.nn.functional.linear(x, matrix))
+        out.copy_(x @ matrix if self._turned else torch.nn.functional.linear(x, matrix))
 
 
 class _Copying:
@@ -281,11 +299,3 @@ def piece_of(out: torch.Tensor, at: int, rows: int) -> torch.Tensor:
 
 def _spec(state: State, part: Part) -> TensorSpec:
     return state.unit.layout.tensors[part.tensor].spec
-
-
-def bind(held: OnDevice, tensor: str) -> DeviceEncoded:
-    """Return a stored tensor as views of its unit's record on the device."""
-    entry = held.unit.layout.tensors[tensor]
-    offsets = {array.suffix: array.start for array in entry.arrays}
-    segment = held.segments.get(tensor, gpu_product.SEGMENT)
-    return DeviceEncoded(entry.spec, held.storage, offsets, segment)

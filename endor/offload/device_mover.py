@@ -1,7 +1,6 @@
 """Packed units on a device: some live there, the others are copied into slots before their use."""
 
 import threading
-import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -11,12 +10,15 @@ import torch
 
 from endor.errors import BackendError
 from endor.kernels import gpu_product
+from endor.kernels.gpu import DeviceEncoded
 from endor.offload.copier import Copier
 from endor.offload.device import Device, allocate_for_copies
 from endor.offload.exchange import Exchange
 from endor.offload.host_mover import HostMover
+from endor.offload.host_source import HostSource
 from endor.offload.ledger import Ledger
 from endor.offload.pinned import PinnedArena
+from endor.offload.row_split import Cut, RowSplit
 from endor.offload.schedule import Schedule
 from endor.offload.slots import Slot
 from endor.offload.state import State
@@ -34,12 +36,24 @@ class OnDevice:
         storage: Its record, u8, on the device.
         slot: Where it lies, unless it lives there.
         segments: `segment_nnz` of its tensors, where known.
+        cut: Which of its rows they are, when not all.
     """
 
     unit: Unit
     storage: torch.Tensor
     slot: Slot | None
     segments: dict[str, int] = field(default_factory=dict)
+    cut: Cut | None = None
+
+    def bind(self, tensor: str) -> DeviceEncoded:
+        """Return a stored tensor, or its first rows, as views of the memory here."""
+        if self.cut is not None:
+            spec, offsets = self.cut.tensors[tensor]
+            return DeviceEncoded(spec, self.storage, offsets)
+        entry = self.unit.layout.tensors[tensor]
+        starts = {array.suffix: array.start for array in entry.arrays}
+        segment = self.segments.get(tensor, gpu_product.SEGMENT)
+        return DeviceEncoded(entry.spec, self.storage, starts, segment)
 
 
 class DeviceMover:
@@ -87,15 +101,8 @@ class DeviceMover:
         if self._direct:
             self._check_direct([u for u in passing if placement.tiers[u.name] not in PACKED_IN_RAM])
             passing = [unit for unit in passing if placement.tiers[unit.name] in PACKED_IN_RAM]
-        # What the host multiplies is copied on demand: only for many rows, which pay for waiting.
-        self._on_demand = {u.index for u in units if placement.tiers[u.name] == "host"}
-        schedule = Schedule(
-            [
-                unit.index
-                for unit in placement.outside(units)
-                if unit.scheduled and unit.index not in self._on_demand
-            ]
-        )
+        self.split = RowSplit(units, placement)
+        schedule = Schedule(self._ahead(unit for unit in units if unit.scheduled))
         self.host = HostMover(
             passing,
             placement,
@@ -116,7 +123,7 @@ class DeviceMover:
         if slots:
             self._copier = Copier(
                 device,
-                _HostSource(self),
+                HostSource(device, units, self.host, self.split, reader, placement),
                 [allocate_for_copies(device, slot_bytes) for _ in range(slots)],
                 schedule,
                 workers=2 if self._direct else 1,
@@ -149,18 +156,37 @@ class DeviceMover:
         See `Mover.take`.
         """
         held = self._lives_here.get(state.unit.index)
-        if held is not None:
-            return held
+        return held or self._take(state.unit, None)
+
+    def take_rows(self, state: State) -> OnDevice:
+        """Return those rows of a unit that the host does not multiply; as `take` otherwise."""
+        return self._take(state.unit, self.split.cut(state.unit, self.host.take(state)))
+
+    def _take(self, unit: Unit, cut: Cut | None) -> OnDevice:
         kept: OnDevice | None = getattr(self._local, "kept", None)
         if kept is not None:
-            if kept.unit is state.unit:
+            if kept.unit is unit and kept.cut is cut:
                 self._local.kept = None
                 return kept
             self.drop()
         if self._copier is None:
             raise BackendError("the weights of this model were closed; load it again")
-        slot = self._copier.take(state.unit.index)
-        return OnDevice(state.unit, slot.buffer, slot)
+        slot = self._copier.take(unit.index if cut is None else self.split.number(unit))
+        return OnDevice(unit, slot.buffer, slot, cut=cut)
+
+    def _ahead(self, units: Iterable[Unit]) -> list[int]:
+        """Return what the copier calls units that it may copy before few rows are multiplied.
+
+        What the host multiplies whole is copied on demand: for many rows alone, and these wait for
+        nothing, since their copies are enqueued long before they run.
+        """
+        tiers, out = self.placement.tiers, []
+        for unit in units:
+            if unit in self.split:
+                out.append(self.split.number(unit))
+            elif tiers[unit.name] not in ("vram", "host"):
+                out.append(unit.index)
+        return out
 
     def release(self, held: OnDevice, *, hold: bool = False) -> None:
         """Give a unit back; work enqueued so far on the caller's current stream still uses it."""
@@ -183,12 +209,7 @@ class DeviceMover:
         if self._copier is not None:
             states = list(states)
             self.host.hint(self._on_host(states), group=group)
-            self._copier.hint(
-                state.unit.index
-                for state in states
-                if state.unit.index not in self._lives_here
-                and state.unit.index not in self._on_demand
-            )
+            self._copier.hint(self._ahead(state.unit for state in states))
 
     def warm(self, states: Iterable[State]) -> None:
         """Read units from disk that the next `hint` may ask for; see `Mover.warm`."""
@@ -274,44 +295,6 @@ class DeviceMover:
             data = buffer.array[: unit.nbytes]
             self._reader.read(unit.record, data)
             check_record(unit.layout, unit.record.name, data)
-
-
-class _HostSource:
-    """Units from host memory, or from a reader that writes device memory."""
-
-    def __init__(self, mover: DeviceMover) -> None:
-        self._mover = mover
-        self._local = threading.local()
-
-    def acquire(self, unit: int) -> np.ndarray:
-        self._local.start = time.perf_counter()
-        state = self._state(unit)
-        if not state.resident:
-            # Taking it gives back this thread's last one, whose copy may still read it.
-            pending = getattr(self._local, "pending", None)
-            if pending is not None:
-                self._mover.device.synchronize(pending)
-        self._mover.host.take(state)
-        assert state.place is not None
-        return state.place.array
-
-    def issued(self, unit: int, event: Any) -> None:
-        start, stop = self._local.start, time.perf_counter()
-        item = self._mover.units[unit]
-        self._mover.ledger.note("copy", item.name, start, stop, item.nbytes)
-        if not self._state(unit).resident:
-            self._local.pending = event
-
-    def reads_directly(self, unit: int) -> bool:
-        return self._mover.units[unit].name not in self._mover.host.states
-
-    def read_into(self, unit: int, buffer: torch.Tensor) -> int:
-        item = self._mover.units[unit]
-        stat = self._mover._reader.read(item.record, buffer[: item.nbytes])  # type: ignore[arg-type]
-        return stat.nbytes
-
-    def _state(self, unit: int) -> State:
-        return self._mover.host.states[self._mover.units[unit].name]
 
 
 def _segments(unit: Unit, data: np.ndarray) -> dict[str, int]:

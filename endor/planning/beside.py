@@ -24,9 +24,6 @@ HostCompute = Literal["auto", "on", "off"]
 
 Way = Literal["stream", "host", "both"]
 
-WAYS: tuple[Way, ...] = ("stream", "host")
-"""Ways that the planner tries, the simplest first."""
-
 
 def check_host_compute(wish: object, *, exact: bool) -> None:
     """Raise `ConfigError` unless a wish can be had with products that are `exact` or not."""
@@ -39,18 +36,24 @@ def check_host_compute(wish: object, *, exact: bool) -> None:
         )
 
 
-def balanced(streamed: Prediction, hosted: Prediction) -> float:
+def balanced(
+    placed: Callable[[float], Placement], predicted: Callable[[Placement], Prediction]
+) -> float:
     """Return the share for the host with which the link and the device end together.
 
     Args:
-        streamed: A step with everything over the link.
-        hosted: The same step with all of it multiplied on the host; times between are linear.
+        placed: The placement with a share; times are about linear in it.
+        predicted: Predicts the step that is to be fast.
     """
-    ahead = streamed.resources["link"] - streamed.resources["gpu"]
-    behind = hosted.resources["gpu"] - hosted.resources["link"]
-    if ahead <= 0:
-        return 0.0
-    return 1.0 if behind <= 0 else ahead / (ahead + behind)
+
+    def ahead(share: float) -> float:
+        resources = predicted(placed(share)).resources
+        return resources["link"] - resources["gpu"]
+
+    first, second = ahead(0.25), ahead(0.75)
+    if first <= second:
+        return 1.0 if first > 0 else 0.0
+    return min(1.0, max(0.0, 0.25 + 0.5 * first / (first - second)))
 
 
 def placements(
@@ -72,16 +75,25 @@ def placements(
         yield "stream", filled
     if wish == "off" or not able:
         return
-    everything = hosting(filled, (cost.name for cost in able))
-    share = balanced(predicted(filled), predicted(everything))
-    chosen = spread(able, share)
-    if chosen or wish == "on":
-        yield "host", hosting(filled, chosen) if chosen else everything
-    if "both" in WAYS and 0.0 < share < 1.0:
-        yield "both", replace(everything, host_shares=dict.fromkeys((c.name for c in able), share))
+    names = [cost.name for cost in able]
+
+    def units(share: float) -> Placement:
+        return hosting(filled, spread(able, share))
+
+    def rows(share: float) -> Placement:
+        return replace(hosting(filled, names), host_shares=dict.fromkeys(names, share))
+
+    whole = units(balanced(units, predicted))
+    if "host" in whole.tiers.values():
+        yield "host", whole
+    elif wish == "on":
+        yield "host", hosting(filled, names)
+    share = balanced(rows, predicted)
+    if 0.0 < share < 1.0:
+        yield "both", rows(share)
 
 
-def hosting(filled: Placement, names: Iterator[str] | Sequence[str]) -> Placement:
+def hosting(filled: Placement, names: Sequence[str]) -> Placement:
     """Return a placement with the units `names` multiplied on the host."""
     chosen: dict[str, Tier] = dict.fromkeys(names, "host")
     return replace(filled, tiers={**filled.tiers, **chosen})

@@ -26,7 +26,8 @@ On a CUDA device the host only moves bytes:
 A unit of which the host multiplies a share s of the rows, where it lies, crosses the link with the
 others only. The device waits for the host's part, copies go on meanwhile, and both read one memory:
 
-    T_link   has (1 - s) * p of it;   T_gpu has s * p / B_product + 2 * t_copy, and (1 - s) of it
+    T_link   has (1 - s) * p of it
+    T_gpu    has (1 - s) of it, and s * p / B_product + 2 * t_copy + half a piece of a copy's time
     T_memory = (bytes that the host multiplies + bytes that are copied) / B_read
     T_step   = max(T_link, T_disk, T_gpu, T_memory) + t_sync
 """
@@ -38,7 +39,7 @@ from typing import Literal
 from endor.planning.machine import Disk, Machine
 from endor.planning.products import PRODUCT_ROWS, head_s, multiply_s, packed_rows, packed_s
 from endor.planning.shape import ModelShape
-from endor.planning.tiers import Tier
+from endor.planning.tiers import COPY_PIECE_BYTES, Tier
 from endor.planning.unit_cost import NEURONS_READ, UnitCost
 
 Product = Literal["exact", "direct"]
@@ -221,7 +222,9 @@ def _on_device(
     }
     if sums.trips:
         parts["host products"] = sums.host_s
-        parts["round trips"] = sums.trips * 2 * link.copy_us / 1e6
+        copied = sums.link_bytes / sums.copies if sums.copies else 0.0
+        waits = min(copied, COPY_PIECE_BYTES) / 2 / link.h2d_gbps / 1e9
+        parts["round trips"] = sums.trips * (2 * link.copy_us / 1e6 + waits)
     resources = {
         "gpu": sum(parts.values()),
         "link": sums.link_bytes / link.h2d_gbps / 1e9 + sums.copies * link.copy_us / 1e6,
@@ -230,10 +233,10 @@ def _on_device(
     if sums.trips:
         resources["memory"] = (sums.host_bytes + sums.link_bytes) / machine.read_gbps / 1e9
     longest = max(resources, key=lambda name: resources[name])
-    waits = longest == "gpu" and 2 * sums.host_s > resources["gpu"]
+    on_host = longest == "gpu" and 2 * sums.host_s > resources["gpu"]
     return Prediction(
         resources[longest] + SYNC_S,
-        "host" if waits else longest,
+        "host" if on_host else longest,
         resources,
         parts,
         SYNC_S,

@@ -21,6 +21,7 @@ class Alternative:
         expanded: Share of the units that are kept expanded.
         decode_tokens_per_s, prefill_tokens_per_s: What is predicted.
         bound: What limits a decode step.
+        placement: Where the units are.
     """
 
     way: Way
@@ -29,6 +30,7 @@ class Alternative:
     decode_tokens_per_s: float
     prefill_tokens_per_s: float
     bound: str
+    placement: Placement
 
 
 @dataclass(frozen=True, slots=True)

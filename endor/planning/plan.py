@@ -137,9 +137,11 @@ class _Search:
         # Host memory that the cache takes beside a device.
         self.host_kv = kv_needs(shape, workload, on_device=vram_bytes > 0).ram
         # Inputs and results of what the host multiplies beside a device.
-        beside = vram_bytes and workload.product == "direct" and workload.host_compute != "off"
+        self.beside = (
+            vram_bytes > 0 and workload.product == "direct" and workload.host_compute != "off"
+        )
         rows = EXCHANGE_ROWS * PRODUCT_ROWS
-        self.exchange_bytes = rows * shape.activation_bytes_per_token if beside else 0
+        self.exchange_bytes = rows * shape.activation_bytes_per_token if self.beside else 0
         self.packed_bytes = sum(cost.packed_bytes for cost in costs)
         self.dense_bytes = sum(cost.dense_bytes for cost in costs)
         self.decode_step = Step(workload.batch, 1, workload.context, workload.product)
@@ -157,9 +159,9 @@ class _Search:
                 break
             for way, filled in self._ways(placed):
                 made = _Candidate(way, share, self._predict(filled, self.decode_step), filled)
-                known = found.get((way, share > 0))
-                if known is None or made.beats(known):
-                    found[way, share > 0] = made
+                kind = way, share > 0 and not self.vram_bytes
+                if kind not in found or made.beats(found[kind]):
+                    found[kind] = made
         assert found, "share 0 places everything"
         chosen = next(iter(found.values()))
         for made in found.values():
@@ -201,7 +203,7 @@ class _Search:
 
     def _ways(self, filled: Placement) -> Iterator[tuple[Way, Placement]]:
         """Yield how the units of a placement may be multiplied."""
-        if not self.exchange_bytes:
+        if not self.beside:
             return iter([("stream", filled)])
         wish = self.workload.host_compute
         return placements(filled, self.costs, wish, lambda p: self._predict(p, self.decode_step))
@@ -223,6 +225,7 @@ class _Search:
                 workload.batch / each.decode.seconds,
                 tokens / self._predict(each.placement, self.prefill_step).seconds,
                 each.decode.bound,
+                each.placement,
             )
             for each in [chosen, *others][:BEST]
         )

@@ -27,6 +27,10 @@ PACKED_IN_RAM: tuple[Tier, ...] = ("resident", "host")
 STAGING_AHEAD_BYTES = 256 << 20
 """Read-ahead that the default staging area leaves room for, beside the largest unit."""
 
+COPY_PIECE_BYTES = 2 << 20
+"""Of a unit's copy to a device, where the host multiplies too: a result that goes up waits for one
+piece, a tenth of a millisecond, and not for all of a unit."""
+
 SLOTS = 3
 """Device slots: units in flight. Two leave the link idle a fifth of the time."""
 
@@ -72,6 +76,11 @@ class Placement:
                 raise ConfigError(
                     f"placement: unit {unit.name} must be {', '.join(known[:-1])} or {known[-1]} "
                     f"{at}, got {tier!r}"
+                )
+            share = self.host_shares.get(unit.name, 1.0)
+            if not 0.0 <= share <= 1.0:
+                raise ConfigError(
+                    f"placement: the host's share of unit {unit.name} must lie in 0..1, got {share}"
                 )
         if on_device and self.outside(units) and self.slots < 1:
             raise ConfigError("placement: units outside VRAM need at least one device slot, got 0")

@@ -11,7 +11,7 @@ from click.testing import CliRunner
 import endor
 from endor.cli.plan import plan_command
 from endor.cli.plan_text import ways
-from endor.errors import BudgetError
+from endor.errors import BudgetError, ConfigError
 from endor.planning import machine as hardware
 from endor.planning import probes
 from endor.planning.products import Products
@@ -143,3 +143,36 @@ def test_a_model_is_asked_for():
     ran = CliRunner().invoke(plan_command, ["--for", "rtx4090"])
     assert ran.exit_code == 2
     assert "MODEL" in ran.stderr
+
+
+def test_a_plan_with_the_host_names_the_ways_and_their_terms(tmp_path):
+    config = {
+        "model_type": "llama",
+        "architectures": ["LlamaForCausalLM"],
+        "hidden_size": 4096,
+        "intermediate_size": 16384,
+        "num_hidden_layers": 80,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "vocab_size": 1000,
+    }
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    words = ["--for", "rtx4060-laptop", "--sparsity", "0.5"]
+    fast = run(tmp_path, *words, "--fast", "--explain")
+    for line in (
+        "RAM, multiplied there",
+        "best ways, this plan's first",
+        "weights in RAM cross the link",
+        "some weights are multiplied in RAM",
+        "rows of each weight in RAM",
+        "host products",
+        "the host multiplies",
+        "GB multiplied",
+    ):
+        assert line in fast
+    for others in (["--exact"], ["--fast", "--host-compute", "off"]):
+        assert "multiplied there" not in run(tmp_path, *words, *others, "--explain")
+    found = json.loads(run(tmp_path, *words, "--fast", "--json"))["ways"][0]
+    assert found["decode"]["host_bytes"] > 0
+    done = CliRunner().invoke(plan_command, [str(tmp_path), *words, "--host-compute", "on"])
+    assert isinstance(done.exception, ConfigError)

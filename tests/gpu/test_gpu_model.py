@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM
 import endor
 from endor.offload.copier import Copier
 from endor.offload.device import CudaDevice, allocate_for_copies
+from endor.planning.tiers import Placement
 from endor.storage import HostBuffer
 
 pytestmark = pytest.mark.gpu
@@ -107,6 +108,27 @@ def test_packed_products_agree_up_to_rounding(checkpoint):
     model.endor.close()
 
 
+@pytest.mark.parametrize("share", [1.0, 0.5])
+def test_the_host_multiplies_beside_the_device(checkpoint, share):
+    """Every unit on the host, or half of its rows: the processor's logits, and no copy missed."""
+    path, dense = checkpoint
+    names = [unit.name for unit in endor.load_model(path).endor.units]
+    tiers: dict[str, Any] = dict.fromkeys(names, "host")
+    placement = Placement(tiers, 0, 3, dict.fromkeys(names, share))
+    model = endor.load_model(path, device="cuda", exact=False, placement=placement)
+    ids = torch.randint(1, 1031, (1, 12), generator=torch.Generator().manual_seed(2)).cuda()
+    with torch.no_grad():
+        for tokens in (1, 4, 12):
+            found = model(ids[:, :tokens]).logits.float()
+            expected = dense(ids[:, :tokens]).logits.float()
+            assert float((found - expected).abs().max() / expected.abs().max()) < 0.05
+    assert model.endor.ledger.counters.host_products > 0
+    assert model.endor.report()["pageable_bytes"] == 0
+    text = model.generate(ids, max_new_tokens=8, do_sample=False)
+    assert text.shape == (1, 20)
+    model.endor.close()
+
+
 def test_the_device_copies_what_it_is_told():
     """The copier over a real stream: every slot holds its unit's bytes when they are used."""
     device = CudaDevice("cuda")
@@ -119,7 +141,7 @@ def test_the_device_copies_what_it_is_told():
 
     class Source:
         def acquire(self, unit: int):
-            return arrays[unit]
+            return [(0, arrays[unit][: 1 << 19]), (1 << 19, arrays[unit][1 << 19 :])]
 
         def issued(self, unit: int, event) -> None:
             pass

@@ -1,17 +1,25 @@
 """Whole models whose weights in RAM the host multiplies beside the simulated device."""
 
+import contextlib
+import random
+
 import pytest
 import torch
 import transformers
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM
 
 import endor
-from endor.errors import ConfigError
+from endor.errors import BackendError, ConfigError, EndorError, ReadError
 from endor.hf import device_map as places
+from endor.hf import placing
 from endor.hf.generation_cache import CACHE_ARGUMENT
 from endor.planning.tiers import Placement
+from endor.storage import open_reader
 
 from ..support.fake_device import FakeDevice
+from ..support.packed_files import Disk, loaders
 
 pytestmark = pytest.mark.filterwarnings("ignore:You passed `quantization_config`")
 
@@ -149,7 +157,8 @@ def test_text_is_made(device, checkpoint):
     ids = torch.tensor([[3, 7, 11, 20]])
     text = model.generate(ids, max_new_tokens=6, do_sample=False)
     assert text.shape == (1, 10)
-    assert model.endor.ledger.counters.host_products > 0
+    products = model.endor.ledger.counters.host_products
+    assert 0 < model.endor.movers[0].exchange.trips < 0.8 * products
     assert device.errors == []
     model.endor.close()
 
@@ -173,3 +182,82 @@ def test_exact_models_use_the_device_alone(device, checkpoint):
 def test_on_without_a_device_is_refused(checkpoint):
     with pytest.raises(ConfigError, match="CUDA device"):
         endor.load_model(checkpoint[0], exact=False, host_compute="on")
+
+
+class Faulty(FakeDevice):
+    """A device whose copies of activations fail when they are told to, and take random times."""
+
+    def __init__(self, rng: random.Random) -> None:
+        super().__init__(
+            total_bytes=1 << 30,
+            bytes_per_s=10.0 ** rng.uniform(5, 9),
+            latency_s=lambda: rng.choice([0.0, 1e-6, 1e-3]),
+        )
+        self.rng = rng
+        self.share = 0.0
+
+    def fail(self) -> None:
+        if self.rng.random() < self.share:
+            raise BackendError("the simulated link failed")
+
+    def copy_down(self, destination, source) -> None:
+        self.fail()
+        super().copy_down(destination, source)
+
+    def copy_up(self, destination, source) -> None:
+        self.fail()
+        super().copy_up(destination, source)
+
+
+@settings(
+    max_examples=12,
+    deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+)
+@given(seed=st.integers(0, 2**32), fails=st.booleans())
+def test_random_splits_latencies_and_failures(checkpoint, monkeypatch_module, seed, fails):
+    path, on_cpu = checkpoint
+    rng = random.Random(seed)
+    device, disk = Faulty(rng), Disk()
+    monkeypatch_module.setattr(places, "open_device", lambda name: device)
+    monkeypatch_module.setattr(places, "refuse", lambda device: None)
+    monkeypatch_module.setattr(
+        placing, "open_reader_for", lambda *_: open_reader("buffered", preadv=disk)
+    )
+    units = on_cpu.endor.units
+    tiers = {unit.name: rng.choice(["host", "host", "host", "resident", "vram"]) for unit in units}
+    if rng.random() < 0.5:
+        tiers |= {unit.name: "disk" for unit in units if rng.random() < 0.2}
+    shares = {
+        name: rng.choice([0.0, 1.0, rng.random(), rng.random()])
+        for name in tiers
+        if rng.random() < 0.8
+    }
+    staging = 3 * max(unit.nbytes for unit in units) if "disk" in tiers.values() else 0
+    threads = loaders()
+    model = load(path, placement=Placement(tiers, staging, rng.randint(1, 4), shares))
+    try:
+        if fails:
+            device.share, disk.failures = 0.2, rng.choice([0, 2])
+            with contextlib.suppress(EndorError):
+                check(model, on_cpu)
+            device.share = disk.failures = 0
+        for _ in range(3):
+            try:
+                check(model, on_cpu, tokens=3)
+                break
+            except ReadError:  # of a read ahead that had failed before
+                continue
+        else:
+            raise AssertionError("the reads go on failing")
+        assert device.errors == []
+    finally:
+        model.endor.close()
+    assert device.pinned_bytes == 0
+    assert loaders() <= threads
+
+
+@pytest.fixture(scope="module")
+def monkeypatch_module():
+    with pytest.MonkeyPatch.context() as patch:
+        yield patch

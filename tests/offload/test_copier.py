@@ -39,7 +39,13 @@ class Bytes:
     def expected(unit: int) -> np.ndarray:
         return np.full(SLOT_BYTES - unit % 7, unit + 1, dtype=np.uint8)
 
-    def acquire(self, unit: int) -> np.ndarray:
+    def acquire(self, unit: int) -> list[tuple[int, np.ndarray]]:
+        """Return a unit in two pieces, the second one first."""
+        data = self.read(unit)
+        half = data.size // 2
+        return [(half, data[half:]), (0, data[:half])]
+
+    def read(self, unit: int) -> np.ndarray:
         self.gate.wait()
         self.acquired.append(unit)
         if unit in self.fail:
@@ -59,7 +65,7 @@ class Bytes:
         return unit in self.direct
 
     def read_into(self, unit: int, buffer) -> int:
-        data, target = self.acquire(unit), buffer.numpy()
+        data, target = self.read(unit), buffer.numpy()
         if self.device.is_written(target):
             self.device.errors.append("a direct read into a slot that is being copied to")
         target[: data.size] = data

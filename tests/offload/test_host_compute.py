@@ -3,12 +3,16 @@
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 import endor
 from endor.bench.timeline import summarise
 from endor.bench.timeline_page import write_report
+from endor.codecs import Encoded
 from endor.errors import BackendError, ChecksumError, ReadError
 from endor.offload.exchange import RESULTS, Exchange
+from endor.offload.host_source import cut_up
 from endor.offload.store import Store
 from endor.planning import Part, WeightSpec, collect_units
 from endor.planning.tiers import Placement
@@ -23,6 +27,7 @@ KINDS = {
     "exp": {"codec": "exp"},
     "whole": {"codec": "exp", "dense": True},
     "int": {"bits": 3.5},
+    "turned": {"codec": "raw"},
 }
 
 
@@ -38,9 +43,18 @@ def layout(request, tmp_path_factory) -> FileLayout:
         weight = torch.randn(64 + 256 * at, COLS, generator=generator).to(torch.bfloat16)
         if not dense and "bits" not in options:
             weight[weight.abs() < 0.7] = 0
-        packed[f"layers.{at}.weight"] = endor.compress(weight, **options)
+        packed[f"layers.{at}.weight"] = (
+            turned(weight) if request.param == "turned" else endor.compress(weight, **options)
+        )
     endor.save_file(packed, path)
     return FileLayout.read(path)
+
+
+def turned(weight: torch.Tensor) -> endor.PackedTensor:
+    """Return a weight that is stored transposed, as `endor pack --neurons` does."""
+    stored = endor.compress(weight.T.contiguous(), codec="raw").data
+    spec = stored.spec.turned()
+    return endor.PackedTensor(spec, Encoded(spec, stored.arrays))
 
 
 def specs_of(layout) -> list[tuple[WeightSpec, torch.dtype]]:
@@ -95,10 +109,12 @@ def check(
 PLACEMENTS = [("host",), ("host", "vram"), ("resident", "host", "disk"), ("disk", "vram", "host")]
 
 
+@pytest.mark.parametrize("share", [1.0, 0.6, 0.3, 0.0])
 @pytest.mark.parametrize("tiers", PLACEMENTS, ids="-".join)
-def test_products_are_those_of_the_processor(layout, tiers):
+def test_products_are_those_of_the_processor(layout, tiers, share):
     device = FakeDevice(bytes_per_s=1e8, latency_s=lambda: 1e-5)
-    store = open_store(layout, tiers, device=device)
+    shares = dict.fromkeys(layout.records, share)
+    store = open_store(layout, tiers, device=device, shares=shares)
     plain = open_store(layout, ("resident",))
     try:
         hosted = 0
@@ -110,17 +126,20 @@ def test_products_are_those_of_the_processor(layout, tiers):
                     continue
                 x = inputs(rows)
                 found = weight.product(x)
-                check(found, x, dense, rounded=whole != {"host"})
-                if whole == {"host"}:
+                check(found, x, dense, rounded=whole != {"host"} or share < 1.0)
+                if whole == {"host"} and share == 1.0:
                     hosted += 1
                     assert torch.equal(found, plain.weights[name].product(x))
             assert torch.equal(weight.dense(), dense)  # many rows: copied and expanded
             if "host" in whole:
                 assert weight.product_rows == 8
         counters = store.ledger.counters
-        assert counters.host_products >= hosted > 0
-        assert counters.host_bytes > 0
-        assert counters.host_product_s > 0
+        if share > 0.5:  # what cannot be cut goes where most of its rows would
+            assert counters.host_products >= hosted
+            assert counters.host_bytes > 0
+            assert counters.host_product_s > 0
+        elif not share:
+            assert counters.host_products == 0
         assert device.errors == []
     finally:
         store.close()
@@ -358,3 +377,20 @@ def test_a_report_shows_host_products_beside_copies(layout, tmp_path):
         assert ">copies<" in text
     finally:
         store.close()
+
+
+@settings(max_examples=50, deadline=None)
+@given(sizes=st.lists(st.integers(0, 50), max_size=5), limit=st.integers(1, 20))
+def test_copies_are_cut_up_into_the_same_bytes(sizes, limit):
+    rng = np.random.default_rng(len(sizes))
+    pieces, at = [], 0
+    for size in sizes:
+        pieces.append((at, rng.integers(0, 255, size, dtype=np.uint8)))
+        at += size + 3
+    found = cut_up(pieces, limit)
+    assert all(0 < data.nbytes <= limit for _, data in found)
+    whole, again = np.zeros((2, at), np.uint8)
+    for memory, parts in ((whole, pieces), (again, found)):
+        for start, data in parts:
+            memory[start : start + data.nbytes] = data
+    assert np.array_equal(whole, again)

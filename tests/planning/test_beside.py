@@ -53,8 +53,9 @@ def test_off_is_off_and_on_is_on():
 def test_a_slow_link_gives_work_to_the_host():
     units, found = planned()
     assert found.way in ("host", "both")
-    decode, streamed = found.decode, [each for each in found.alternatives if each.way == "stream"]
-    assert streamed[0].decode_tokens_per_s < found.decode_tokens_per_s
+    decode, ways = found.decode, {each.way: each for each in found.alternatives}
+    assert set(ways) == {"stream", "host", "both"}
+    assert ways["stream"].decode_tokens_per_s < 0.8 * found.decode_tokens_per_s
     assert decode.host_bytes > 0
     assert decode.host_bytes + decode.link_bytes < packed(units)
     assert {"host products", "round trips"} <= decode.parts.keys()

@@ -1,9 +1,11 @@
 """Sizes are read as people write them, and memory is looked up."""
 
+from types import SimpleNamespace
+
 import pytest
 
 from endor.errors import ConfigError
-from endor.planning import available_bytes, parse_bytes
+from endor.planning import Placement, available_bytes, parse_bytes
 
 
 @pytest.mark.parametrize(
@@ -32,3 +34,13 @@ def test_not_sizes(text):
 
 def test_available_memory_is_plausible():
     assert 1 << 20 < available_bytes() < 1 << 50
+
+
+@pytest.mark.parametrize("share", [-0.1, 1.5, float("nan")])
+def test_a_share_of_the_host_lies_between_none_and_all(share):
+    units = [SimpleNamespace(name="a", nbytes=1)]
+    Placement({"a": "host"}, 0, 1, {"a": 0.5}).check(units, on_device=True)
+    with pytest.raises(ConfigError, match=r"share of unit a must lie in 0\.\.1"):
+        Placement({"a": "host"}, 0, 1, {"a": share}).check(units, on_device=True)
+    with pytest.raises(ConfigError, match="without a device"):
+        Placement({"a": "host"}, 0).check(units)

@@ -83,12 +83,12 @@ class FakeExpansion:
         self._device.spend("expansion")
         for packed, out in self._items:
             bits = np.empty(packed.spec.numel, dtype=packed.spec.dtype.uint)
-            kernels.decode(_encoded(packed), bits, threads=1)
+            kernels.decode(encoded_of(packed), bits, threads=1)
             signed = torch.from_numpy(bits.view(f"i{bits.itemsize}"))
             out.view(-1).view(signed.dtype).copy_(signed)
 
 
-def _encoded(packed: DeviceEncoded) -> Encoded:
+def encoded_of(packed: DeviceEncoded) -> Encoded:
     """Return a tensor as the simulated device holds it now."""
     storage, arrays = packed.storage.numpy(), {}
     for array in packed.spec.arrays:
@@ -111,7 +111,7 @@ class FakeProduct:
         self._device.settle()
         self._device.spend("product")
         bits = bits_of(x).view(self._packed.spec.dtype.uint)
-        kernels.matvec(_encoded(self._packed), bits, out.numpy(), threads=1)
+        kernels.matvec(encoded_of(self._packed), bits, out.numpy(), threads=1)
 
 
 class FakeDevice:

@@ -136,8 +136,8 @@ class _Resident:
         self._memory = memory
         self._nbytes = nbytes
 
-    def acquire(self, unit: int) -> np.ndarray:
-        return self._memory[unit * self._nbytes : (unit + 1) * self._nbytes]
+    def acquire(self, unit: int) -> list[tuple[int, np.ndarray]]:
+        return [(0, self._memory[unit * self._nbytes : (unit + 1) * self._nbytes])]
 
     def issued(self, unit: int, event: object) -> None:
         pass

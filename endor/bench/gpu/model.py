@@ -15,9 +15,20 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from endor.errors import EndorError
+from endor.errors import ConfigError, EndorError
 
-SYSTEMS = ("dense, no cap", "endor", "endor, half on disk", "accelerate cpu", "accelerate disk")
+SYSTEMS = (
+    "dense, no cap",
+    "endor",
+    "endor, half on disk",
+    "endor --fast, stream",
+    "endor --fast, host",
+    "endor --fast, both",
+    "accelerate cpu",
+    "accelerate disk",
+)
+FAST = "endor --fast, "
+"""Before a way to multiply what lies outside VRAM. Their sums have another order: tokens differ."""
 _FRAMEWORK_BYTES = 1 << 30
 """What the allocator may take above the weights: cache, activations, cuBLAS workspaces."""
 
@@ -112,7 +123,8 @@ def run(
         if tokens is None:
             continue
         expected = expected or tokens
-        if system.startswith("endor") and tokens != expected:
+        exact = system.startswith("endor") and not system.startswith(FAST)
+        if exact and tokens != expected:
             raise EndorError(f"{system}: wrote {tokens}, the dense model {expected}")
 
 
@@ -143,7 +155,7 @@ def answer(job: Mapping[str, Any]) -> dict[str, Any]:
     torch.cuda.reset_peak_memory_stats()
     copied = _copied(model)
     steps.append(time.perf_counter())
-    with torch.inference_mode():
+    with torch.no_grad():  # inference mode counts no writes, which the host would have to know of
         out = model.generate(
             ids,
             attention_mask=torch.ones_like(ids),
@@ -176,6 +188,8 @@ def _load(system: str, case: ModelCase, folder: Path) -> Any:
 
     import endor
 
+    if system.startswith(FAST):
+        return _fast(system.removeprefix(FAST), case, folder / "packed")
     if system.startswith("endor"):
         ram = "64GiB"
         if "disk" in system:
@@ -193,6 +207,22 @@ def _load(system: str, case: ModelCase, folder: Path) -> Any:
         max_memory={0: case.vram_bytes, "cpu": host},
         offload_folder=str(folder / "offload"),
         **options,
+    )
+
+
+def _fast(way: str, case: ModelCase, packed: Path) -> Any:
+    """Load the model as the best plan of one way to multiply has it."""
+    import endor
+    from endor.hf.planned import plan_checkpoint
+
+    options: dict[str, Any] = {"vram": case.vram_bytes, "exact": False}
+    planned = plan_checkpoint(packed, ram="64GiB", **options).plan
+    found = [each.placement for each in planned.alternatives if each.way == way]
+    if not found:
+        ways = ", ".join(each.way for each in planned.alternatives)
+        raise ConfigError(f"the plan has no way {way!r} here, it has {ways}")
+    return endor.load_model(
+        packed, device="cuda", placement=found[0], ram="64GiB", verify=False, **options
     )
 
 
