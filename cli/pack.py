@@ -29,6 +29,7 @@ from endor.cli.pruning import (
     refuse_idle,
     requested,
 )
+from endor.cli.shares import finish_shares, pack_one_share, share_options
 from endor.cli.terminal import emit, show
 from endor.cli.types import Size
 from endor.codecs import CodecChoice
@@ -45,7 +46,7 @@ count; of smaller ones `endor inspect --model` tells."""
 
 @click.command("pack")
 @click.argument("model", type=MODEL)
-@click.argument("out", type=MODEL)
+@click.argument("out", type=MODEL, required=False)
 @click.option(
     "--prune",
     type=click.Choice(["none", *METHODS]),
@@ -84,12 +85,13 @@ count; of smaller ones `endor inspect --model` tells."""
     help="Fetch a model from the Hub shard by shard while earlier ones are packed, and delete them "
     "behind: the disk needs room for OUT and a few shards. Without calibration only.",
 )
+@share_options
 @output_options
 @revision_option
 @json_option
 def pack_command(
     model: Path,
-    out: Path,
+    out: Path | None,
     prune: str,
     codec: CodecChoice,
     dequantize: bool,
@@ -98,6 +100,8 @@ def pack_command(
     exclude: tuple[str, ...],
     max_shard_size: int,
     stream: bool,
+    shard: str | None,
+    finish: bool,
     resume: bool,
     overwrite: bool,
     threads: int | None,
@@ -117,6 +121,11 @@ def pack_command(
     ...) are entropy-coded as they are; with --dequantize they become weights of a dense model,
     which runs, and are stored as codes and scales all the same.
     """
+    if finish:
+        _say(model, finish_shares(click.get_current_context(), model, out), as_json=as_json)
+        return
+    if out is None:
+        raise click.UsageError("Missing argument 'OUT'.")
     quantizes = options["bits"] is not None or options["quality"] is not None
     if prune == "none" and not quantizes:
         refuse_idle(click.get_current_context(), "--prune METHOD or --bits")
@@ -130,6 +139,21 @@ def pack_command(
     from endor.packing import pack_checkpoint
 
     request = requested(prune, options)
+    call = request | {
+        "codec": codec,
+        "dequantize": dequantize,
+        "neurons": neurons,
+        "include": include,
+        "exclude": exclude,
+        "max_shard_bytes": max_shard_size,
+        "stream": stream,
+        "resume": resume,
+        "overwrite": overwrite,
+        "threads": threads,
+    }
+    if shard is not None:
+        pack_one_share(model, out, shard, as_json=as_json, revision=revision, **call)
+        return
     if not stream:
         model, revision = at_hand(model, revision), None
     with resumable(out), calibration_progress() as layers, progress_bar("pack") as progress:
@@ -137,17 +161,7 @@ def pack_command(
             model,
             out,
             revision=revision,
-            **request,
-            codec=codec,
-            dequantize=dequantize,
-            neurons=neurons,
-            include=include,
-            exclude=exclude,
-            max_shard_bytes=max_shard_size,
-            stream=stream,
-            resume=resume,
-            overwrite=overwrite,
-            threads=threads,
+            **call,
             progress=progress,
             layers=layers,
         )

@@ -34,7 +34,7 @@ from endor.checkpoint.index import (
 from endor.checkpoint.manifest import Writes
 from endor.checkpoint.neurons import encode_turned
 from endor.checkpoint.output import OutputDirectory
-from endor.checkpoint.pack_options import PackOptions
+from endor.checkpoint.pack_options import PackOptions, Part
 from endor.checkpoint.pipeline import OrderedWork, ScratchPool
 from endor.checkpoint.plan import Unit, plan_units
 from endor.checkpoint.reading import TensorLoader, WeightPruner
@@ -60,6 +60,7 @@ def convert(
     pruner: WeightPruner | None,
     options: PackOptions,
     recoded: Layouts | None = None,
+    part: Part | None = None,
     resume: bool = False,
     overwrite: bool = False,
     threads: int | None = None,
@@ -74,6 +75,7 @@ def convert(
         pruner: Applied to these.
         options: What else the bytes depend on.
         recoded: Tensors with packed codes of another format, and where these may be.
+        part: What this process does of a run of several; all when omitted.
         resume: As for `pack_checkpoint`, as the rest, and the errors.
         overwrite: As there.
         threads: As there.
@@ -97,10 +99,13 @@ def convert(
         identity["recoded"] = hashlib.sha256(text.encode()).hexdigest()
     if options.neurons.matrices:
         identity["neurons"] = sorted(options.neurons.matrices)
+    if part is not None:
+        units, identity = tuple(part.units(units)), part.identify(identity)
     described = options.describe()
     dense_files = dense_file_names(source.tensors.values())
     companions = find_companions(source)
-    writes = _writes(companions, source.config())
+    more = part.files() if part is not None else {}
+    writes = {**_writes(companions, source.config()), **dict.fromkeys(more)}
     with OutputDirectory(
         out,
         identity=identity,
@@ -112,6 +117,7 @@ def convert(
         resumed = len(output.finished)
         report = progress or no_progress
         run = _Run(source, output, units, selected, recoded, pruner, options, report)
+        run.part = part
         run.adopt_finished()
         run.write(kernels.thread_count(threads))
         layouts = run.name_shards()
@@ -120,6 +126,8 @@ def convert(
         config = packed_config(source.config(), described, format_version(layouts))
         copy_companions(companions, output.folder, config)
         document = build_index(layouts, dense_files, writes.keys() - {PACKED_INDEX_NAME})
+        for name, content in more.items():
+            (output.folder / name).write_bytes(content)
         for name in _index_names(source.config()):
             (output.folder / name).write_bytes(index_text(document))
         output.publish([*writes, *(layout.path.name for layout in layouts)])
@@ -181,6 +189,7 @@ class _Run:
         self.recoded = recoded
         self.options = options
         self.progress = progress
+        self.part: Part | None = None
         self.done = 0
         self.done_bytes = 0
         self.total_bytes = sum(unit.nbytes for unit in units)
@@ -266,6 +275,9 @@ class _Run:
             self.codes[tensor.name] = found
 
     def _encode(self, tensor: SourceTensor) -> _Encoded:
+        done = self.part.encoded(tensor.name) if self.part is not None else None
+        if done is not None:
+            return _Encoded(done, lambda: None)
         found = self.codes.pop(tensor.name, None)
         if found is None and self.coded and not self.coded.ordered and tensor.name in self.selected:
             found = self.coded.coded(tensor.name)

@@ -1,11 +1,12 @@
 """What the bytes of a packed checkpoint depend on besides its source."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 from endor.checkpoint.neurons import Neurons
-from endor.codecs import CodecChoice
+from endor.checkpoint.plan import Unit
+from endor.codecs import CodecChoice, Encoded
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,3 +39,30 @@ class PackOptions:
             "neurons": self.neurons.activation,
         }
         return {"codec": self.codec} | {key: about for key, about in said.items() if about}
+
+
+class Part(Protocol):
+    """A part in a run of several processes: one share of the records, or the assembly of all."""
+
+    def units(self, units: Sequence[Unit]) -> Sequence[Unit]:
+        """Return those of a run's records that this part writes."""
+        ...
+
+    def identify(self, identity: dict[str, Any]) -> dict[str, Any]:
+        """Return what this part's output depends on.
+
+        Args:
+            identity: What the whole run's does.
+
+        Raises:
+            CheckpointError: The parts are of different runs.
+        """
+        ...
+
+    def files(self) -> Mapping[str, bytes]:
+        """Return what is published besides."""
+        ...
+
+    def encoded(self, name: str) -> Encoded | None:
+        """Return a tensor that another part has encoded; None where it is to be done."""
+        ...

@@ -16,7 +16,7 @@ from endor.checkpoint.located import located
 from endor.checkpoint.manifest import Writes
 from endor.checkpoint.neurons import Neurons, find_neurons
 from endor.checkpoint.output import check_output
-from endor.checkpoint.pack_options import PackOptions
+from endor.checkpoint.pack_options import PackOptions, Part
 from endor.checkpoint.recode import FieldedSource, recodable
 from endor.checkpoint.report import PackReport, Progress
 from endor.checkpoint.select import select
@@ -54,6 +54,7 @@ def pack_checkpoint(
     exclude: Sequence[str] = (),
     max_shard_bytes: int = DEFAULT_SHARD_BYTES,
     stream: bool = False,
+    part: Part | None = None,
     resume: bool = False,
     overwrite: bool = False,
     threads: int | None = None,
@@ -100,6 +101,7 @@ def pack_checkpoint(
         max_shard_bytes: Size that a file does not exceed, unless one record does.
         stream: Fetch the shards of a model on the Hub while earlier ones are packed, and delete
             them behind. Without calibration only.
+        part: What this process does of a run of several, from `endor.packing.shares`.
         resume: Go on with an interrupted run.
         overwrite: Replace `out_dir`.
         threads: Workers; every CPU when omitted.
@@ -133,7 +135,7 @@ def pack_checkpoint(
     if isinstance(model, (str, Path)) and not stream:
         model = located(model, revision=revision)
     if isinstance(model, Path) and not stream and is_composite(model):
-        if quantizes or dequantize or neurons or is_calibrated(how):
+        if part or quantizes or dequantize or neurons or is_calibrated(how):
             raise ConfigError(
                 f"{model}: holds several models, which are packed lossless or with --prune "
                 "magnitude; for more, pack the folder of one"
@@ -201,6 +203,7 @@ def pack_checkpoint(
                 pruner=found.pruner,
                 options=about,
                 recoded=recoded,
+                part=part,
                 resume=resume,
                 overwrite=overwrite,
                 threads=threads,

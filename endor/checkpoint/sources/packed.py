@@ -13,6 +13,7 @@ from endor.checkpoint.companions import dense_config
 from endor.checkpoint.directory import read_config
 from endor.checkpoint.index import DEFAULT_DENSE_FILE, check_shards, read_packed_index
 from endor.checkpoint.sources.contract import SourceTensor
+from endor.codecs import Encoded
 from endor.errors import FormatError
 from endor.storage import FileLayout, HostBuffer, Record, bind_checked, check_bytes, open_reader
 
@@ -51,10 +52,14 @@ class PackedSource:
         self._cache: OrderedDict[tuple[Path, str], np.ndarray] = OrderedDict()
 
     def read_into(self, name: str, out: np.ndarray) -> None:
+        encoded = self.encoded(name)
+        kernels.decode(encoded, out.view(encoded.spec.dtype.uint), threads=1)
+
+    def encoded(self, name: str) -> Encoded:
+        """Return a tensor as it is stored, its record's checksum checked."""
         layout = self._homes[name]
         record = layout.records[layout.tensors[name].record]
-        encoded = bind_checked(layout, name, self._record_bytes(record))
-        kernels.decode(encoded, out.view(encoded.spec.dtype.uint), threads=1)
+        return bind_checked(layout, name, self._record_bytes(record))
 
     def _record_bytes(self, record: Record) -> np.ndarray:
         key = (record.path, record.name)
