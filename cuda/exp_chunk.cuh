@@ -202,12 +202,12 @@ __device__ __forceinline__ void put_exponent(Element* element, u32 exponent) {
 
 // The patches of one group of 8 tiles, by rank from the group's first stored element.
 struct PatchList {
-  const u16* ranks;
-  const u8* exponents;
-  u32 count;
+  const u16* ranks = nullptr;
+  const u8* exponents = nullptr;
+  u32 count = 0;
 
   template <typename Arrays>
-  __device__ __forceinline__ PatchList(const Arrays& t, u64 group) {
+  __device__ __forceinline__ void find(const Arrays& t, u64 group) {
     const u32* offsets = pointer<u32>(t.patch_offsets) + group;
     const u32 begin = __ldg(offsets), end = smaller(__ldg(offsets + 1), t.patches);
     ranks = pointer<u16>(t.patch_ranks) + begin;

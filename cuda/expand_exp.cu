@@ -40,7 +40,8 @@ __device__ __forceinline__ void put_global(const Tensor& t, u64 chunk, const u32
 
 // Give the group's patched elements their true exponent; `elements[0]` is its first stored one of `count`.
 __device__ __forceinline__ void patch(const Tensor& t, u64 group, u32 count, Element* elements) {
-  const PatchList list(t, group);
+  PatchList list;
+  list.find(t, group);
 #pragma unroll 1
   for (u32 i = threadIdx.x; i < list.count; i += THREADS) {
     const u32 rank = __ldg(list.ranks + i);

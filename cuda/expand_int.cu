@@ -127,12 +127,14 @@ struct Values {
   u64 steps, low_bits, levels;
   u32 cols, step_cols, block_rows, block_cols, shift, base;
   float scale, scale_too;
+  float first;  // `base`, as the codes of symbols without low bits count from it
 
   __device__ __forceinline__ explicit Values(const IntTensor& t)
       : steps(keep(t.steps)), low_bits(t.low_bits), levels(t.levels), cols(keep(t.cols)), step_cols(t.step_cols),
         block_rows(t.block_rows), block_cols(t.block_cols), shift(t.shift),
         base(keep(static_cast<u32>(t.base))),
-        scale(__uint_as_float(keep(__float_as_uint(t.scale)))), scale_too(t.scale_too) {}
+        scale(__uint_as_float(keep(__float_as_uint(t.scale)))), scale_too(t.scale_too),
+        first(__uint_as_float(keep(__float_as_uint(static_cast<float>(t.base))))) {}
 
   __device__ __forceinline__ float step(u64 index) const {
     const Stored bits = __ldg(pointer<Stored>(steps) + index);
@@ -263,11 +265,13 @@ __device__ __forceinline__ Element value_of(const Values& v, u32 symbol, u64 row
 #if ENDOR_LEVELS
   return element(__uint_as_float(__ldg(pointer<u32>(v.levels) + symbol)) * v.step(place.index()));
 #endif
-  u32 code = v.base + symbol;
 #if ENDOR_LOW_BITS
-  code = code << v.shift | low_bits(v, row, lane);
+  const u32 code = (v.base + symbol) << v.shift | low_bits(v, row, lane);
+  const float number = static_cast<float>(static_cast<int>(code));
+#else
+  const float number = v.first + static_cast<float>(symbol);  // exact: both and their sum are below 2^24
 #endif
-  return element(static_cast<float>(static_cast<int>(code)) * v.step(place.index()));
+  return element(number * v.step(place.index()));
 }
 
 // Elements whose codes no word gives.

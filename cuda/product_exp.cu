@@ -74,7 +74,7 @@ struct ExpStaging {
 #pragma unroll
       for (int i = 0; i < WORDS_A_LANE; i++) {
         Element* elements = reinterpret_cast<Element*>(slots + rows.in_block(i) * slot) + (first[i] & 7);
-        if (count[i]) patch(rows.flat(i, segment), segment, first[i], count[i], elements);
+        patch(rows.flat(i, segment), segment, first[i], count[i], elements);
       }
     }
   }
@@ -86,21 +86,44 @@ struct ExpStaging {
   }
 
   // Give the patched ones of `count` elements from rank `first` on, weights from `at` on, their true exponent.
+  // All lanes call it, those of a row with the same arguments.
   __device__ __forceinline__ void patch(u64 at, u32 segment, u32 first, u32 count, Element* elements) const {
-    const u64 last = at + least(rows.p.cols - segment * SEGMENT, SEGMENT) - 1;
-#pragma unroll 1
-    for (u64 group = at / ENDOR_GROUP; group <= last / ENDOR_GROUP; group++) {
-      const PatchList list(rows.p, group);
+    const u64 last = (at + least(rows.p.cols - segment * SEGMENT, SEGMENT) - 1) / ENDOR_GROUP;
+    patch_group(at / ENDOR_GROUP, count != 0, first, count, elements);
+    const bool more = count && last != at / ENDOR_GROUP;
+    if (LANES == 32 ? more : __ballot_sync(FULL_WARP, more) != 0) patch_group(last, more, first, count, elements);
+  }
+
+  // Patches ascend by rank. Where few lanes have a row, each probes the list once, and what lies between the
+  // probes around the segment is walked; 32 lanes walk a list of usual length as fast.
+  __device__ __forceinline__ void patch_group(u64 group, bool live, u32 first, u32 count, Element* elements) const {
+    PatchList list;
+    u32 start = 0;
+    if (live) {
+      list.find(rows.p, group);
 #if ENDOR_BITMAP
-      const u32 start = __ldg(pointer<u32>(rows.p.tile_offsets) + group * GROUP_TILES);
+      start = __ldg(pointer<u32>(rows.p.tile_offsets) + group * GROUP_TILES);
 #else
-      const u32 start = static_cast<u32>(group * ENDOR_GROUP);
+      start = static_cast<u32>(group * ENDOR_GROUP);
 #endif
+    }
+    const int ahead = static_cast<int>(start - first);  // of the group's first element
+    u32 begin = 0, end = list.count;
+    if constexpr (LANES < 32) {
+      const u32 step = (list.count + LANES - 1) / LANES, probe = rows.sub * step;
+      int rank = static_cast<int>(count);
+      if (probe < list.count) rank = ahead + __ldg(list.ranks + probe);
+      constexpr u32 MINE = (1u << LANES % 32) - 1u;
+      const u32 shift = rows.lane & ~(LANES - 1);
+      const u32 before = __popc(__ballot_sync(FULL_WARP, rank < 0) >> shift & MINE);
+      const u32 until = __popc(__ballot_sync(FULL_WARP, rank < static_cast<int>(count)) >> shift & MINE);
+      begin = (before ? before - 1 : 0) * step;
+      end = least(until * step, list.count);
+    }
 #pragma unroll 1
-      for (u32 k = rows.sub; k < list.count; k += LANES) {
-        const u32 rank = start - first + __ldg(list.ranks + k);  // modulo 2^32: before `first` is far above
-        if (rank < count) put_exponent(elements + rank, __ldg(list.exponents + k));
-      }
+    for (u32 k = begin + rows.sub; k < end; k += LANES) {
+      const u32 place = ahead + __ldg(list.ranks + k);  // before the first one: far above
+      if (place < count) put_exponent(elements + place, __ldg(list.exponents + k));
     }
   }
 

@@ -126,8 +126,12 @@ def segment_nnz(spec: TensorSpec, bitmap: np.ndarray | None) -> int:
 
 
 def warp_rows(columns: int, codec: str) -> int:
-    """Return the rows of a warp that cost least: many share x, few walk through few patches."""
-    return {1: 4, 2: 8, 4: 16, 8: 32}[columns] if codec == "raw" else max(4, 2 * columns)
+    """Return the rows of a warp that cost least by the counts of docs/kernels-gpu.md.
+
+    Many rows share x; chunks and patches of `exp` come in short pieces of many rows.
+    """
+    by_columns = {1: 4, 2: 8, 4: 16, 8: 32} if codec == "raw" else {1: 4, 2: 4, 4: 16, 8: 16}
+    return by_columns[columns]
 
 
 def plan_product(

@@ -116,6 +116,9 @@ class Device(Protocol):
     def compute_stream(self) -> Hashable:
         """Return what identifies the caller's current stream."""
 
+    def capturing(self) -> bool:
+        """Return whether the caller's current stream is being captured into a CUDA graph."""
+
     def record_compute(self, event: Any) -> None:
         """Record an event behind all work of the caller's current stream."""
 
@@ -266,6 +269,10 @@ class CudaDevice:
 
     def compute_stream(self) -> Hashable:
         return torch.cuda.current_stream(self.device).cuda_stream
+
+    def capturing(self) -> bool:
+        with torch.cuda.device(self.device):
+            return torch.cuda.is_current_stream_capturing()
 
     def record_compute(self, event: torch.cuda.Event) -> None:
         event.record(torch.cuda.current_stream(self.device))

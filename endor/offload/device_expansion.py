@@ -23,7 +23,9 @@ class DeviceScratch:
     """Two dense buffers per thread, used in turn, on the stream that the thread computes on.
 
     In one stream a buffer is free again when the next expansion into it runs. A thread that changes
-    its stream makes the new one wait for the old.
+    its stream makes the new one wait for the old. A stream that is captured into a CUDA graph can
+    wait for nothing outside: whoever captures and replays orders that against other work with the
+    same thread's weights, as for any memory that a graph writes.
 
     Attributes:
         tuner: Which products are faster from the packed form than with what was expanded here.
@@ -38,14 +40,19 @@ class DeviceScratch:
 
     def next(self) -> torch.Tensor:
         """Return the other buffer, u8, `each` bytes."""
-        local = self._local
+        local, capturing = self._local, self._device.capturing()
         if not hasattr(local, "buffers"):
+            if capturing:
+                raise BackendError(
+                    "this thread expands its first weight while its stream is captured into a CUDA "
+                    "graph, which takes no memory: run the step once before it is captured"
+                )
             both = self._device.allocate(self.nbytes)
             local.buffers = (both[: self.each], both[self.each :])
             local.turn, local.stream = 0, self._device.compute_stream()
             local.event = self._device.event()
         stream = self._device.compute_stream()
-        if stream != local.stream:
+        if stream != local.stream and not capturing:
             self._device.await_in_compute(local.event)
             local.stream = stream
         local.turn ^= 1
@@ -54,7 +61,8 @@ class DeviceScratch:
 
     def expanded(self) -> None:
         """Note that an expansion was enqueued; uses of it come behind."""
-        self._device.record_compute(self._local.event)
+        if not self._device.capturing():
+            self._device.record_compute(self._local.event)
 
 
 class DeviceExpansion(Expansion):

@@ -171,6 +171,11 @@ class DeviceMover:
             self.drop()
         if self._copier is None:
             raise BackendError("the weights of this model were closed; load it again")
+        if self.device.capturing():
+            raise BackendError(
+                f"{unit.name} is not in VRAM: its copies cannot be captured into a CUDA graph; "
+                "capture models whose units are all there (a larger vram budget)"
+            )
         slot = self._copier.take(unit.index if cut is None else self.split.number(unit))
         return OnDevice(unit, slot.buffer, slot, cut=cut)
 

@@ -57,6 +57,8 @@ class Tuner:
         """
         name = name_of(spec, rows)
         known = self._packed.get(name)
+        if known is None and self._device.capturing():
+            return True  # a captured stream cannot be timed
         if known is None:
             with self._lock:  # another thread's work would be measured, too
                 known = self._packed.get(name)

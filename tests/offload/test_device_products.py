@@ -7,6 +7,7 @@ import torch
 
 import endor
 from endor import machine
+from endor.errors import BackendError
 from endor.offload.device_expansion import DeviceScratch
 from endor.offload.store import Store
 from endor.offload.tuning import name_of
@@ -143,3 +144,73 @@ def test_each_scratch_asks_for_its_own_card():
     one, two = FakeDevice(), FakeDevice()
     two.card = "another"
     assert DeviceScratch(one, 256).tuner._key != DeviceScratch(two, 256).tuner._key
+
+
+def step(store: Store, rows: int = 1) -> None:
+    """What a decode step asks of the weights: products, and one that is expanded."""
+    x = torch.ones(rows, COLS, dtype=torch.bfloat16)
+    for weight in store.weights.values():
+        weight.product(x)
+        weight.dense()
+
+
+@pytest.mark.parametrize("product", [1.0, 2.5])
+def test_a_step_of_resident_weights_can_be_captured(layout, opened, product):
+    """After a first run; and later runs do not wait for what the capture recorded."""
+    device = FakeDevice()
+    device.costs_s["product"] = product
+    store = open_store(layout, opened, device)
+    step(store)
+    for _ in range(2):
+        with device.capture():
+            step(store)
+        step(store)
+    multiply(store, 1)
+
+
+def test_a_capture_without_a_first_run_is_refused(layout, opened):
+    device = FakeDevice()
+    store = open_store(layout, opened, device)
+    with device.capture(), pytest.raises(BackendError, match="run the step once before"):
+        step(store)
+    step(store)
+    assert device.measured
+    measured = device.measured
+    with device.capture():
+        step(store, rows=4)
+    assert device.measured == measured, "nothing is timed, and nothing remembered"
+    step(store, rows=4)
+    assert device.measured == measured + 2
+
+
+@pytest.mark.parametrize("slots", [2, 3])
+def test_units_outside_vram_cannot_be_captured(layout, opened, slots):
+    device = FakeDevice()
+    store = open_store(layout, opened, device, tier="resident", slots=slots)
+    step(store)
+    with device.capture(), pytest.raises(BackendError, match=r"layers\.0\.weight is not in VRAM"):
+        step(store)
+    step(store)
+    multiply(store, 1)
+
+
+def test_what_cuda_refuses_is_refused():
+    """The simulated device's own rules: without them the tests above would say nothing."""
+    device = FakeDevice()
+    before, inside = device.event(), device.event()
+    device.record_compute(before)
+    with device.capture():
+        with pytest.raises(BackendError, match="allocated while"):
+            device.allocate(256)
+        with pytest.raises(BackendError, match="the other side of a capture"):
+            device.await_in_compute(before)
+        device.record_compute(inside)
+        device.await_in_compute(inside)
+        with pytest.raises(BackendError, match="the other side of a capture"):
+            device.await_in_copy(inside)
+        with pytest.raises(BackendError, match="waits for an event while"):
+            device.synchronize(before)
+    with pytest.raises(BackendError, match="the other side of a capture"):
+        device.await_in_compute(inside)
+    device.record_compute(inside)
+    device.await_in_compute(inside)

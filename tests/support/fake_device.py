@@ -38,11 +38,15 @@ def current_index() -> int:
 
 @dataclass(eq=False, slots=True)
 class FakeEvent:
-    """An event: how often it was recorded, how many of those have happened, and when."""
+    """An event: how often it was recorded, how many of those have happened, and when.
+
+    `captured`: the capture that recorded it last; 0 for none.
+    """
 
     recorded: int = 0
     happened: int = 0
     at: float = 0.0
+    captured: int = 0
 
 
 @dataclass(slots=True)
@@ -152,6 +156,7 @@ class FakeDevice:
         self.now = 0.0
         self.pinned_bytes = 0
         self.errors: list[str] = []
+        self._capture, self._captures = 0, 0
         self.card, self.measured = "simulated", 0
         self.costs_s = {"product": 1.0, "expansion": 2.0}
         self.products: list[FakeProduct] = []
@@ -169,6 +174,7 @@ class FakeDevice:
     # ---- the protocol --------------------------------------------------------------------------
 
     def allocate(self, nbytes: int) -> torch.Tensor:
+        self._refuse_in_capture("memory is allocated")
         memory = np.full(nbytes, SPOILED, dtype=np.uint8)
         self.allocated_bytes += nbytes
         address = memory.ctypes.data
@@ -206,6 +212,7 @@ class FakeDevice:
 
     def seconds(self, work: Callable[[], None]) -> float:
         """Twice for each run of a product or an expansion what it was given; see `costs_s`."""
+        self._refuse_in_capture("the host waits for an event")
         self.measured += 1
         before = self._spent
         work()
@@ -335,7 +342,11 @@ class FakeDevice:
         self._signal("copy", event, wait=True)
 
     def compute_stream(self) -> Hashable:
-        return threading.get_ident()
+        number = self._capturing_here()
+        return ("capture", number) if number else threading.get_ident()
+
+    def capturing(self) -> bool:
+        return bool(self._capturing_here())
 
     def record_compute(self, event: FakeEvent) -> None:
         self._signal(self.compute_stream(), event, wait=False)
@@ -344,6 +355,10 @@ class FakeDevice:
         self._signal(self.compute_stream(), event, wait=True)
 
     def synchronize(self, event: FakeEvent) -> None:
+        self._refuse_in_capture("the host waits for an event")
+        self._synchronize(event)
+
+    def _synchronize(self, event: FakeEvent) -> None:
         with self._lock:
             turn = event.recorded
             while event.happened < turn:
@@ -354,7 +369,32 @@ class FakeDevice:
         """Let the clock run until the caller's stream has done what was enqueued."""
         event = self.event()
         self.record_compute(event)
-        self.synchronize(event)
+        self._synchronize(event)
+
+    # ---- captures ------------------------------------------------------------------------------
+
+    @contextmanager
+    def capture(self) -> Iterator[None]:
+        """Let the thread's work go to a stream that is captured, in CUDA's global mode.
+
+        What CUDA refuses meanwhile raises: of every thread allocations and waits of the host, of
+        the captured stream waits for what was recorded outside, and of every other stream, for
+        ever, waits for what was recorded in the capture.
+        """
+        assert not self._capture
+        self._captures += 1
+        self._capture, _thread.capture = self._captures, self._captures
+        try:
+            yield
+        finally:
+            self._capture, _thread.capture = 0, 0
+
+    def _capturing_here(self) -> int:
+        return self._capture if getattr(_thread, "capture", 0) == self._capture else 0
+
+    def _refuse_in_capture(self, what: str) -> None:
+        if self._capture:
+            raise BackendError(f"CUDA: {what} while a stream is captured")
 
     # ---- the simulation ------------------------------------------------------------------------
 
@@ -393,9 +433,13 @@ class FakeDevice:
         return self._streams[stream].busy
 
     def _signal(self, stream: Hashable, event: FakeEvent, *, wait: bool) -> None:
+        inside = self._capturing_here() if stream != "copy" else 0
+        if wait and event.recorded and event.captured != inside:
+            raise BackendError("CUDA: a wait for an event from the other side of a capture")
         with self._lock:
             if not wait:
                 event.recorded += 1
+                event.captured = inside
             self._stream(stream).queue.append(_Signal(event, event.recorded, wait))
 
     def _enqueue(

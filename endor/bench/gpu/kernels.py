@@ -118,7 +118,7 @@ def _products(
     columns = 1 << (batch - 1).bit_length()
     most = gpu_product.warp_rows(columns, spec.codec)
     for rows in sorted({most, max(most // 2, 2 * columns, 4)}):
-        for warps in (2, 4, 8):
+        for warps in (4, 8):
             launches = [
                 gpu_product.plan_product(
                     spec,

@@ -54,7 +54,14 @@ def compare(m: Machine, i: Instruction, acting: np.ndarray) -> None:
 @executes("I2F", "I2FP")
 def from_integer(m: Machine, i: Instruction, acting: np.ndarray) -> None:
     value = m.value(i.operands[1])
-    exact = (value if i.has("U32") else value.view(np.int32)).astype(np.float64)
+    narrow = {"U8": 0xFF, "U16": 0xFFFF}
+    if {"S8", "S16", "F64"} & set(i.modifiers) or ".B" in i.operands[1].text:
+        raise Fault("form of conversion")
+    for name, mask in narrow.items():
+        if i.has(name):
+            value = value & np.uint32(mask)
+    unsigned = i.has("U32") or any(i.has(name) for name in narrow)
+    exact = (value if unsigned else value.view(np.int32)).astype(np.float64)
     out = exact.astype(np.float32)
     if i.has("RP"):
         below = out.astype(np.float64) < exact
