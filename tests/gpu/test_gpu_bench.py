@@ -22,7 +22,8 @@ def test_expansion():
 def test_products():
     subjects = [record.subject for record in bench.products(TOY, batches=(1, 3))]
     assert "torch F.linear, batch 3" in subjects
-    assert subjects.count("endor product, batch 1") == 6
+    assert subjects.count("endor raw product, batch 1") == 2, "one number of rows, two of warps"
+    assert subjects.count("endor exp product, batch 3") == 4, "two numbers of rows, two of warps"
 
 
 def test_link():

@@ -166,6 +166,25 @@ def test_expansions_can_be_captured(rng):
             assert np.array_equal(bits(out), codecs.decode(item).reshape(-1))
 
 
+def test_products_can_be_captured(rng):
+    """A replay reads what x holds then; the launch is the one that was kept."""
+    values = weights(rng, 64 * 1024, 0.5).reshape(64, 1024)
+    values[values & 0x7F80 == 0x7F80] = 0x3F80
+    packed = gpu.upload(codecs.encode(values, DTYPES["BF16"], codec="exp"), "cuda")
+    x = torch.zeros(2, 1024, dtype=torch.bfloat16, device="cuda")
+    out = torch.empty(2, 64, device="cuda")
+    work = gpu_multiply.Multiplication(packed)
+    work.run(x, out)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        work.run(x, out)
+    for _ in range(2):
+        x.normal_()
+        graph.replay()
+        assert torch.equal(out, gpu_multiply.product(packed, x, torch.empty_like(out)))
+
+
 @pytest.mark.parametrize("name", ["BF16", "F16"])
 @pytest.mark.parametrize("batch", [1, 2, 3, 5, 8])
 def test_product(rng, name, batch):

@@ -129,6 +129,49 @@ def test_the_host_multiplies_beside_the_device(checkpoint, share):
     model.endor.close()
 
 
+def test_what_a_step_asks_of_resident_weights_can_be_captured(checkpoint, monkeypatch, tmp_path):
+    """Products and expansions after a first run, and the same ones outside the graph again."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    path, _ = checkpoint
+    model = endor.load_model(path, device="cuda", exact=False)
+    weights = [weight for weight in model.endor.weights.values() if weight.product_rows]
+    assert weights
+    inputs = [
+        torch.randn(1, weight.shape[1], device="cuda").to(torch.bfloat16) for weight in weights
+    ]
+
+    def step() -> list[torch.Tensor]:
+        found = []
+        for weight, x in zip(weights, inputs, strict=True):
+            found += [weight.product(x), weight.dense().sum(dtype=torch.float32)]
+        return found
+
+    expected = step()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step()
+    for _ in range(2):
+        graph.replay()
+        for found, wanted in zip(captured, expected, strict=True):
+            assert torch.equal(found, wanted)
+    for found, wanted in zip(step(), expected, strict=True):
+        assert torch.equal(found, wanted)
+    model.endor.close()
+
+
+def test_the_device_times_work_and_knows_a_capture():
+    device = CudaDevice("cuda")
+    big, small = (torch.ones(size, size, device="cuda") for size in (4096, 64))
+    assert 0 < device.seconds(lambda: torch.mm(small, small)) < 1
+    assert device.seconds(lambda: torch.mm(big, big)) > device.seconds(lambda: small.add_(1))
+    assert not device.capturing()
+    with torch.cuda.graph(torch.cuda.CUDAGraph()):
+        assert device.capturing()
+        small.add_(1)
+    assert device.facts()["card"] == torch.cuda.get_device_name()
+
+
 def test_the_device_copies_what_it_is_told():
     """The copier over a real stream: every slot holds its unit's bytes when they are used."""
     device = CudaDevice("cuda")
