@@ -150,6 +150,29 @@ def test_queries_keys_and_values_share_a_trip(device, checkpoint):
     store.close()
 
 
+def test_an_expert_is_computed_where_it_lies_for_few_tokens_and_copied_for_many(device, checkpoint):
+    path, on_cpu = checkpoint
+    if on_cpu.config.model_type != "mixtral":
+        pytest.skip("has no experts")
+    units = on_cpu.endor.units
+    experts = [unit for unit in units if not unit.scheduled]
+    tiers = {unit.name: "vram" if unit.scheduled else "host" for unit in units}
+    model = load(path, placement=Placement(tiers, 0, 2))
+    store = model.endor
+    with torch.no_grad():
+        for tokens, copied in ((2, False), (96, True)):
+            ids = torch.randint(1, 211, (1, tokens), generator=torch.Generator().manual_seed(2))
+            before, copies = store.ledger.snapshot(), store.report()["copier"]["copies"]
+            close_to(model(ids).logits, on_cpu(ids).logits)
+            copies = store.report()["copier"]["copies"] - copies
+            products = store.ledger.since(before)["host_products"]
+            assert (copies > 0) == copied
+            assert (products > 0) or copied
+            assert copies <= len(experts)
+    assert device.errors == []
+    store.close()
+
+
 def test_text_is_made(device, checkpoint):
     path, on_cpu = checkpoint
     names = [unit.name for unit in on_cpu.endor.units]
