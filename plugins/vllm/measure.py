@@ -1,14 +1,17 @@
 """Tokens a second and memory of vLLM on a packed checkpoint beside the dense one, in one run.
 
-python plugins/vllm/measure.py DENSE PACKED [--tokens 64] [--rounds 3]
+python plugins/vllm/measure.py DENSE PACKED [--tokens 64] [--rounds 3] [--threads N]
 
 Each of three ways (dense; packed, expanded for each product; packed, few rows multiplied as they
 lie) is a process of its own that loads once and then waits: rounds go over the three in turn, so
 that what else the machine does meets all of them. A figure is the best round's. Memory is what
-the process holds after loading, less what it holds before, and what its weights are.
+the weights of the model take, and what the process holds after loading, caches included. On a
+machine that does other things, one thread is the fairest: OpenMP's threads wait for each other.
 """
 
 import argparse
+import ctypes
+import gc
 import json
 import os
 import platform
@@ -16,6 +19,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 WAYS: dict[str, dict[str, object]] = {
     "dense": {},
@@ -30,7 +34,9 @@ PROMPT = list(range(100, 132))
 
 
 def resident_bytes() -> int:
-    """Return the process's resident memory."""
+    """Return the process's resident memory, without what the allocator keeps for later."""
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)
     pages = int(Path("/proc/self/statm").read_text().split()[1])
     return pages * os.sysconf("SC_PAGE_SIZE")
 
@@ -41,7 +47,6 @@ def serve(model: str, options: str, tokens: int) -> None:
     os.dup2(2, 1)  # vLLM logs to standard output
     from vllm import LLM, SamplingParams
 
-    before = resident_bytes()
     llm = LLM(
         model,
         max_model_len=512,
@@ -52,7 +57,7 @@ def serve(model: str, options: str, tokens: int) -> None:
         disable_log_stats=True,
         **json.loads(options),
     )
-    held = {"resident_bytes": resident_bytes() - before, "weight_bytes": weight_bytes(llm)}
+    held = {"resident_bytes": resident_bytes(), "weight_bytes": weight_bytes(llm)}
     print(json.dumps(held), file=answers, flush=True)
     sampling = SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True, detokenize=False)
     for line in sys.stdin:
@@ -64,25 +69,36 @@ def serve(model: str, options: str, tokens: int) -> None:
         print(json.dumps(made / spent), file=answers, flush=True)
 
 
-def weight_bytes(llm: object) -> int:
-    """Return the bytes of the model's parameters; of linear layers that vLLM repacked, dense."""
+def weight_bytes(llm: Any) -> int:
+    """Return what the model's weights take; a dense layer's too, whose parameter vLLM empties."""
 
-    def count(model: object) -> int:
-        seen = {id(p): p.numel() * p.element_size() for p in model.parameters()}  # type: ignore[attr-defined]
-        return sum(seen.values())
+    def count(model: Any) -> int:
+        from vllm.model_executor.layers.linear import LinearBase
 
-    return int(llm.apply_model(count)[0])  # type: ignore[attr-defined]
+        total = sum(p.numel() * p.element_size() for p in model.parameters())
+        for module in model.modules():
+            weight = getattr(module, "weight", None)
+            if isinstance(module, LinearBase) and weight is not None and not weight.numel():
+                rows, cols = sum(module.output_partition_sizes), module.input_size_per_partition
+                total += rows * cols * weight.element_size()
+        return int(total)
+
+    return int(llm.apply_model(count)[0])
 
 
-def start(model: str, options: dict[str, object], tokens: int) -> subprocess.Popen[str]:
+def start(
+    model: str, options: dict[str, object], tokens: int, threads: int
+) -> subprocess.Popen[str]:
     """Return a process that serves, once it has loaded."""
     environment = os.environ | {
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
         "VLLM_CPU_KVCACHE_SPACE": "1",
         "VLLM_LOGGING_LEVEL": "ERROR",
+        "VLLM_CPU_OMP_THREADS_BIND": "nobind",
         "HF_HUB_OFFLINE": "1",
+        "OMP_NUM_THREADS": str(threads),
+        "ENDOR_THREADS": str(threads),
     }
-    environment.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
     command = [sys.executable, __file__, "--serve", model, json.dumps(options), str(tokens)]
     return subprocess.Popen(
         command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
@@ -118,9 +134,11 @@ def main() -> None:
     parser.add_argument("packed")
     parser.add_argument("--tokens", type=int, default=64)
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
     arguments = parser.parse_args()
     paths = {way: arguments.packed if options else arguments.dense for way, options in WAYS.items()}
-    processes = {way: start(paths[way], WAYS[way], arguments.tokens) for way in WAYS}
+    tokens, threads = arguments.tokens, arguments.threads
+    processes = {way: start(paths[way], WAYS[way], tokens, threads) for way in WAYS}
     try:
         held = {way: ask(process, None) for way, process in processes.items()}
         best = {way: dict.fromkeys(BATCHES, 0.0) for way in WAYS}
@@ -132,7 +150,8 @@ def main() -> None:
     finally:
         for process in processes.values():
             process.kill()
-    print(f"{cpu_name()}; {arguments.tokens} tokens after {len(PROMPT) + 1}, eager, bfloat16")
+    print(f"{cpu_name()}, {threads} thread{'s' * (threads > 1)}; vLLM eager, bfloat16")
+    print(f"{tokens} tokens after {len(PROMPT) + 1}, best of {arguments.rounds} rounds")
     columns = " | ".join(f"tokens/s, batch {batch}" for batch in BATCHES)
     print(f"| | weights, MB | resident after loading, MB | {columns} |")
     print("|---|" + "---:|" * (2 + len(BATCHES)))

@@ -99,7 +99,8 @@ class EndorLoader(DefaultModelLoader):  # type: ignore[misc]
             super().track_weights_loading(model, loaded_weights, quantized=quantized)
         except ValueError as error:
             raise CheckpointError(
-                f"the checkpoint lacks tensors of {type(model).__name__}: {error}"
+                f"the checkpoint lacks tensors of {type(model).__name__} (vLLM: {error}); compare "
+                "its config.json with its tensors (endor inspect), or copy it again"
             ) from None
 
     def _directory(self, model_config: ModelConfig) -> Path:

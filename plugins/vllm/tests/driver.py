@@ -34,9 +34,11 @@ def run(job: dict[str, Any]) -> dict[str, Any]:
             job["model"], max_model_len=128, max_num_seqs=3, skip_tokenizer_init=True, **options
         )
     except Exception as error:
-        return {"error": f"{type(error).__name__}: {error}"}
-    finally:
+        said = f"{type(error).__name__}: {error}"
+        del error
         gc.collect()
+        cleanup_dist_env_and_memory()
+        return {"error": said}
     if offloader is not None:
         offloader.post_init()  # vLLM's runner for GPUs does
     sampling = SamplingParams(

@@ -202,7 +202,13 @@ def test_what_does_not_work_says_so(tmp_path):
         (maker(tmp_path / maker.__name__, packed), PACKED, sentence)
         for maker, sentence in zip(
             makers,
-            ("checksum must be", "rows once", "different models", "(gptq)", "no packed checkpoint"),
+            (
+                "checksum must be",
+                "lacks tensors",
+                "different models",
+                "(gptq)",
+                "no packed checkpoint",
+            ),
             strict=True,
         )
     ]

@@ -227,6 +227,44 @@ def test_the_bytes_may_be_elsewhere_at_each_use():
         assert same_bits(layers[number].endor.dense(layers[number].weight), wanted[number])
 
 
+def test_what_a_device_is_told_to_expand(monkeypatch):
+    """Without a device: what its kernels are given is expanded on the CPU instead."""
+    from endor import kernels
+    from endor.kernels import gpu
+
+    prepared = []
+
+    class Launches:
+        def __init__(self, items: list[tuple[gpu.DeviceEncoded, torch.Tensor]]) -> None:
+            prepared.append(items)
+            self.items = items
+
+        def run(self) -> None:
+            for packed, out in self.items:
+                kernels.decode(gpu.download(packed), bits_of(out).reshape(-1))
+
+    monkeypatch.setattr(gpu, "prepare", Launches)
+    for codecs, dtype in (
+        (["exp", "dense", "int"], torch.bfloat16),
+        (["raw", "exp", "exp"], torch.float16),
+    ):
+        prepared.clear()
+        layer = ready(packed_layer("qkv", codecs, dtype))
+        matrix, wanted = layer.endor, dense_weight("qkv", codecs, dtype)
+        out = torch.empty(wanted.shape, dtype=dtype)
+        for data in (layer.weight.data, layer.weight.data, layer.weight.data.clone()):
+            out.zero_()
+            matrix._expand_on_device(data, out)
+            assert same_bits(out, wanted)
+        assert len(prepared) == 2  # once for each place of the bytes
+        assert all(packed.storage.is_contiguous() for packed, _ in prepared[0])
+        ends = [
+            max(packed.offsets[array.suffix] + array.nbytes for array in packed.spec.arrays)
+            for packed, _ in prepared[0]
+        ]
+        assert max(ends) + 128 <= layer.weight.numel()
+
+
 def test_the_operator_is_what_torch_compile_takes_it_for():
     from endor_vllm import op
 
