@@ -4,22 +4,28 @@ A graph holds the operator with the layer's bytes as an input. Which layer it is
 too, so that the graphs of equal layers are equal and are compiled once.
 """
 
+from itertools import count
+from weakref import WeakValueDictionary
+
 import torch
 
 from endor_vllm.matrix import Matrix
 
-_matrices: list[Matrix] = []
+_numbers = count()
+_matrices: WeakValueDictionary[int, Matrix] = WeakValueDictionary()
+"""They belong to their layers, and go with them."""
 
 
 def handle_of(matrix: Matrix) -> torch.Tensor:
     """Return what names `matrix` to the operator: its number, an integer on the CPU."""
-    _matrices.append(matrix)
-    return torch.tensor(len(_matrices) - 1, dtype=torch.int64, device="cpu")
+    number = next(_numbers)
+    _matrices[number] = matrix
+    return torch.tensor(number, dtype=torch.int64, device="cpu")
 
 
-def matrices() -> list[Matrix]:
-    """Return the matrices of every model that this process has loaded."""
-    return list(_matrices)
+def matrices() -> dict[int, Matrix]:
+    """Return the matrices of the models that this process holds, by number."""
+    return dict(_matrices)
 
 
 @torch.library.custom_op("endor::linear", mutates_args=())

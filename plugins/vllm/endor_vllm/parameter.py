@@ -67,7 +67,9 @@ class PackedParameter(BasevLLMParameter):  # type: ignore[misc]
             CheckpointError: Rows are missing, or were given twice.
             ConfigError: They were collected before.
         """
-        parts, self._parts = join_dense(self._loading()), None
+        given = self._loading()
+        parts, self._parts = join_dense(given), None
+        given.clear()  # vLLM keeps a copy of a parameter's attributes, and with it this list
         row = 0
         for at, encoded in parts:
             if at != row:

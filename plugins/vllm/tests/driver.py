@@ -2,7 +2,7 @@
 
 Standard input: a JSON list of {"model", "options", "prompts", "tokens"}, and "prefetch" to have
 decoder layers offloaded. The last line of standard output: a list of {"tokens", "expansions",
-"products", "packed_bytes", "layers", "prefetch"}, or {"error"}.
+"products", "packed_bytes", "layers", "kept_views", "prefetch"}, or {"error"}.
 """
 
 import gc
@@ -24,9 +24,10 @@ def run(job: dict[str, Any]) -> dict[str, Any]:
     from vllm.distributed import cleanup_dist_env_and_memory
     from vllm.model_executor.offloader import set_offloader
 
+    from endor.kernels import native
     from endor_vllm import op
 
-    first = len(op.matrices())
+    last = max(op.matrices(), default=-1)
     offloader = prefetching() if job.get("prefetch") else None
     options = {"enforce_eager": True, "dtype": "bfloat16"} | job["options"]
     try:
@@ -46,8 +47,10 @@ def run(job: dict[str, Any]) -> dict[str, Any]:
     )
     prompts = [{"prompt_token_ids": prompt} for prompt in job["prompts"]]
     outputs = llm.generate(prompts, sampling, use_tqdm=False)
-    matrices = op.matrices()[first:]
+    matrices = [matrix for number, matrix in op.matrices().items() if number > last]
+    gc.collect()
     result = {
+        "kept_views": len(native._views),
         "tokens": [list(output.outputs[0].token_ids) for output in outputs],
         "layers": len(matrices),
         "expansions": sum(matrix.expansions for matrix in matrices),
@@ -56,7 +59,7 @@ def run(job: dict[str, Any]) -> dict[str, Any]:
     }
     if offloader is not None:
         result["prefetch"] = offloader.summary()
-    del llm
+    del llm, matrices
     set_offloader(None)
     cleanup_dist_env_and_memory()
     return result

@@ -87,6 +87,8 @@ def test_lossless_pruned_and_quantised_llama(tmp_path):
     assert len({json.dumps(result["tokens"]) for result in results}) == 3
     # 3 layers of qkv, o, gate_up and down.
     assert all(results[packed]["layers"] == 12 for packed, _ in pairs)
+    # What was read is gone: there are the 7 matrices of each layer, as they lie in its bytes.
+    assert results[1]["kept_views"] == 3 * 7
     assert "packed tensors are expanded in memory" in results[3]["log"]
     assert "lm_head" in results[3]["log"]
 
