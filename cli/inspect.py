@@ -47,7 +47,8 @@ def inspect_command(packed: Path, asks_model: bool, revision: str | None, as_jso
         spec = row.spec
         codec = spec.codec if spec.bitmap or spec.codec == "dense" else f"{spec.codec}, no bitmap"
         if spec.coding is not None:
-            codec = f"int, {spec.coding.symbols} symbols"
+            kind = "levels" if spec.coding.levels else "symbols"
+            codec = f"int, {spec.coding.symbols} {kind}"
         if spec.fields is not None:
             widths = (
                 str(spec.fields.layout.width(n)) for n in range(len(spec.fields.layout.fields))

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from endor import codecs, kernels
 from endor.codecs import DTYPES, Encoded, integer, planning, rans
 from endor.codecs.planning import CodePlan
+from endor.codecs.rounding import floats_of
 from endor.errors import FormatError
 
 from ..conftest import KERNELS, need
@@ -254,3 +255,22 @@ def test_prepared_products(compiled: str, name: str, batch: int, rng: np.random.
     assert run is not None
     run(x.ctypes.data, batch, found.ctypes.data)
     assert np.array_equal(found.view(np.uint32), wanted.view(np.uint32))
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("name", ["BF16", "F16", "F32"])
+def test_products_with_levels(kernel: str, name: str) -> None:
+    need(kernel)
+    rng = np.random.default_rng(7)
+    levels = rng.standard_normal(16).astype(np.float32)
+    codes = rng.integers(0, 16, (70, 515))
+    steps = integer.round_steps(rng.random((70, 5)) + 0.1)
+    encoded = integer.encode(codes, steps, DTYPES[name], levels=levels, block=(1, 103))
+    weight = floats_of(codecs.decode(encoded), DTYPES[name])
+    inputs = DTYPES[name].uint.type(0) + rng.integers(0, 1 << 10, (3, 515)).astype(
+        DTYPES[name].uint
+    )
+    x = floats_of(inputs, DTYPES[name])
+    out = np.empty((3, 70), np.float32)
+    kernels.matvec(encoded, inputs, out, kernel=kernel, threads=2)
+    np.testing.assert_allclose(out, x.astype(np.float64) @ weight.T, rtol=1e-5, atol=1e-30)
