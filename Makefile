@@ -8,6 +8,7 @@ SOURCES := pyproject.toml setup.py scripts/install.py $(wildcard endor/kernels/c
 
 .PHONY: demo models wheels test test-lowest versions lint docs docs-check torture clean
 SECONDS ?= 300
+WORKERS ?= 2
 
 $(STAMP): $(SOURCES)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -27,11 +28,11 @@ demo: versions
 	$(BIN)/python scripts/demo.py
 
 test: versions lint docs-check
-	ENDOR_REQUIRE_NATIVE=1 ENDOR_REQUIRE_NVRTC=1 $(BIN)/python -m pytest
+	ENDOR_REQUIRE_NATIVE=1 ENDOR_REQUIRE_NVRTC=1 $(BIN)/python -m pytest -n $(WORKERS)
 
 test-lowest: $(LOWEST)/.installed
 	$(LOWEST)/bin/endor info
-	ENDOR_REQUIRE_NATIVE=1 $(LOWEST)/bin/python -m pytest -m "not slow"
+	ENDOR_REQUIRE_NATIVE=1 $(LOWEST)/bin/python -m pytest -n $(WORKERS) -m "not slow"
 
 lint: $(STAMP)
 	$(BIN)/python -m ruff check .

@@ -36,6 +36,9 @@ CPU_FLAGS = {
 }
 """What Linux calls what a kernel needs: a second opinion beside the library's."""
 
+KERNEL = "endor kernel"
+"""What a report calls the kernel that its test ran."""
+
 passed: Counter[str] = Counter()
 """Tests passed, by the kernel that they ran."""
 
@@ -101,8 +104,15 @@ def pytest_runtest_makereport(
         params = getattr(item, "callspec", None)
         for argument in ("kernel", "compiled"):
             if params is not None and argument in params.params:
-                passed[params.params[argument]] += 1
+                report.user_properties.append((KERNEL, params.params[argument]))
     return report
+
+
+def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+    """Count the kernels of tests that passed, those of other processes too."""
+    for key, name in report.user_properties:
+        if key == KERNEL:
+            passed[str(name)] += 1
 
 
 def missed() -> list[str]:
@@ -130,6 +140,8 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:
+    if hasattr(session.config, "workerinput"):  # one of several processes, with a part of the tests
+        return
     if missed() and os.environ.get("ENDOR_REQUIRE_NATIVE") == "1" and session.exitstatus == 0:
         session.exitstatus = pytest.ExitCode.TESTS_FAILED
 
