@@ -10,7 +10,7 @@
 // A chunk is 8 elements, aligned in rank and so in every plane; one lane decodes one without a branch on
 // the data.
 //
-// bf16 with at most 4 planes, that is nearly every weight (24 instructions at 3 planes, 42 by the general way):
+// bf16 with at most 4 planes, that is nearly every weight:
 //
 //   bits of the planes as one number, bit 8j + i = bit j of element i's code
 //   two exchanges of bits (8j + i -> a nibble an element): every nibble is a code
