@@ -9,7 +9,7 @@ from endor.bench.timeline import within
 from endor.offload.ledger import Event
 from endor.offload.store import Store
 
-DOING = {"read": "reads", "check": "checks"}
+DOING = {"read": "reads", "check": "checks", "copy": "copies"}
 """What the row of a thread is called after, by the first kind of event on it."""
 
 

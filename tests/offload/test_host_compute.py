@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 import endor
 from endor.bench.timeline import summarise
 from endor.bench.timeline_page import write_report
+from endor.bench.trace import trace
 from endor.codecs import Encoded
 from endor.errors import BackendError, ChecksumError, ReadError
 from endor.offload.exchange import RESULTS, Exchange
@@ -375,6 +376,8 @@ def test_a_report_shows_host_products_beside_copies(layout, tmp_path):
         assert "packed in RAM, few rows multiplied there" in text
         assert "on the processor beside a device" in text
         assert ">copies<" in text
+        rows = [each for each in trace(store.ledger.events)["traceEvents"] if each["ph"] == "M"]
+        assert any(row["args"]["name"].startswith("copies") for row in rows)
     finally:
         store.close()
 
