@@ -10,18 +10,21 @@ from endor.offload.ledger import Event
 from endor.offload.store import Store
 
 DOING = {"read": "reads", "check": "checks", "copy": "copies"}
-"""What the row of a thread is called after, by the first kind of event on it."""
+"""What the row of a thread is called after, by the first event on it that is no wait."""
 
 
 def trace(events: Sequence[Event]) -> dict[str, Any]:
     """Return complete events (`ph` X) in microseconds from the first, a row per thread."""
     begin = min((event.start_s for event in events), default=0.0)
     rows: dict[int, int] = {}
+    # Whoever waits for a unit says nothing of what its thread is for.
+    does = {event.thread: event.kind for event in reversed(events) if event.kind != "stall"}
     out: list[dict[str, Any]] = []
     for event in events:
         if event.thread not in rows:
             rows[event.thread] = len(rows)
-            named = {"name": f"{DOING.get(event.kind, 'computes')} {len(rows)}"}
+            doing = DOING.get(does.get(event.thread, ""), "computes")
+            named = {"name": f"{doing} {len(rows)}"}
             row = rows[event.thread]
             out.append({"ph": "M", "name": "thread_name", "pid": 1, "tid": row, "args": named})
         out.append(
