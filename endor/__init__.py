@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from endor.hf import EndorConfig, load_model
     from endor.packed import PackedTensor, compress, decompress, pack_codes
     from endor.packing import pack_checkpoint
+    from endor.packing.distributed import pack_distributed
     from endor.storage import load_file, safe_open, save_file
 
 
@@ -28,6 +29,7 @@ __all__ = [
     "load_model",
     "pack_checkpoint",
     "pack_codes",
+    "pack_distributed",
     "safe_open",
     "save_file",
     "unpack_checkpoint",
@@ -44,6 +46,7 @@ _HOMES = {
     "load_model": "endor.hf",
     "pack_checkpoint": "endor.packing",
     "pack_codes": "endor.packed",
+    "pack_distributed": "endor.packing.distributed",
     "safe_open": "endor.storage",
     "save_file": "endor.storage",
     "unpack_checkpoint": "endor.checkpoint",

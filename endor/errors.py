@@ -8,6 +8,7 @@ EndorError
 ├── DTypeError             an element type that the operation does not take
 ├── CheckpointError        a checkpoint directory is incomplete or contradicts itself
 │   ├── OutputExistsError  the output is there already
+│   ├── BusyError          another process is writing the output
 │   └── HubError           a model on the Hub cannot be had, or nothing put there
 ├── ReadError              the operating system failed to deliver bytes
 ├── IntegrityError         a packed file changed while a model was reading from it
@@ -56,6 +57,10 @@ class CheckpointError(EndorError):
 
 class OutputExistsError(CheckpointError):
     """The output is there already."""
+
+
+class BusyError(CheckpointError):
+    """Another process is writing the output."""
 
 
 class HubError(CheckpointError):

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from endor.checkpoint.manifest import name_some
-from endor.errors import CheckpointError, EndorError, OutputExistsError
+from endor.errors import BusyError, EndorError, OutputExistsError
 from endor.jsontext import parse_object
 from endor.storage.temporary import TEMPORARY_NAME
 from endor.storage.tree import list_tree, open_directory, remove_tree
@@ -146,8 +146,8 @@ class Partial:
                 "that away, or choose another OUT"
             )
 
-    def _busy(self) -> CheckpointError:
-        return CheckpointError(
+    def _busy(self) -> BusyError:
+        return BusyError(
             f"{self.path}: another process is writing it; wait for it, or choose another OUT"
         )
 

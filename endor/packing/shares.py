@@ -179,6 +179,16 @@ def finish_checkpoint(
     return report
 
 
+def check_shareable(model: Path | str, call: Mapping[str, Any]) -> None:
+    """Raise unless a model can be packed in shares with these options of `pack_checkpoint`.
+
+    Raises:
+        ConfigError: One of them needs to see the whole model, or workers cannot see it.
+    """
+    _plain(call)
+    _same_everywhere(model, call)
+
+
 class _DoneBefore(Exception):
     """The share is there already."""
 
