@@ -7,7 +7,8 @@ from typing import Any
 
 from endor.checkpoint.report import PackReport
 from endor.errors import BackendError, BusyError, ConfigError
-from endor.packing.shares import Share, check_shareable, finish_checkpoint, pack_share
+from endor.packing.share_options import check_shareable
+from endor.packing.shares import Share, finish_checkpoint, pack_share
 
 SharesDone = Callable[[int, int], None]
 """Called with shares done and shares in all."""

@@ -22,12 +22,10 @@ from endor.checkpoint.report import PackReport, Progress
 from endor.checkpoint.sources.packed import PackedSource
 from endor.checkpoint.targets import output_path, target_of
 from endor.codecs import Encoded
-from endor.errors import CheckpointError, ConfigError, EndorError
-from endor.hub.names import hub_name
+from endor.errors import CheckpointError, ConfigError
 from endor.jsontext import read_object
 from endor.packing.pack import pack_checkpoint
-from endor.pruning.contract import METHODS, NOTHING, PruneOptions
-from endor.quantization.contract import QuantizeOptions
+from endor.packing.share_options import pack_call, plain_options, same_everywhere
 
 NAME = "endor.share.json"
 """In a share: its number, the run it is part of, and how to call `pack_checkpoint` for it."""
@@ -103,7 +101,7 @@ def pack_share(
         CheckpointError: `OUT.shares` holds another run's shares, or other errors of
             `pack_checkpoint`.
     """
-    home, made = shares_of(out), {**_plain(call), "model": _same_everywhere(model, call)}
+    home, made = shares_of(out), {**plain_options(call), "model": same_everywhere(model, call)}
     others = [path.name for path in _found(home) if not path.name.endswith(share.directory[5:])]
     if others:
         raise CheckpointError(
@@ -116,7 +114,7 @@ def pack_share(
     part = _Worker(share, made, done if again and not overwrite else None)
     try:
         return pack_checkpoint(
-            **_call(made),
+            **pack_call(made),
             out_dir=done,
             part=part,
             resume=not overwrite,
@@ -167,7 +165,7 @@ def finish_checkpoint(
     with ExitStack() as stack:
         sources = [stack.enter_context(closing(PackedSource(path))) for path in found]
         report = pack_checkpoint(
-            **_call(first["call"]),
+            **pack_call(first["call"]),
             out_dir=out,
             part=_Assembly(notes, sources),
             resume=resume,
@@ -177,16 +175,6 @@ def finish_checkpoint(
         )
     shutil.rmtree(home)
     return report
-
-
-def check_shareable(model: Path | str, call: Mapping[str, Any]) -> None:
-    """Raise unless a model can be packed in shares with these options of `pack_checkpoint`.
-
-    Raises:
-        ConfigError: One of them needs to see the whole model, or workers cannot see it.
-    """
-    _plain(call)
-    _same_everywhere(model, call)
 
 
 class _DoneBefore(Exception):
@@ -293,62 +281,3 @@ def _check_same(path: Path, note: Mapping[str, Any], identity: Mapping[str, Any]
                 f"{json.dumps(before.get(key))[:80]} and is {json.dumps(identity.get(key))[:80]}; "
                 "pack all shares from the same model with the same options, or remove this one"
             )
-
-
-def _same_everywhere(model: Path | str, call: Mapping[str, Any]) -> str:
-    """Return how every worker finds the model."""
-    if hub_name(model) is None:
-        return str(Path(model).absolute())
-    if not call.get("stream"):
-        raise ConfigError(
-            f"{model}: workers share no cache of the Hub; add --stream, so that each fetches what "
-            "it packs, or give a directory that all see"
-        )
-    return str(model)
-
-
-def _plain(call: Mapping[str, Any]) -> dict[str, Any]:
-    """Return options as JSON values.
-
-    Raises:
-        ConfigError: One needs to see the whole model.
-    """
-    made = {key: value for key, value in call.items() if value not in (None, (), False)}
-    prune, quantize = made.pop("prune", None), made.pop("quantize", None)
-    if isinstance(prune, PruneOptions):
-        made |= {"sparsity": prune.sparsity, "pattern": prune.pattern}
-        prune = prune.method
-    if prune not in (None, NOTHING.name):
-        method = METHODS.get(prune) if isinstance(prune, str) else None
-        if method is None or method.calibrated:
-            raise ConfigError(
-                "--shard packs lossless, with --prune magnitude or magnitude-row, and with --bits "
-                "and --calibration none; what is calibrated goes from layer to layer in one process"
-            )
-        made["prune"] = prune
-    if made.get("quality") is not None or (quantize is not None and call.get("calibrate", True)):
-        raise ConfigError(
-            "--shard with --bits needs --calibration none; what is calibrated goes from layer to "
-            "layer in one process"
-        )
-    if isinstance(quantize, QuantizeOptions):
-        if quantize != QuantizeOptions(bits=quantize.bits):
-            raise ConfigError("--shard takes no more of --bits than the number")
-        made |= {"bits": quantize.bits}
-    return {key: list(value) if isinstance(value, tuple) else value for key, value in made.items()}
-
-
-def _call(made: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the arguments of `pack_checkpoint` that `_plain` wrote down.
-
-    Raises:
-        EndorError: They are none.
-    """
-    call = dict(made)
-    bits = call.pop("bits", None)
-    call.pop("calibrate", None)
-    if bits is not None:
-        call |= {"quantize": QuantizeOptions(bits=bits), "calibrate": False}
-    if "model" not in call:
-        raise EndorError("the share names no model; pack it again")
-    return call
