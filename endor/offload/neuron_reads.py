@@ -25,14 +25,14 @@ from endor.storage import HostBuffer, RecordReader
 from endor.storage.layout import ALIGN, TensorEntry
 from endor.storage.scattered import Spans, read_spans
 
-GAP_BLOCKS = 8
+GAP_BLOCKS = 24
 """Blocks that are read though nothing needs them, rather than beginning another request."""
 
 WORTH = 0.8
 """Most of a record that is read in parts: a whole one is read ahead of its use."""
 
-REQUEST_BYTES = 32 << 10
-"""What a request costs besides its bytes, as bytes."""
+REQUEST_BYTES = 96 << 10
+"""What a request costs besides its bytes, as bytes: 25 us, where a disk reads 3.6 GB/s."""
 
 BULK = ("bitmap", "values", "bytes", "planes")
 """Arrays of which only parts are read; the others stay in memory."""

@@ -1,6 +1,7 @@
 """Parts of matrices that are stored by neuron, read from disk: the same sums, fewer bytes."""
 
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,7 @@ from hypothesis import strategies as st
 from endor import codecs
 from endor.codecs import DTYPES, CodecChoice, Encoded
 from endor.errors import BackendError, EndorError, IntegrityError, ReadError, ShapeError
-from endor.offload import Store
+from endor.offload import Store, neuron_reads
 from endor.offload.neuron_expansion import NeuronExpansion
 from endor.planning import Part, Placement, WeightSpec, collect_units
 from endor.planning.products import Products
@@ -23,6 +24,15 @@ from ..support.packed_files import Disk
 
 HIDDEN, NEURONS = 640, 1200
 HOW: list[tuple[CodecChoice, bool | None]] = [("raw", None), ("exp", True), ("exp", False)]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _small() -> Iterator[None]:
+    """Requests cost so little that parts of small records are worth reading."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(neuron_reads, "GAP_BLOCKS", 4)
+        patch.setattr(neuron_reads, "REQUEST_BYTES", 4 << 10)
+        yield
 
 
 def elements(rows: int, cols: int, density: float, seed: int) -> np.ndarray:
@@ -266,3 +276,18 @@ def test_spans_that_are_none(tmp_path: Path, spans: list[tuple[int, int]]) -> No
     reader.close()
     with pytest.raises(EndorError, match="closed"):
         read_spans(reader, record, [(0, 4096)], HostBuffer(record.nbytes))
+
+
+def test_a_request_has_its_price(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where parts would cost more than the whole, the whole is read, and ahead of its use."""
+    path = tmp_path / "w.safetensors"
+    matrices = write(path, ("exp", True), count=3)
+    monkeypatch.setattr(neuron_reads, "REQUEST_BYTES", 1 << 30)
+    store = opened(path)
+    for turn in range(3):
+        for at, matrix in enumerate(matrices):
+            assert_product(store, f"w{at}", matrix, inputs(0.01, turn))
+    counters = store.ledger.counters
+    assert counters.skipped_bytes == 0
+    assert counters.hits + counters.late > 3
+    store.close()
