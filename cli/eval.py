@@ -1,5 +1,6 @@
 """`endor eval`: perplexity, and agreement with a dense model."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -86,13 +87,13 @@ def eval_command(
     """
     from endor.bench.quality.evaluate import evaluate, load, read_text, shipped_text
 
-    models = tuple(at_hand(model, revision) for model in models)
-    against = at_hand(against) if against else None
+    here = [at_hand(model, revision) for model in models]
+    dense = at_hand(against) if against else None
     content = read_text(text or shipped_text())
-    reference = load(against, dtype=dtype, trust_remote_code=trust_remote_code) if against else None
+    reference = load(dense, dtype=dtype, trust_remote_code=trust_remote_code) if dense else None
     found = []
-    for path in models:
-        with progress_bar(path.name, unit="window") as progress:
+    for given, path in zip(models, here, strict=True):
+        with progress_bar(given.name, unit="window") as progress:
             one = evaluate(
                 path,
                 content,
@@ -106,6 +107,7 @@ def eval_command(
                 trust_remote_code=trust_remote_code,
                 progress=progress,
             )
+        one = replace(one, model=given)  # not where the Hub's cache keeps it
         found.append(one)
         if as_json:
             emit(one.to_dict())

@@ -1,6 +1,7 @@
 """Ids of the Hub as arguments of commands."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -100,3 +101,21 @@ def test_plan_fetches_headers_only(server, llama, tmp_path, monkeypatch):
     monkeypatch.setattr(probes, "disk", disk)
     assert run("plan", "org/packed").exit_code == 0
     assert measured == [("probe", True)], "the disk is measured by a file that is there"
+
+
+def test_eval_names_what_was_given(server, llama, tmp_path):
+    """A model is called by its id, and not by the folder of a commit."""
+    tokenizer = pytest.importorskip("tokenizers")
+    words = tokenizer.Tokenizer(tokenizer.models.WordLevel({"a": 0, "b": 1}, unk_token="a"))
+    words.pre_tokenizer = tokenizer.pre_tokenizers.Whitespace()
+    folder = tmp_path / "packed"
+    shutil.copytree(llama / "packed", folder)
+    fast = transformers.PreTrainedTokenizerFast(tokenizer_object=words, unk_token="a")
+    fast.save_pretrained(folder)
+    server.add("org/packed", folder)
+    (tmp_path / "text.txt").write_text("a b b a " * 40)
+    options = ["--text", tmp_path / "text.txt", "--window", 16, "--max-windows", 2]
+    result = run("eval", "org/packed", *options)
+    assert result.exit_code == 0, result.output
+    assert "\npacked " in result.output
+    assert run("--quiet", "eval", "org/packed", *options, "--json").output.count("org/packed") == 1
