@@ -31,6 +31,7 @@ def _small() -> Iterator[None]:
     """Requests cost so little that parts of small records are worth reading."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(neuron_reads, "GAP_BLOCKS", 4)
+        patch.setattr(neuron_reads, "WORTH", 0.8)
         patch.setattr(neuron_reads, "REQUEST_BYTES", 4 << 10)
         yield
 
