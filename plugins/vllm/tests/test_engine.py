@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -107,6 +108,18 @@ def test_biases_and_matrices_that_are_fused_in_the_checkpoint(tmp_path, family):
         job(tmp_path / "int-dense", {}),
     ]
     same_tokens(tmp_path, jobs, [(1, 0), (2, 3)])
+
+
+def test_two_ranks_that_communicate(tmp_path):
+    dense = make_model("llama", tmp_path)
+    endor.pack_checkpoint(dense, tmp_path / "exp", codec="exp")
+    ranks = {"tensor_parallel_size": 2}
+    results = run([job(dense, ranks), job(tmp_path / "exp", PACKED | ranks)])
+    assert [result.get("error") for result in results] == [None, None]
+    assert results[0]["tokens"] == results[1]["tokens"]
+    for rank in range(2):
+        said = rf"Worker_TP{rank} .*21 tensors stay packed, in 12 layers"
+        assert re.search(said, results[1]["log"])
 
 
 def test_compiled_and_in_other_types(tmp_path):
