@@ -25,6 +25,7 @@ from endor.bench.generation.generate import generate
 from endor.bench.generation.plot import comparison
 from endor.cli.bench_generate import summary
 from endor.codecs import CodecChoice
+from endor.quantization import QuantizeOptions
 
 SCRIPTS = Path(__file__).resolve().parent
 HALF = 2_057_000_000
@@ -53,6 +54,8 @@ PARTS = {
         "pruned-raw", "pruned-dense", 8 << 30, ("dense",), cold=False, tokens=24
     ),
     "ram-lossless": Part("lossless", "source", 8 << 30, ("dense",), cold=False, tokens=24),
+    "disk-bits": Part("bits", "bits-dense", 260_000_000, ("accelerate-disk",)),
+    "ram-bits": Part("bits", "bits-dense", 8 << 30, ("dense",), cold=False, tokens=24),
 }
 
 
@@ -69,8 +72,13 @@ def prepare(work: Path) -> None:
     for name, prune, codec in packings:
         if not (work / name).exists():
             endor.pack_checkpoint(source, work / name, prune=prune, codec=codec, resume=True)
-    if not (work / "pruned-dense").exists():
-        endor.unpack_checkpoint(work / "pruned", work / "pruned-dense", resume=True)
+    if not (work / "bits").exists():
+        endor.pack_checkpoint(
+            source, work / "bits", quantize=QuantizeOptions(bits=3.5), calibrate=False, resume=True
+        )
+    for name in ("pruned", "bits"):
+        if not (work / f"{name}-dense").exists():
+            endor.unpack_checkpoint(work / name, work / f"{name}-dense", resume=True)
 
 
 def run(work: Path, name: str, airllm_python: str | None, rounds: int) -> list[GenerateRecord]:
