@@ -196,14 +196,14 @@ class Handler(BaseHTTPRequestHandler):
     def _faulty(self, key: str, body: bytes = b"") -> bool:
         self._extra = {}
         waiting = self.server.faults.get(key)
-        return bool(waiting) and waiting.pop(0)(self, body)
+        return waiting.pop(0)(self, body) if waiting else False
 
     def _info(self, repo: str, revision: str) -> None:
         if self._faulty("info"):
             return
         model = self.model(repo)
         sha = model and self.revision(model, revision)
-        if not sha:
+        if model is None or not sha:
             return
         siblings = []
         for name, content in model.commits[sha].items():
@@ -220,7 +220,7 @@ class Handler(BaseHTTPRequestHandler):
     def _tree(self, repo: str, revision: str) -> None:
         model = self.model(repo)
         sha = model and self.revision(model, revision)
-        if not sha:
+        if model is None or not sha:
             return
         entries = []
         for name, content in model.commits[sha].items():
@@ -238,7 +238,7 @@ class Handler(BaseHTTPRequestHandler):
             self.answer(403, b"{}", {"X-Error-Code": "GatedRepo"})
             return
         sha = self.revision(model, revision)
-        if not sha:
+        if model is None or not sha:
             return
         content = model.commits[sha].get(name)
         if content is None:
@@ -339,7 +339,7 @@ class Handler(BaseHTTPRequestHandler):
     def _commit(self, repo: str, revision: str, body: bytes, *, create_pr: bool) -> None:
         model = self.model(repo)
         sha = model and self.revision(model, revision)
-        if not sha:
+        if model is None or not sha:
             return
         files = dict(model.commits[sha])
         for line in body.splitlines():
