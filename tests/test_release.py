@@ -117,6 +117,8 @@ def test_the_library_built_here_needs_no_newer_glibc():
 
 def test_every_package_is_listed():
     settings = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
-    folders = {path.parent for path in (ROOT / "endor").rglob("__init__.py")}
+    folders = {path.parent for path in (ROOT / "endor").rglob("*.py")}
+    folders -= {ROOT / "endor" / "cli", ROOT / "endor" / "cuda"}
+    assert all((folder / "__init__.py").is_file() for folder in folders)
     named = {".".join(("endor", *folder.relative_to(ROOT / "endor").parts)) for folder in folders}
     assert set(settings["packages"]) == named | {"endor.cli", "endor.cuda"}

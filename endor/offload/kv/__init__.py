@@ -1,0 +1,1 @@
+"""Keys and values in RAM or on disk: where they are, and what moves them."""
