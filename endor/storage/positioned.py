@@ -1,5 +1,6 @@
 """Reads and writes at an offset that go on after a short one, and name the file when they fail."""
 
+import contextlib
 import os
 import threading
 from collections import Counter, OrderedDict
@@ -109,10 +110,16 @@ class OpenFiles:
             if len(self._open) <= self._limit:
                 return
             if not self._readers[path]:
-                os.close(self._open.pop(path))
+                _give_up(self._open.pop(path))
 
     def close(self) -> None:
         """Close all files; nobody may be reading."""
         with self._lock:
             while self._open:
-                os.close(self._open.popitem()[1])
+                _give_up(self._open.popitem()[1])
+
+
+def _give_up(fd: int) -> None:
+    """Close a file that was only read: what the system says to that changes nothing."""
+    with contextlib.suppress(OSError):
+        os.close(fd)

@@ -1,4 +1,6 @@
+import errno
 import json
+import os
 import pickle
 import struct
 from contextlib import closing
@@ -209,3 +211,18 @@ def test_a_packed_file_alone_is_refused(tmp_path, model):
     pack_checkpoint(model, tmp_path / "packed")
     with pytest.raises(CheckpointError, match="is packed by Endor"):
         open_source(tmp_path / "packed" / "endor-00001-of-00001.safetensors")
+
+
+def test_what_closing_a_source_says_changes_nothing(tmp_path, monkeypatch):
+    """A disk may refuse that, too; the output is there by then."""
+    path = tmp_path / "file"
+    path.write_bytes(b"12345678")
+    files = OpenFiles()
+    files.read_into(path, 0, np.empty(8, np.uint8))
+
+    def refuse(fd: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as context:
+        context.setattr(os, "close", refuse)
+        files.close()

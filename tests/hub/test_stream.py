@@ -193,7 +193,8 @@ def test_resumed(server, model, tmp_path, monkeypatch):
 
 
 SCRIPT = """
-import sys
+import signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where `make test &` was said
 from endor.packing import pack_checkpoint
 pack_checkpoint(
     "org/name", sys.argv[1], stream=True, max_shard_bytes=1 << 20, resume=True, threads=1

@@ -231,7 +231,7 @@ def test_products(kernel: str, name: str, batch: int, rng: np.random.Generator) 
         codes[0, 0] = 2000
         steps = integer.round_steps(rng.random(shape[1]) / 64 + 0.001)
         encoded = kernels.integer.encode(codes, steps, item)
-        weight = kernels._floats(codecs.decode(encoded), item).astype(np.float64)
+        weight = floats_of(codecs.decode(encoded), item).astype(np.float64)
         x = rng.standard_normal((batch, shape[1])).astype(np.float32)
         bound = 2.0**-24 * (shape[1] / 16 + 16) * (np.abs(x) @ np.abs(weight).T)
         for threads in (1, 2):
