@@ -16,7 +16,6 @@ from endor import kernels
 from endor.codecs import DType, Encoded
 from endor.offload.device_expansion import DeviceExpansion, DeviceScratch, piece_of
 from endor.offload.device_mover import DeviceMover
-from endor.offload.expansion import Expansion
 from endor.offload.state import State
 from endor.planning.units import Part, WeightSpec
 
@@ -48,7 +47,7 @@ class BesideExpansion(DeviceExpansion):
     @property
     def multiplies(self) -> bool:
         """Whether `product` applies: the host takes every packed matrix of whole rows."""
-        return Expansion.multiplies.fget(self)  # type: ignore[attr-defined, no-any-return]
+        return self.whole and not self.converts
 
     def forget(self) -> None:
         super().forget()

@@ -123,7 +123,7 @@ def pack_checkpoint(
     quantizes = quantize is not None or quality is not None
     if (quantizes or dequantize) and codec != "auto":
         raise ConfigError(f"codec: quantised tensors take codec int, not {codec!r}; leave it out")
-    if neurons and (quantizes or codec == "dense"):
+    if neurons and (quantizes or dequantize or codec == "dense"):
         raise ConfigError("neurons: stores codecs raw and exp by neuron, no integers; leave it out")
     out, how = output_path(out_dir), resolved(prune, sparsity, pattern)
     if stream and (is_calibrated(how) or (quantizes and calibrate) or dequantize):

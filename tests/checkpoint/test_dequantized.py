@@ -465,3 +465,16 @@ def test_a_model_runs_and_computes_what_transformers_dequantised_computes(tmp_pa
         assert torch.equal(
             theirs(tokens).logits.to(BF16).view(torch.int16), wanted.view(torch.int16)
         )
+
+
+def test_codes_are_not_stored_by_neuron(tmp_path: Path) -> None:
+    model = checkpoint(tmp_path / "model", FORMATS["fp8 block"][0], config("fp8"))
+    with pytest.raises(ConfigError, match="neurons"):
+        pack_checkpoint(model, tmp_path / "packed", dequantize=True, neurons=True)
+
+
+def test_mxfp4_is_transformers(tmp_path: Path) -> None:
+    mxfp4 = pytest.importorskip("transformers.integrations.mxfp4")
+    state = FORMATS["mxfp4"][0](0)
+    theirs = mxfp4.convert_moe_packed_tensors(state["weight_blocks"], state["weight_scales"])
+    assert torch.equal(bits(of_mxfp4(state)), bits(theirs.contiguous()))

@@ -13,6 +13,7 @@ import numpy as np
 
 from endor.checkpoint.companions import QUANTIZATION_KEY, quantization_name
 from endor.checkpoint.sources.contract import CheckpointSource, SourceTensor
+from endor.checkpoint.sources.wrapped import WrappedSource
 from endor.codecs import integer
 from endor.codecs.codes import Codes
 from endor.codecs.rounding import floats_of
@@ -27,7 +28,7 @@ _LEFT = ("qzeros", "g_idx", "absmax", "SCB", "weight_scale", "weight_scale_inv",
 """Last parts of names that no dense checkpoint has."""
 
 
-class DequantizedSource:
+class DequantizedSource(WrappedSource):
     """The dense tensors of a quantised checkpoint.
 
     Args:
@@ -41,8 +42,6 @@ class DequantizedSource:
         CheckpointError: Parts of a weight are missing or do not fit.
     """
 
-    ordered = False
-
     def __init__(self, stored: CheckpointSource) -> None:
         config = stored.config() or {}
         section = config.get(QUANTIZATION_KEY)
@@ -51,10 +50,8 @@ class DequantizedSource:
                 f"{stored.path}: config.json says of no quantization: there is nothing to "
                 "dequantize"
             )
-        self.path = stored.path
-        self.directory = stored.directory
+        super().__init__(stored, "dequantized")
         self.quantization = quantization_name(section)
-        self._stored = stored
         about = Stored(
             str(stored.path),
             stored.tensors,
@@ -65,7 +62,7 @@ class DequantizedSource:
         found = chain(scaled_weights(about), word_weights(about), nibble_weights(about))
         self._weights: dict[str, QuantizedWeight] = {weight.name: weight for weight in found}
         parts = {part for weight in self._weights.values() for part in weight.parts}
-        self.tensors: Mapping[str, SourceTensor] = {
+        self._tensors: Mapping[str, SourceTensor] = {
             name: tensor for name, tensor in stored.tensors.items() if name not in parts
         } | {
             weight.name: SourceTensor(
@@ -82,9 +79,8 @@ class DequantizedSource:
             )
 
     @property
-    def weights(self) -> frozenset[str]:
-        """Names of the weights that are stored quantised."""
-        return frozenset(self._weights)
+    def tensors(self) -> Mapping[str, SourceTensor]:
+        return self._tensors
 
     def coded(self, name: str) -> Codes | None:
         """Return codes and steps of a quantised weight; None of another tensor, and where each
@@ -98,7 +94,7 @@ class DequantizedSource:
     def read_into(self, name: str, out: np.ndarray) -> None:
         weight = self._weights.get(name)
         if weight is None:
-            self._stored.read_into(name, out)
+            self._source.read_into(name, out)
             return
         found = self._codes(weight)
         bits = integer.dense_of(
@@ -118,9 +114,9 @@ class DequantizedSource:
             ) from error
 
     def _read(self, name: str) -> np.ndarray:
-        tensor = self._stored.tensors[name]
+        tensor = self._source.tensors[name]
         raw = np.empty(tensor.nbytes, dtype=np.uint8)
-        self._stored.read_into(name, raw)
+        self._source.read_into(name, raw)
         kind = tensor.dtype.name
         if kind in ("BF16", "F16", "F32"):
             return floats_of(raw.view(tensor.dtype.uint).reshape(tensor.shape), tensor.dtype)
@@ -134,17 +130,14 @@ class DequantizedSource:
 
     def config(self) -> dict[str, Any] | None:
         """Return config.json of the dense model."""
-        config = self._stored.config()
+        config = self._source.config()
         if config is not None:
             config.pop(QUANTIZATION_KEY, None)
             config.pop("compression_config", None)
         return config
 
-    def fingerprint(self) -> str:
-        return f"{self._stored.fingerprint()}:dequantized"
-
     def close(self) -> None:
-        self._stored.close()
+        self._source.close()
 
 
 def _normal(found: Codes, where: str) -> Codes:
