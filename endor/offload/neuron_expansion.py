@@ -1,8 +1,9 @@
 """A weight on the processor that is stored by neuron: products skip the neurons that are zero."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
+import numpy as np
 import torch
 
 from endor.codecs import DType, Encoded
@@ -12,7 +13,7 @@ from endor.offload.mover import Mover
 from endor.offload.neuron_reads import NeuronReads
 from endor.offload.state import Bound, Phase, State
 from endor.packed import bits_of
-from endor.planning.units import WeightSpec
+from endor.planning.units import Part, WeightSpec
 
 
 def is_by_neuron(spec: WeightSpec, states: Sequence[State]) -> bool:
@@ -70,23 +71,7 @@ class NeuronExpansion(HostExpansion):
         if state.fixed is not None:
             multiply(state.fixed[part.tensor])
         else:
-            parts = self._reads.known(state)
-            spans = parts.spans(active) if parts is not None else None
-            if parts is not None and spans is not None:
-                if state.phase is not Phase.ABSENT:
-                    self.mover.forget(self._reads.states)
-                with self._reads.lock:
-                    encoded, nbytes = self._reads.read(parts, spans)
-                    multiply(encoded)
-                self.mover.ledger.counters.skipped_bytes += state.unit.nbytes - nbytes
-            else:
-                bound = self.mover.take(state)
-                try:
-                    multiply(bound[part.tensor])
-                    if parts is None:
-                        self._reads.learn(state, part.tensor, bound[part.tensor])
-                finally:
-                    self.mover.release(bound, hold=hold)
+            self._multiply_streamed(part, state, active, multiply, hold=hold)
         stop = time.perf_counter()
         touched = self.packed_nbytes * active.size // max(1, self.shape[1])
         ledger = self.mover.ledger
@@ -98,3 +83,31 @@ class NeuronExpansion(HostExpansion):
         counters.active_neurons += active.size
         ledger.note("product", self.name, start, stop, touched)
         return out
+
+    def _multiply_streamed(
+        self,
+        part: Part,
+        state: State,
+        active: np.ndarray,
+        multiply: Callable[[Encoded], None],
+        *,
+        hold: bool,
+    ) -> None:
+        """Multiply by the matrix with its active neurons read, or with all of it."""
+        parts = self._reads.known(state)
+        spans = parts.spans(active) if parts is not None else None
+        if parts is None or spans is None:
+            bound = self.mover.take(state)
+            try:
+                multiply(bound[part.tensor])
+                if parts is None:
+                    self._reads.learn(state, part.tensor, bound[part.tensor])
+            finally:
+                self.mover.release(bound, hold=hold)
+            return
+        if state.phase is not Phase.ABSENT:
+            self.mover.forget(self._reads.states)
+        with self._reads.lock:
+            encoded, nbytes = self._reads.read(parts, spans)
+            multiply(encoded)
+        self.mover.ledger.counters.skipped_bytes += state.unit.nbytes - nbytes

@@ -25,15 +25,15 @@ from endor.storage import HostBuffer, RecordReader
 from endor.storage.layout import ALIGN, TensorEntry
 from endor.storage.scattered import Spans, read_spans
 
-GAP_BLOCKS = 24
-"""Blocks that are read though nothing needs them, rather than beginning another request."""
-
 WORTH = 0.4
 """Most that parts may cost, of the whole: a whole record is read ahead of its use, while parts are
 waited for. With 0.8 models on a disk of 3.6 GB/s became slower."""
 
 REQUEST_BYTES = 96 << 10
 """What a request costs besides its bytes, as bytes: 25 us, where a disk reads 3.6 GB/s."""
+
+GAP_BLOCKS = REQUEST_BYTES // ALIGN
+"""Blocks that are read though nothing needs them, rather than beginning another request."""
 
 BULK = ("bitmap", "values", "bytes", "planes")
 """Arrays of which only parts are read; the others stay in memory."""
