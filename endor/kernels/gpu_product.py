@@ -125,6 +125,11 @@ def segment_nnz(spec: TensorSpec, bitmap: np.ndarray | None) -> int:
     return int(np.add.reduceat(counts, starts, axis=1, dtype=np.int64).max())
 
 
+def columns_of(batch: int) -> int:
+    """Return the columns of the kernel that takes so many: 1, 2, 4 or 8."""
+    return 1 << max(batch - 1, 0).bit_length()
+
+
 def warp_rows(columns: int, codec: str) -> int:
     """Return the rows of a warp that cost least by the counts of docs/kernels-gpu.md.
 
@@ -171,7 +176,7 @@ def plan_product(
     if not 1 <= batch <= MAX_COLUMNS:
         raise ShapeError(f"batch must be 1..{MAX_COLUMNS}, got {batch}; expand the weight instead")
     Part(spec, addresses, 0).check_alignment()
-    columns = 1 << (batch - 1).bit_length()
+    columns = columns_of(batch)
     each = rows or warp_rows(columns, spec.codec)
     n_rows, cols = spec.shape
     segment = WEIGHTS // each

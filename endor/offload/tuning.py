@@ -5,14 +5,10 @@ from collections.abc import Callable
 
 from endor import machine
 from endor.codecs import TensorSpec
+from endor.kernels.gpu_product import columns_of
 from endor.offload.device import Device
 
 PART = "products"
-
-
-def columns_of(rows: int) -> int:
-    """Return which kernel takes so many rows of inputs: the one for 1, 2, 4 or 8."""
-    return 1 << max(rows - 1, 0).bit_length()
 
 
 def name_of(spec: TensorSpec, rows: int) -> str:
