@@ -6,18 +6,17 @@ from typing import Any, NoReturn, Self
 
 import torch
 
-from endor.offload.beside_expansion import BesideExpansion
+from endor.offload.beside_weight import BesideWeight
 from endor.offload.device import Device
-from endor.offload.device_expansion import DeviceExpansion, DeviceScratch
 from endor.offload.device_mover import DeviceMover
-from endor.offload.expansion import Expansion
-from endor.offload.host_expansion import HostExpansion, Scratch
+from endor.offload.device_weight import DeviceScratch, DeviceWeight
 from endor.offload.host_mover import HostMover
+from endor.offload.host_weight import HostWeight, Scratch
 from endor.offload.ledger import Ledger
 from endor.offload.mover import Mover
-from endor.offload.neuron_expansion import NeuronExpansion, is_by_neuron
 from endor.offload.neuron_reads import NeuronReads
-from endor.offload.weight import Owner, Weight, refuse_pickle
+from endor.offload.neuron_weight import NeuronWeight, is_by_neuron
+from endor.offload.weight import KeptWeight, Matrix, Owner, Weight, refuse_pickle
 from endor.planning.products import Products
 from endor.planning.scratch import scratch_bytes
 from endor.planning.tiers import Placement
@@ -113,26 +112,24 @@ def open_share(
         mover = DeviceMover(
             device, units, placement, reader, verify=verify, threads=threads, ledger=ledger
         )
-    owner = Owner(mover)
+    owner, products = Owner(mover), products or Products()
     state_of = {tensor: mover.states[unit.name] for unit in units for tensor in unit.tensors}
     weights = {}
     for key, (spec, dtype) in enumerate(specs):
         states = [state_of[part.tensor] for part in spec.parts]
-        item = stored_dtype(layouts, spec)
-        expansion: Expansion
+        matrix = Matrix(spec, states, stored_dtype(layouts, spec), dtype, products, owner)
+        weight: Weight
         if isinstance(mover, DeviceMover):
             beside = any(placement.tiers[state.unit.name] == "host" for state in states)
-            kind = BesideExpansion if beside else DeviceExpansion
-            expansion = kind(mover, spec, states, item, dtype, scratch=device_scratch)
+            kind = BesideWeight if beside else DeviceWeight
+            weight = kind(mover, matrix, scratch=device_scratch)
         elif reads is not None and is_by_neuron(spec, states):
-            expansion = NeuronExpansion(
-                mover, spec, states, item, dtype, scratch=scratch, key=key, reads=reads
-            )
+            weight = NeuronWeight(mover, matrix, scratch=scratch, key=key, reads=reads)
         else:
-            expansion = HostExpansion(mover, spec, states, item, dtype, scratch=scratch, key=key)
-        tiers = {placement.tiers[state.unit.name] for state in states}
-        keep = tiers in ({"dense"}, {"vram-dense"})
-        weights[spec.name] = Weight(expansion, owner, keep=keep, products=products or Products())
+            weight = HostWeight(mover, matrix, scratch=scratch, key=key)
+        if {placement.tiers[state.unit.name] for state in states} in ({"dense"}, {"vram-dense"}):
+            weight = KeptWeight(weight)
+        weights[spec.name] = weight
     return Share(mover, tuple(units), placement, weights, nbytes, reader, reads)
 
 
@@ -250,7 +247,7 @@ class Store:
         """
         for share in self.shares:
             share.mover.preload()
-            kept = [weight for weight in share.weights.values() if weight.keeps_dense]
+            kept = [weight for weight in share.weights.values() if isinstance(weight, KeptWeight)]
             for weight in kept:
                 weight.dense()
             share.mover.forget(state for weight in kept for state in weight.states)

@@ -13,6 +13,7 @@ import endor
 from endor.errors import BudgetError
 from endor.hf import device_map as places
 from endor.offload.device_mover import DeviceMover
+from endor.offload.weight import KeptWeight
 
 from ..support.fake_device import FakeDevice
 
@@ -116,7 +117,7 @@ def held(device: FakeDevice, model) -> int:
     kept = sum(
         weight.kept.numel() * weight.kept.element_size()
         for weight in model.endor.weights.values()
-        if weight.kept is not None
+        if isinstance(weight, KeptWeight) and weight.kept is not None
     )
     return device.allocated_bytes + kept
 

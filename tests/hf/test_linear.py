@@ -7,7 +7,7 @@ from torch import nn
 from endor.errors import BackendError, ConfigError, EndorError
 from endor.hf import EndorLinear, linear, load_model, placing
 from endor.hf.linear import FastHead
-from endor.offload import host_expansion
+from endor.offload import weight
 from endor.planning import Placement
 from endor.planning import plan as planner
 from endor.planning.products import Products
@@ -53,7 +53,7 @@ def test_many_rows_are_multiplied_in_float32_where_the_plan_says_so(
     make_pair, monkeypatch, rows, tier, panel
 ):
     pair = make_pair("opt")
-    monkeypatch.setattr(host_expansion, "PANEL", panel)
+    monkeypatch.setattr(weight, "PANEL", panel)
     chosen = lambda costs, machine: Products({cost.name: 2 for cost in costs}, 3)  # noqa: E731
     monkeypatch.setattr(placing, "choose", chosen)
     units = load_model(pair.packed).endor.units

@@ -8,7 +8,7 @@ import torch
 import endor
 from endor import machine
 from endor.errors import BackendError
-from endor.offload.device_expansion import DeviceScratch
+from endor.offload.device_weight import DeviceScratch
 from endor.offload.store import Store
 from endor.offload.tuning import name_of
 from endor.planning import Part, WeightSpec, collect_units

@@ -14,7 +14,7 @@ import torch
 
 import endor
 from endor import kernels
-from endor.offload import beside_expansion
+from endor.offload import beside_weight
 from endor.offload.store import Store
 from endor.planning import Part, WeightSpec, collect_units, cost
 from endor.planning.machine import KINDS, Disk, Link, Machine
@@ -137,14 +137,14 @@ def test_a_step_takes_what_the_slower_road_takes(layout, monkeypatch, way):
     placement = chosen.placement
     assert bool(placement.host_shares) == (way == "both")
     device = TimedDevice(scale)
-    multiply = beside_expansion.multiply_rows
+    multiply = beside_weight.multiply_rows
 
     def timed(call, encoded, first, operand, result) -> None:
         multiply(call, encoded, first, operand, result)
         share = 1 - first / encoded.spec.shape[0]
         device.advance(share * encoded.spec.nbytes / (HOST * scale))
 
-    monkeypatch.setattr(beside_expansion, "multiply_rows", timed)
+    monkeypatch.setattr(beside_weight, "multiply_rows", timed)
     store = Store.open([layout], units, specs, placement, open_reader("buffered"), device=device)
     try:
         store.preload()

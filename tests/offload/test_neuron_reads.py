@@ -14,7 +14,7 @@ from endor import codecs
 from endor.codecs import DTYPES, CodecChoice, Encoded
 from endor.errors import BackendError, EndorError, IntegrityError, ReadError, ShapeError
 from endor.offload import Store, neuron_reads
-from endor.offload.neuron_expansion import NeuronExpansion
+from endor.offload.neuron_weight import NeuronWeight
 from endor.planning import Part, Placement, WeightSpec, collect_units
 from endor.planning.products import Products
 from endor.storage import FileLayout, FileWriter, HostBuffer, header_capacity, open_reader
@@ -135,7 +135,7 @@ def test_few_neurons_read_few_bytes(tmp_path: Path, how: tuple[CodecChoice, bool
     path = tmp_path / "w.safetensors"
     matrices = write(path, how)
     store = opened(path)
-    assert all(isinstance(w._expansion, NeuronExpansion) for w in store.weights.values())
+    assert all(isinstance(w, NeuronWeight) for w in store.weights.values())
     whole = store.packed_nbytes
     for turn in range(2):  # read whole, and ahead once more
         for at, matrix in enumerate(matrices):

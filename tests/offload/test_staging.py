@@ -7,7 +7,7 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from endor.offload.host_expansion import Scratch
+from endor.offload.host_weight import Scratch
 from endor.offload.staging import Staging
 
 PAGE = 4096

@@ -52,7 +52,7 @@ def test_conversion_is_torch_conversion(packed, dtype):
     expected = torch.from_numpy(packed.dense["w5"].view(np.int16)).view(torch.bfloat16).to(dtype)
     assert torch.equal(weight.dense(), expected)
     assert torch.equal(weight.fresh(), expected)
-    assert not weight.multiplies_packed
+    assert not weight.multiplies
     store.close()
 
 
@@ -86,8 +86,8 @@ def test_a_weight_of_several_parts(packed):
     np.testing.assert_array_equal(
         bits_of(store.weights["middle"].dense()), packed.dense["w7"][10:20]
     )
-    assert store.weights["below"].multiplies_packed
-    assert not store.weights["middle"].multiplies_packed
+    assert store.weights["below"].multiplies
+    assert not store.weights["middle"].multiplies
     x = torch.randn(2, 96).bfloat16()
     exact = x.double() @ store.weights["below"].fresh().double().T
     found = store.weights["below"].product(x).double()
@@ -191,5 +191,5 @@ def test_dense_stored_tensors_work_too(tmp_path):
     assert packed.layout.tensors["w0"].spec.codec == "dense"
     store = packed.store()
     np.testing.assert_array_equal(bits_of(store.weights["w0"].dense()), packed.dense["w0"])
-    assert not store.weights["w0"].multiplies_packed
+    assert not store.weights["w0"].multiplies
     store.close()

@@ -74,7 +74,9 @@ def to_integer(m: Machine, i: Instruction, acting: np.ndarray) -> None:
     if not {"U32", "TRUNC"} <= set(i.modifiers):
         raise Fault("form of conversion")
     value = number(m, i.operands[1])
-    value = np.where(np.isnan(value), np.float32(0), value).astype(np.float64)  # a NaN becomes 0; so may what idle lanes hold
+    value = np.where(np.isnan(value), np.float32(0), value).astype(
+        np.float64
+    )  # a NaN becomes 0; so may what idle lanes hold
     m.set(i.operands[0], np.clip(np.trunc(value), 0, 2**32 - 1).astype(np.uint64), acting)
 
 

@@ -2,22 +2,20 @@
 
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import TypeVar
 
 import numpy as np
 import torch
 
 from endor import kernels
-from endor.codecs import DType
 from endor.dtypes import torch_dtype
-from endor.offload.expansion import Expansion
 from endor.offload.mover import Mover
 from endor.offload.state import Bound, State
+from endor.offload.weight import Matrix, Weight, panel_rows
 from endor.packed import bits_of, tensor_of
-from endor.planning.products import PANEL
 from endor.planning.scratch import align_view
-from endor.planning.units import Part, WeightSpec
+from endor.planning.units import Part
 
 T = TypeVar("T")
 
@@ -58,29 +56,26 @@ class Scratch:
         return view
 
 
-class HostExpansion(Expansion):
-    """The parts of one weight, as arrays in host memory.
+class HostWeight(Weight):
+    """A weight whose parts are arrays in host memory.
 
     Args:
         mover: Brings its units into host memory.
         scratch: Shared by all weights of the model.
         key: Names this weight there.
 
-    The others are those of `Expansion`.
+    The others are those of `Weight`.
     """
 
     def __init__(
         self,
         mover: Mover[Bound],
-        spec: WeightSpec,
-        states: Sequence[State],
-        item: DType,
-        dtype: torch.dtype,
+        matrix: Matrix,
         *,
         scratch: Scratch,
         key: int,
     ) -> None:
-        super().__init__(mover, spec, states, item, dtype)
+        super().__init__(mover, matrix)
         self._scratch = scratch
         self._key = key
         self._call: Callable[[int, int, int], None] | None = None
@@ -89,20 +84,20 @@ class HostExpansion(Expansion):
     def device(self) -> torch.device:
         return _CPU
 
-    def scratch(self, *, hold: bool) -> torch.Tensor:
+    def dense(self, *, hold: bool = False) -> torch.Tensor:
         flat, matrix, converted = self._scratch.view(self._key, self._views)
         self._expand(flat, hold)
         return matrix if converted is None else converted.copy_(matrix)
 
-    def fresh(self, *, hold: bool) -> torch.Tensor:
+    def fresh(self, *, hold: bool = False) -> torch.Tensor:
         matrix = torch.empty(self.shape, dtype=torch_dtype(self.item))
         self._expand(bits_of(matrix).reshape(-1), hold)
         return matrix.to(self.dtype)
 
-    def forget(self) -> None:
+    def close(self) -> None:
         self._call = None
 
-    def product(self, inputs: torch.Tensor, *, hold: bool) -> torch.Tensor:
+    def product(self, inputs: torch.Tensor, *, hold: bool = False) -> torch.Tensor:
         out = torch.empty((inputs.shape[0], self.shape[0]), dtype=torch.float32)
         start = time.perf_counter()
         part, state = self.parts[0]
@@ -127,7 +122,9 @@ class HostExpansion(Expansion):
         ledger.note("product", self.name, start, stop, self.packed_nbytes)
         return out
 
-    def panels(self, inputs: torch.Tensor, *, hold: bool) -> torch.Tensor:
+    def wide(self, inputs: torch.Tensor, *, hold: bool = False) -> torch.Tensor:
+        if not self.multiplies or self.turned:
+            return super().wide(inputs, hold=hold)
         rows, cols = self.shape
         x = inputs.float()
         out = torch.empty((inputs.shape[0], rows), dtype=torch.float32)
@@ -210,8 +207,3 @@ class HostExpansion(Expansion):
         start = align_view(nbytes)
         stop = start + self.numel * self.dtype.itemsize
         return flat, matrix, buffer[start:stop].view(self.dtype).reshape(self.shape)
-
-
-def panel_rows(cols: int) -> int:
-    """Return how many rows of so many columns are widened at a time."""
-    return max(1, PANEL // cols)

@@ -6,12 +6,13 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import torch
 
-from endor.codecs import DType, Encoded
+from endor.codecs import Encoded
 from endor.kernels import neurons, select, thread_count
-from endor.offload.host_expansion import HostExpansion, Scratch
+from endor.offload.host_weight import HostWeight, Scratch
 from endor.offload.mover import Mover
 from endor.offload.neuron_reads import NeuronReads
 from endor.offload.state import Bound, Phase, State
+from endor.offload.weight import Matrix
 from endor.packed import bits_of
 from endor.planning.units import Part, WeightSpec
 
@@ -26,7 +27,7 @@ def is_by_neuron(spec: WeightSpec, states: Sequence[State]) -> bool:
     return stored.transposed and whole and not unit.shared and len(unit.record.tensors) == 1
 
 
-class NeuronExpansion(HostExpansion):
+class NeuronWeight(HostWeight):
     """One matrix that is stored by neuron.
 
     In memory, only what the active neurons have is touched. On disk, only the blocks in which that
@@ -36,29 +37,31 @@ class NeuronExpansion(HostExpansion):
     Args:
         reads: Shared by all such matrices of the mover.
 
-    The others are those of `HostExpansion`.
+    The others are those of `HostWeight`.
     """
 
     def __init__(
         self,
         mover: Mover[Bound],
-        spec: WeightSpec,
-        states: Sequence[State],
-        item: DType,
-        dtype: torch.dtype,
+        matrix: Matrix,
         *,
         scratch: Scratch,
         key: int,
         reads: NeuronReads,
     ) -> None:
-        super().__init__(mover, spec, states, item, dtype, scratch=scratch, key=key)
+        super().__init__(
+            mover,
+            matrix,
+            scratch=scratch,
+            key=key,
+        )
         self._reads = reads
 
-    def forget(self) -> None:
-        super().forget()
+    def close(self) -> None:
+        super().close()
         self._reads.forget(self.states[0])
 
-    def product(self, inputs: torch.Tensor, *, hold: bool) -> torch.Tensor:
+    def product(self, inputs: torch.Tensor, *, hold: bool = False) -> torch.Tensor:
         out = torch.empty((inputs.shape[0], self.shape[0]), dtype=torch.float32)
         start = time.perf_counter()
         x = bits_of(inputs)

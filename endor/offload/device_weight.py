@@ -5,18 +5,18 @@ from collections.abc import Sequence
 
 import torch
 
-from endor.codecs import DType, TensorSpec
+from endor.codecs import TensorSpec
 from endor.dtypes import torch_dtype
 from endor.errors import BackendError
 from endor.kernels import gpu, gpu_product
 from endor.kernels.gpu import DeviceEncoded
 from endor.offload.device import Device, Product, Runnable
 from endor.offload.device_mover import DeviceMover, OnDevice
-from endor.offload.expansion import Expansion
 from endor.offload.state import State
 from endor.offload.tuning import Tuner
+from endor.offload.weight import Matrix, Weight
 from endor.planning.scratch import align_view
-from endor.planning.units import Part, WeightSpec
+from endor.planning.units import Part
 
 
 class DeviceScratch:
@@ -65,8 +65,8 @@ class DeviceScratch:
             self._device.record_compute(self._local.event)
 
 
-class DeviceExpansion(Expansion):
-    """The parts of one weight, as records on a device.
+class DeviceWeight(Weight):
+    """A weight whose parts are records on a device.
 
     What is returned was written, and is to be read, on the caller's current stream.
 
@@ -74,7 +74,7 @@ class DeviceExpansion(Expansion):
         mover: Brings its units onto the device.
         scratch: Shared by all weights on the device.
 
-    The others are those of `Expansion`.
+    The others are those of `Weight`.
     """
 
     mover: DeviceMover
@@ -82,14 +82,11 @@ class DeviceExpansion(Expansion):
     def __init__(
         self,
         mover: DeviceMover,
-        spec: WeightSpec,
-        states: Sequence[State],
-        item: DType,
-        dtype: torch.dtype,
+        matrix: Matrix,
         *,
         scratch: DeviceScratch,
     ) -> None:
-        super().__init__(mover, spec, states, item, dtype)
+        super().__init__(mover, matrix)
         self._scratch = scratch
         self._prepared: dict[tuple[int, int, int], Runnable] = {}
         self._ways: dict[tuple[int, int, bool], tuple[Product, Product]] = {}
@@ -97,20 +94,15 @@ class DeviceExpansion(Expansion):
         for part, state in self.parts:
             groups.setdefault(state, []).append(part)
         self._groups = tuple(groups.items())
-        self._taken = all(
-            gpu_product.product_refusal(_spec(state, part)) is None for part, state in self.parts
-        )
 
     @property
     def device(self) -> torch.device:
         return self.mover.device.device
 
-    @property
-    def multiplies(self) -> bool:
-        """Whether `product` applies: rows of whole stored matrices that the kernel takes."""
-        return super().multiplies and self._taken
+    def takes(self, spec: TensorSpec) -> bool:
+        return gpu_product.product_refusal(spec) is None
 
-    def scratch(self, *, hold: bool) -> torch.Tensor:
+    def dense(self, *, hold: bool = False) -> torch.Tensor:
         """Return the matrix in scratch memory: valid until the thread's next but one expansion."""
         buffer = self._scratch.next()
         nbytes = self.numel * self.item.itemsize
@@ -123,16 +115,16 @@ class DeviceExpansion(Expansion):
         self._scratch.expanded()
         return matrix
 
-    def fresh(self, *, hold: bool) -> torch.Tensor:
+    def fresh(self, *, hold: bool = False) -> torch.Tensor:
         matrix = torch.empty(self.shape, dtype=torch_dtype(self.item), device=self.device)
         self._expand(matrix, cache=False, hold=hold)
         return matrix.to(self.dtype)
 
-    def forget(self) -> None:
+    def close(self) -> None:
         self._prepared.clear()
         self._ways.clear()
 
-    def product(self, inputs: torch.Tensor, *, hold: bool) -> torch.Tensor:
+    def product(self, inputs: torch.Tensor, *, hold: bool = False) -> torch.Tensor:
         out = torch.empty(
             (inputs.shape[0], self.shape[0]), dtype=torch.float32, device=inputs.device
         )
@@ -191,7 +183,7 @@ class DeviceExpansion(Expansion):
         )
         return first if prefers else second
 
-    def panels(self, inputs: torch.Tensor, *, hold: bool) -> torch.Tensor:
+    def wide(self, inputs: torch.Tensor, *, hold: bool = False) -> torch.Tensor:
         raise BackendError(f"{self.name}: products in panels are for processors, not {self.device}")
 
     def _expand(self, matrix: torch.Tensor, *, cache: bool, hold: bool) -> None:
@@ -303,7 +295,3 @@ def piece_of(out: torch.Tensor, at: int, rows: int) -> torch.Tensor:
     if at == 0 and rows == out.shape[1]:
         return out
     return torch.empty((out.shape[0], rows), dtype=out.dtype, device=out.device)
-
-
-def _spec(state: State, part: Part) -> TensorSpec:
-    return state.unit.layout.tensors[part.tensor].spec

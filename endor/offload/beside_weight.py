@@ -7,36 +7,34 @@ Few rows only: with more than `Weight.product_rows` a weight is copied and expan
 """
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import numpy as np
 import torch
 
 from endor import kernels
-from endor.codecs import DType, Encoded
-from endor.offload.device_expansion import DeviceExpansion, DeviceScratch, piece_of
+from endor.codecs import Encoded, TensorSpec
 from endor.offload.device_mover import DeviceMover
+from endor.offload.device_weight import DeviceScratch, DeviceWeight, piece_of
 from endor.offload.state import State
-from endor.planning.units import Part, WeightSpec
+from endor.offload.weight import Matrix
+from endor.planning.units import Part
 
 
-class BesideExpansion(DeviceExpansion):
-    """The parts of one weight, some of which are multiplied on the host.
+class BesideWeight(DeviceWeight):
+    """A weight some of whose parts are multiplied on the host.
 
-    Arguments as for `DeviceExpansion`.
+    Arguments as for `DeviceWeight`.
     """
 
     def __init__(
         self,
         mover: DeviceMover,
-        spec: WeightSpec,
-        states: Sequence[State],
-        item: DType,
-        dtype: torch.dtype,
+        matrix: Matrix,
         *,
         scratch: DeviceScratch,
     ) -> None:
-        super().__init__(mover, spec, states, item, dtype, scratch=scratch)
+        super().__init__(mover, matrix, scratch=scratch)
         tiers = mover.placement.tiers
         self._hosted = tuple(
             (part, state) for part, state in self.parts if tiers[state.unit.name] == "host"
@@ -44,16 +42,14 @@ class BesideExpansion(DeviceExpansion):
         self._elsewhere = tuple(pair for pair in self.parts if pair not in self._hosted)
         self._calls: dict[int, tuple[Encoded, Callable[[int, int, int], None] | None]] = {}
 
-    @property
-    def multiplies(self) -> bool:
-        """Whether `product` applies: the host takes every packed matrix of whole rows."""
-        return self.whole and not self.converts
+    def takes(self, spec: TensorSpec) -> bool:
+        return True  # the host takes every packed matrix of whole rows
 
-    def forget(self) -> None:
-        super().forget()
+    def close(self) -> None:
+        super().close()
         self._calls.clear()
 
-    def product(self, inputs: torch.Tensor, *, hold: bool) -> torch.Tensor:
+    def product(self, inputs: torch.Tensor, *, hold: bool = False) -> torch.Tensor:
         mover, batch = self.mover, inputs.shape[0]
         out = torch.empty((batch, self.shape[0]), dtype=torch.float32, device=inputs.device)
         # What is damaged is found before anything is enqueued.
