@@ -6,7 +6,6 @@ this CPU runs).
 """
 
 import ctypes
-from collections.abc import Callable
 
 import numpy as np
 
@@ -16,11 +15,14 @@ from endor.codecs.spec import MAX_NNZ
 from endor.errors import DTypeError, ShapeError
 from endor.kernels import fields, integer, native, neurons
 from endor.kernels.dispatch import CHOICES, describe, select, thread_count
+from endor.kernels.expand import decode
 from endor.kernels.packing import Packer
+from endor.kernels.prepared import Prepared
 from endor.kernels.scratch import Scratch
 
 __all__ = [
     "CHOICES",
+    "Prepared",
     "Scratch",
     "decode",
     "describe",
@@ -29,7 +31,6 @@ __all__ = [
     "integer",
     "matvec",
     "neurons",
-    "prepared_matvec",
     "probe_copy",
     "probe_read",
     "select",
@@ -96,88 +97,6 @@ def encode(
         return begun.finish(plan)
 
 
-def decode(
-    encoded: Encoded,
-    out: np.ndarray,
-    *,
-    start: int = 0,
-    stop: int | None = None,
-    threads: int | None = None,
-    streaming: bool | None = None,
-    kernel: str | None = None,
-) -> np.ndarray:
-    """Write the dense elements `[start, stop)`, in row-major order, to `out` and return it.
-
-    Sizes and types are checked here, contents by `codecs.validate`, which whoever reads a file
-    calls once before. Whatever the contents, nothing outside `out[: stop - start]` is written and
-    nothing outside the arrays is read.
-
-    Args:
-        encoded: A stored tensor.
-        out: Flat, contiguous, unsigned of the element width, `stop - start` long or more.
-        start: First element, of any alignment.
-        stop: One past the last; the tensor's end when omitted.
-        streaming: Store past the caches; None does so for more than 16 MiB. Best when nothing
-            reads `out` soon.
-
-    Raises:
-        ShapeError: `out` is too short, not flat or not contiguous, or the range leaves the tensor.
-        DTypeError: `out` has another element type.
-        FormatError: The arrays contradict each other.
-        BackendError: The forced kernel cannot run here.
-    """
-    spec, number, count = encoded.spec, select(kernel), thread_count(threads)
-    stop = spec.units if stop is None else stop
-    if not 0 <= start <= stop <= spec.units:
-        raise ShapeError(f"range [{start}, {stop}) must lie in [0, {spec.units})")
-    if out.dtype != spec.dtype.uint:
-        raise DTypeError(f"out must be {spec.dtype.uint} for {spec.dtype.name}, got {out.dtype}")
-    if out.ndim != 1 or not out.flags.c_contiguous or not out.flags.writeable:
-        raise ShapeError("out must be flat, contiguous and writable")
-    if out.size < stop - start:
-        raise ShapeError(f"out must hold {stop - start} elements, got {out.size}")
-    if spec.codec == "dense":
-        out[: stop - start] = encoded.arrays[""].reshape(-1)[start:stop]
-    elif spec.codec == "fields":
-        size = spec.dtype.itemsize
-        raw = out[: stop - start].view(np.uint8)
-        fields.decode(encoded, raw, start * size, count, number)
-    elif spec.transposed:
-        _decode_turned(encoded, out[: stop - start], start, count, kernel)
-    elif number is None:
-        out[: stop - start] = codecs.decode(encoded).reshape(-1)[start:stop]
-    elif spec.codec == "int":
-        integer.decode(encoded, out, start, stop, count, streaming, number)
-    else:
-        library, view = native.library(), native.view(encoded)
-        if streaming is None:
-            streaming = (stop - start) * spec.dtype.itemsize > native.STREAMING_NBYTES
-        status = library.endor_decode(
-            number, ctypes.byref(view), out.ctypes.data, start, stop, count, int(streaming)
-        )
-        native.check(status)
-    return out
-
-
-def _decode_turned(
-    encoded: Encoded, out: np.ndarray, start: int, threads: int, kernel: str | None
-) -> None:
-    """Write elements of a matrix that is stored transposed, which is decoded whole beside."""
-    spec = encoded.spec.stored
-    stored = np.empty(spec.numel, dtype=spec.dtype.uint)
-    decode(Encoded(spec, encoded.arrays), stored, threads=threads, streaming=False, kernel=kernel)
-    rows, cols = spec.shape
-    if not out.size:
-        return
-    first, last = start // rows, -(-(start + out.size) // rows)
-    exact = (start, out.size) == (first * rows, (last - first) * rows)
-    whole = out if exact else np.empty((last - first) * rows, dtype=out.dtype)
-    number = select(kernel)
-    neurons.turn(stored.reshape(rows, cols), whole, first, last, threads, number)
-    if not exact:
-        out[...] = whole[start - first * rows :][: out.size]
-
-
 def matvec(
     encoded: Encoded,
     x: np.ndarray,
@@ -238,56 +157,6 @@ def matvec(
     else:
         native.check(library.endor_matvec(number, ctypes.byref(view), kind, *operand))
     return out
-
-
-def prepared_matvec(
-    encoded: Encoded,
-    *,
-    first: int = 0,
-    threads: int | None = None,
-    kernel: str | None = None,
-) -> Callable[[int, int, int], None] | None:
-    """Return `matvec` by one weight with all checks made beforehand; None without the C kernels.
-
-    A model of many small matrices spends more time on those checks than on some products. The
-    function keeps `encoded` alive.
-
-    Args:
-        encoded: As for `matvec`, whose errors these are.
-        first: Row from which on it multiplies; those before are not read, and not in the result.
-        threads: As everywhere here.
-        kernel: As everywhere here.
-
-    Returns:
-        A function of three numbers: the address of `(batch, cols)` elements of the weight's type,
-        C-contiguous; batch; and the address of float32 `(batch, rows - first)`, which it writes.
-    """
-    spec, number, count = encoded.spec, select(kernel), thread_count(threads)
-    kind = native.WEIGHT_KINDS.get(spec.dtype.name)
-    if kind is None:
-        raise DTypeError(f"products take {', '.join(native.WEIGHT_KINDS)}, not {spec.dtype.name}")
-    if len(spec.shape) != 2:
-        raise ShapeError(f"a product takes a weight of shape (rows, cols), not {spec.shape}")
-    if not 0 <= first <= spec.shape[0]:
-        raise ShapeError(f"first must be one of {spec.shape[0]} rows, got {first}")
-    if number is None or spec.transposed:
-        return None
-    view, library = ctypes.byref(native.view(encoded)), native.library()
-    coded = spec.codec == "int"
-    place: tuple[int, ...] = spec.shape
-    if first:
-        multiply = library.endor_int_matvec_rows if coded else library.endor_matvec_rows
-        place = (first, spec.shape[0] - first, spec.shape[1])
-    else:
-        multiply = library.endor_int_matvec if coded else library.endor_matvec
-    operand = (view, *place) if coded else (view, kind, *place)
-
-    def run(x: int, batch: int, out: int, _encoded: Encoded = encoded) -> None:
-        status = multiply(number, *operand, x, kind, batch, out, count)
-        if status:
-            native.check(status)
-
-    return run
 
 
 def probe_copy(

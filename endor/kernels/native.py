@@ -223,10 +223,7 @@ def tensor(spec: TensorSpec, arrays: dict[str, np.ndarray]) -> Tensor | IntTenso
     Raises:
         ShapeError: An array is missing, or is not what `spec` promises.
     """
-    if spec.coding is not None:
-        out: Tensor | IntTensor = _int_tensor(spec, spec.coding)
-    else:
-        out = _tensor(spec)
+    out = form(spec)
     for expected in spec.arrays:
         array = arrays.get(expected.suffix)
         if (
@@ -242,6 +239,11 @@ def tensor(spec: TensorSpec, arrays: dict[str, np.ndarray]) -> Tensor | IntTenso
             )
         setattr(out, expected.suffix or "values", array.ctypes.data)
     return out
+
+
+def form(spec: TensorSpec) -> Tensor | IntTensor:
+    """Return the library's view of a tensor that is stored so, its arrays yet unknown."""
+    return _tensor(spec) if spec.coding is None else _int_tensor(spec, spec.coding)
 
 
 def _int_tensor(spec: TensorSpec, coding: Coding) -> IntTensor:

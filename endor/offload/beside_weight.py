@@ -7,17 +7,17 @@ Few rows only: with more than `Weight.product_rows` a weight is copied and expan
 """
 
 import time
-from collections.abc import Callable
 
 import numpy as np
 import torch
 
 from endor import kernels
 from endor.codecs import Encoded, TensorSpec
+from endor.kernels import Prepared
 from endor.offload.device_mover import DeviceMover
 from endor.offload.device_weight import DeviceScratch, DeviceWeight, piece_of
 from endor.offload.state import State
-from endor.offload.weight import Matrix
+from endor.offload.weight import Matrix, spec_of
 from endor.planning.units import Part
 
 
@@ -40,20 +40,21 @@ class BesideWeight(DeviceWeight):
             (part, state) for part, state in self.parts if tiers[state.unit.name] == "host"
         )
         self._elsewhere = tuple(pair for pair in self.parts if pair not in self._hosted)
-        self._calls: dict[int, tuple[Encoded, Callable[[int, int, int], None] | None]] = {}
+        self._kernels = [Prepared(spec_of(part, state)) for part, state in self._hosted]
 
     def takes(self, spec: TensorSpec) -> bool:
         return True  # the host takes every packed matrix of whole rows
 
     def close(self) -> None:
         super().close()
-        self._calls.clear()
+        for kernel in self._kernels:
+            kernel.forget()
 
     def product(self, inputs: torch.Tensor, *, hold: bool = False) -> torch.Tensor:
         mover, batch = self.mover, inputs.shape[0]
         out = torch.empty((batch, self.shape[0]), dtype=torch.float32, device=inputs.device)
         # What is damaged is found before anything is enqueued.
-        hosted = [(part, mover.host.take(state)[part.tensor]) for part, state in self._hosted]
+        hosted = [mover.host.take(state)[part.tensor] for part, state in self._hosted]
         mover.exchange.send(inputs)
         for part, state in self._elsewhere:
             self._multiply(part, state, inputs, out, hold=hold)
@@ -61,10 +62,10 @@ class BesideWeight(DeviceWeight):
             if mover.split.rows(state.unit, part.tensor):
                 self._multiply_rows(part, state, inputs, out, hold=hold)
         operand = mover.exchange.arrived()
-        for (part, state), (_, encoded) in zip(self._hosted, hosted, strict=True):
+        for (part, state), encoded, kernel in zip(self._hosted, hosted, self._kernels, strict=True):
             first = mover.split.rows(state.unit, part.tensor)
             if first < encoded.spec.shape[0]:
-                self._multiply_here(part, encoded, first, operand, out)
+                self._multiply_here(part, kernel, encoded, first, operand, out)
         mover.ledger.counters.products += 1
         mover.ledger.counters.packed_bytes += self.packed_nbytes
         return out
@@ -80,7 +81,13 @@ class BesideWeight(DeviceWeight):
             self.mover.release(held, hold=hold)
 
     def _multiply_here(
-        self, part: Part, encoded: Encoded, first: int, operand: np.ndarray, out: torch.Tensor
+        self,
+        part: Part,
+        kernel: Prepared,
+        encoded: Encoded,
+        first: int,
+        operand: np.ndarray,
+        out: torch.Tensor,
     ) -> None:
         """Multiply rows of one part on the host, and enqueue the copy of the result into `out`."""
         exchange, ledger = self.mover.exchange, self.mover.ledger
@@ -90,8 +97,7 @@ class BesideWeight(DeviceWeight):
         nbytes = encoded.spec.nbytes * rows // encoded.spec.shape[0]
         result = exchange.result(batch, rows)
         start = time.perf_counter()
-        call = self._prepared_call(part, encoded, first)
-        multiply_rows(call, encoded, first, operand, result)
+        multiply_rows(kernel, encoded, first, operand, result)
         stop = time.perf_counter()
         counters = ledger.counters
         counters.host_products += 1
@@ -103,19 +109,9 @@ class BesideWeight(DeviceWeight):
         if piece is not out:
             out[:, at : at + rows] = piece
 
-    def _prepared_call(
-        self, part: Part, encoded: Encoded, first: int
-    ) -> Callable[[int, int, int], None] | None:
-        """Return the prepared product, made anew where the unit was read anew."""
-        known = self._calls.get(part.offset)
-        if known is None or known[0] is not encoded:
-            call = kernels.prepared_matvec(encoded, first=first)
-            known = self._calls[part.offset] = (encoded, call)
-        return known[1]
-
 
 def multiply_rows(
-    call: Callable[[int, int, int], None] | None,
+    kernel: Prepared,
     encoded: Encoded,
     first: int,
     operand: np.ndarray,
@@ -124,14 +120,15 @@ def multiply_rows(
     """Write the product with the rows of a packed matrix from `first` on to `result`.
 
     Args:
-        call: From `kernels.prepared_matvec`.
+        kernel: That of the matrix.
         encoded: The matrix.
         first: The first row.
         operand: The inputs' bytes: `(batch, cols)` of the matrix's type.
         result: float32 `(batch, rows)`.
     """
-    if call is not None:
-        call(operand.ctypes.data, result.shape[0], result.ctypes.data)
+    if kernel.multiplies:
+        x, out = operand.ctypes.data, result.ctypes.data
+        kernel.matvec(encoded, x, result.shape[0], out, first=first)
         return
     bits = operand.view(encoded.spec.dtype.uint).reshape(result.shape[0], -1)
     whole = np.empty((result.shape[0], encoded.spec.shape[0]), dtype=np.float32)

@@ -9,13 +9,14 @@ import numpy as np
 import torch
 
 from endor import kernels
+from endor.codecs import Encoded
 from endor.dtypes import torch_dtype
+from endor.kernels import Prepared
 from endor.offload.mover import Mover
-from endor.offload.state import Bound, State
-from endor.offload.weight import Matrix, Weight, panel_rows
+from endor.offload.state import Bound
+from endor.offload.weight import Matrix, Weight, panel_rows, spec_of
 from endor.packed import bits_of, tensor_of
 from endor.planning.scratch import align_view
-from endor.planning.units import Part
 
 T = TypeVar("T")
 
@@ -78,7 +79,9 @@ class HostWeight(Weight):
         super().__init__(mover, matrix)
         self._scratch = scratch
         self._key = key
-        self._call: Callable[[int, int, int], None] | None = None
+        self._pieces = tuple(
+            (part, state, Prepared(spec_of(part, state))) for part, state in self.parts
+        )
 
     @property
     def device(self) -> torch.device:
@@ -95,24 +98,24 @@ class HostWeight(Weight):
         return matrix.to(self.dtype)
 
     def close(self) -> None:
-        self._call = None
+        for _, _, kernel in self._pieces:
+            kernel.forget()
 
     def product(self, inputs: torch.Tensor, *, hold: bool = False) -> torch.Tensor:
         out = torch.empty((inputs.shape[0], self.shape[0]), dtype=torch.float32)
         start = time.perf_counter()
-        part, state = self.parts[0]
-        fixed = state.fixed
-        if len(self.parts) > 1:
-            self._multiply_parts(inputs, out, hold)
-        elif fixed is None:
-            self._multiply(part, state, bits_of(inputs), out.numpy(), hold)
-        else:
-            if self._call is None:
-                self._call = kernels.prepared_matvec(fixed[part.tensor])
-            if self._call is None:
-                kernels.matvec(fixed[part.tensor], bits_of(inputs), out.numpy())
-            else:
-                self._call(inputs.data_ptr(), inputs.shape[0], out.data_ptr())
+        for part, state, kernel in self._pieces:
+            rows, at = kernel.spec.shape[0], part.offset // self.shape[1]
+            piece = out if len(self._pieces) == 1 else out.new_empty(len(out), rows)
+            fixed = state.fixed
+            bound = self.mover.take(state) if fixed is None else fixed
+            try:
+                multiply(kernel, bound[part.tensor], inputs, piece)
+            finally:
+                if fixed is None:
+                    self.mover.release(bound, hold=hold)
+            if piece is not out:
+                out[:, at : at + rows] = piece
         stop = time.perf_counter()
         ledger = self.mover.ledger
         counters = ledger.counters
@@ -133,14 +136,14 @@ class HostWeight(Weight):
         narrow = torch.empty(panel.shape, dtype=self.dtype)
         flat = bits_of(narrow).reshape(-1)
         began, spent = time.perf_counter(), 0.0
-        for part, state in self.parts:
+        for part, state, kernel in self._pieces:
             fixed, mover = state.fixed, self.mover
             bound = mover.take(state) if fixed is None else fixed
             try:
                 for first in range(part.start, part.stop, step * cols):
                     start = time.perf_counter()
                     last = min(first + step * cols, part.stop)
-                    kernels.decode(bound[part.tensor], flat, start=first, stop=last)
+                    kernel.decode(bound[part.tensor], flat, start=first, stop=last)
                     spent += time.perf_counter() - start
                     count = (last - first) // cols
                     at = (part.offset + first - part.start) // cols
@@ -152,41 +155,17 @@ class HostWeight(Weight):
         self._count_expansion(began, began + spent, self.numel * self.item.itemsize)
         return out
 
-    def _multiply_parts(self, inputs: torch.Tensor, out: torch.Tensor, hold: bool) -> None:
-        x, cols = bits_of(inputs), self.shape[1]
-        for part, state in self.parts:
-            rows = (part.stop - part.start) // cols
-            piece = np.empty((inputs.shape[0], rows), dtype=np.float32)
-            self._multiply(part, state, x, piece, hold)
-            at = part.offset // cols
-            out[:, at : at + rows] = torch.from_numpy(piece)
-
-    def _multiply(
-        self, part: Part, state: State, x: np.ndarray, out: np.ndarray, hold: bool
-    ) -> None:
-        fixed = state.fixed
-        if fixed is not None:
-            kernels.matvec(fixed[part.tensor], x, out)
-            return
-        bound = self.mover.take(state)
-        try:
-            kernels.matvec(bound[part.tensor], x, out)
-        finally:
-            self.mover.release(bound, hold=hold)
-
     def _expand(self, flat: np.ndarray, hold: bool) -> None:
         start = time.perf_counter()
-        for part, state in self.parts:
+        for part, state, kernel in self._pieces:
             out = flat[part.offset : part.offset + part.stop - part.start]
             fixed = state.fixed
-            if fixed is not None:
-                kernels.decode(fixed[part.tensor], out, start=part.start, stop=part.stop)
-                continue
-            bound = self.mover.take(state)
+            bound = self.mover.take(state) if fixed is None else fixed
             try:
-                kernels.decode(bound[part.tensor], out, start=part.start, stop=part.stop)
+                kernel.decode(bound[part.tensor], out, start=part.start, stop=part.stop)
             finally:
-                self.mover.release(bound, hold=hold)
+                if fixed is None:
+                    self.mover.release(bound, hold=hold)
         self._count_expansion(start, time.perf_counter(), flat.nbytes)
 
     def _count_expansion(self, start: float, stop: float, dense_nbytes: int) -> None:
@@ -207,3 +186,11 @@ class HostWeight(Weight):
         start = align_view(nbytes)
         stop = start + self.numel * self.dtype.itemsize
         return flat, matrix, buffer[start:stop].view(self.dtype).reshape(self.shape)
+
+
+def multiply(kernel: Prepared, encoded: Encoded, inputs: torch.Tensor, out: torch.Tensor) -> None:
+    """Write `inputs @ matrix.T` to `out`, float32 `(batch, rows)`, both contiguous."""
+    if kernel.multiplies:
+        kernel.matvec(encoded, inputs.data_ptr(), len(inputs), out.data_ptr())
+    else:
+        kernels.matvec(encoded, bits_of(inputs), out.numpy())

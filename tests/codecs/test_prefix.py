@@ -85,13 +85,12 @@ def test_the_other_rows_are_multiplied_where_they_lie(kind):
         whole = kernels.matvec(encoded, bits, np.empty((3, 300), np.float32), kernel=kernel)
         for first in (0, 1, 32, 299, 300):
             for threads in (1, 2):
-                run = kernels.prepared_matvec(encoded, first=first, kernel=kernel, threads=threads)
+                run = kernels.Prepared(encoded.spec, kernel=kernel, threads=threads)
                 out = np.full((3, 300 - first), np.nan, np.float32)
-                run(bits.ctypes.data, 3, out.ctypes.data)
+                run.matvec(encoded, bits.ctypes.data, 3, out.ctypes.data, first=first)
                 np.testing.assert_array_equal(out.view(np.uint32), whole[:, first:].view(np.uint32))
-    assert kernels.prepared_matvec(encoded, first=1, kernel="numpy") is None
     with pytest.raises(ShapeError, match="first"):
-        kernels.prepared_matvec(encoded, first=301)
+        run.matvec(encoded, bits.ctypes.data, 3, out.ctypes.data, first=301)
 
 
 def test_what_cannot_be_cut_there_is_refused():

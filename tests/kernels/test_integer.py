@@ -251,9 +251,9 @@ def test_prepared_products(compiled: str, name: str, batch: int, rng: np.random.
     x = integer.to_dtype(bits, item)
     wanted, found = np.empty((2, batch, 257), np.float32)
     kernels.matvec(encoded, x, wanted, threads=2, kernel=compiled)
-    run = kernels.prepared_matvec(encoded, threads=2, kernel=compiled)
-    assert run is not None
-    run(x.ctypes.data, batch, found.ctypes.data)
+    kernel = kernels.Prepared(encoded.spec, threads=2, kernel=compiled)
+    assert kernel.multiplies
+    kernel.matvec(encoded, x.ctypes.data, batch, found.ctypes.data)
     assert np.array_equal(found.view(np.uint32), wanted.view(np.uint32))
 
 

@@ -201,39 +201,3 @@ def test_wrong_arguments(kernel: str) -> None:
     flat = codecs.encode(weight.reshape(-1), DTYPES["BF16"], codec="raw")
     with pytest.raises(ShapeError):
         kernels.matvec(flat, x, out, kernel=kernel)
-
-
-@pytest.mark.parametrize("name", KINDS)
-@pytest.mark.parametrize("codec", ["raw", "exp"])
-@pytest.mark.parametrize("batch", [1, 3, 8])
-def test_a_prepared_product_has_the_same_bits(rng, name, codec, batch):
-    item = DTYPES[name]
-    weight = weights(rng, item, 33, 200, 0.5)
-    encoded = kernels.encode(weight, item, codec=codec, bitmap=True)
-    x = rounded(rng.standard_normal((batch, 200)), item)
-    expected = kernels.matvec(encoded, x, np.empty((batch, 33), np.float32))
-    run = kernels.prepared_matvec(encoded)
-    if run is None:
-        assert kernels.describe()["kernel"] == "numpy"
-        return
-    del encoded  # the prepared product keeps what it needs
-    out = np.full((batch, 33), np.nan, np.float32)
-    run(x.ctypes.data, batch, out.ctypes.data)
-    assert np.array_equal(out.view(np.uint32), expected.view(np.uint32))
-
-
-def test_a_prepared_product_refuses_what_a_product_refuses(rng):
-    item = DTYPES["I8"]
-    whole = kernels.encode(np.ones((4, 4), item.uint), item, codec="raw")
-    with pytest.raises(DTypeError, match="products take"):
-        kernels.prepared_matvec(whole)
-    flat = kernels.encode(np.ones(16, np.uint16), DTYPES["BF16"], codec="raw", bitmap=True)
-    with pytest.raises(ShapeError, match="rows, cols"):
-        kernels.prepared_matvec(flat)
-    assert (
-        kernels.prepared_matvec(
-            kernels.encode(np.ones((4, 4), np.uint16), DTYPES["BF16"], codec="raw", bitmap=True),
-            kernel="numpy",
-        )
-        is None
-    )

@@ -1,7 +1,6 @@
 """A layer's matrix: expanded from the packed bytes for each use, or multiplied where they lie."""
 
 from collections.abc import Callable
-from typing import Any
 
 import numpy as np
 import torch
@@ -26,6 +25,9 @@ def reserve(device: torch.device, nbytes: int) -> None:
     held = _scratch.get(device)
     if held is None or held.numel() < nbytes:
         _scratch[device] = torch.empty(nbytes, dtype=torch.uint8, device=device)
+
+
+_Views = tuple[list[tuple[int, Encoded]], list[kernels.Prepared]]
 
 
 class Matrix:
@@ -70,7 +72,7 @@ class Matrix:
             part.spec.dtype.name in WEIGHT_KINDS and torch_dtype(part.spec.dtype) == dtype
             for part in parts
         )
-        self._bound: dict[int, tuple[list[tuple[int, Encoded]], list[Any]]] = {}
+        self._bound: dict[int, _Views] = {}
         self._launches: dict[tuple[int, int], Callable[[], None]] = {}
 
     @property
@@ -126,10 +128,10 @@ class Matrix:
         pieces = []
         for (_, encoded), call in zip(bound, calls, strict=True):
             piece = torch.empty((len(x), encoded.spec.shape[0]), dtype=torch.float32)
-            if call is None:
-                kernels.matvec(encoded, bits_of(x), piece.numpy(), threads=self._threads)
+            if call.multiplies:
+                call.matvec(encoded, x.data_ptr(), len(x), piece.data_ptr())
             else:
-                call(x.data_ptr(), len(x), piece.data_ptr())
+                kernels.matvec(encoded, bits_of(x), piece.numpy(), threads=self._threads)
             pieces.append(piece)
         out = pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=1)
         if bias is not None:
@@ -146,19 +148,14 @@ class Matrix:
             if own is not target:
                 target.copy_(own)
 
-    def _views(self, data: torch.Tensor) -> tuple[list[tuple[int, Encoded]], list[Any]]:
+    def _views(self, data: torch.Tensor) -> _Views:
         """Return the parts over the memory of `data`, which an offloader may exchange."""
         key = data.data_ptr()
         found = self._bound.get(key)
         if found is None:
             bytes_: np.ndarray = data.detach().numpy()
             parts = self.placement.bind(bytes_)
-            calls = [
-                kernels.prepared_matvec(encoded, threads=self._threads)
-                if self._multiplies
-                else None
-                for _, encoded in parts
-            ]
+            calls = [kernels.Prepared(each.spec, threads=self._threads) for _, each in parts]
             found = self._bound[key] = (parts, calls)
         return found
 
