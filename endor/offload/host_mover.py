@@ -23,13 +23,12 @@ from typing import Any
 from endor.errors import BackendError, EndorError, ReadError
 from endor.kernels.dispatch import check_threads
 from endor.offload.ledger import Ledger
-from endor.offload.reading import read_unit
 from endor.offload.residency import Residency, cached_experts, place_residents
 from endor.offload.schedule import Schedule
 from endor.offload.state import AHEAD, DEMAND, FILL, HINT, WARM, Bound, Phase, State
 from endor.planning.tiers import PACKED_IN_RAM, Placement
 from endor.planning.units import Unit
-from endor.storage import HostBuffer, RecordReader
+from endor.storage import CheckedRecord, HostBuffer, RecordReader
 from endor.threads import join_all, start_all
 
 
@@ -88,7 +87,10 @@ class HostMover:
             cache_bytes=self.cache_bytes,
         )
         self._reader = reader
-        self._verify = verify
+        made = (
+            CheckedRecord(unit.layout, unit.name, unit.tensors, verify=verify) for unit in units
+        )
+        self._records = {unit.index: record for unit, record in zip(units, made, strict=True)}
         self._lock = threading.Lock()
         self._work = threading.Condition(self._lock)
         self._done = threading.Condition(self._lock)
@@ -101,11 +103,8 @@ class HostMover:
             for state in self.states.values():
                 if state.resident:
                     self._queue(state, FILL)
-            for name in cached:
-                state = self.states[name]
-                if self._residency.make(state, force=False):
-                    self._queue(state, FILL)
-            self._read_ahead()
+            self._ask((self.states[name] for name in cached), FILL)
+            self._ask(self._residency.window(), AHEAD)
         self._threads = [
             threading.Thread(target=self._run, name=f"endor-loader-{at}", daemon=True)
             for at in range(threads)
@@ -153,7 +152,7 @@ class HostMover:
             assert state.bound is not None
             if not state.resident:
                 self._residency.hold(me, state)
-                self._read_ahead()
+                self._ask(self._residency.window(), AHEAD)
             return state.bound
 
     def release(self, held: Bound, *, hold: bool = False) -> None:
@@ -167,24 +166,14 @@ class HostMover:
             if self._residency.release(threading.get_ident()):
                 self._done.notify_all()
                 if not self._closed:
-                    self._read_ahead()
+                    self._ask(self._residency.window(), AHEAD)
 
     def hint(self, states: Iterable[State], *, group: int = 0) -> None:
         """Read units that will be taken at once; see `Mover.hint`."""
         with self._lock:
             chosen = list(dict.fromkeys(states))
             self._residency.route(group, chosen)
-            for state in chosen:
-                if self._closed:
-                    return
-                if state.resident:
-                    continue
-                if state.phase is Phase.ABSENT:
-                    if not self._residency.make(state, force=False):
-                        return
-                    self._queue(state, HINT)
-                elif state.phase is Phase.QUEUED and state.priority > HINT:
-                    self._queue(state, HINT)
+            self._ask(chosen, HINT)
 
     def warm(self, states: Iterable[State]) -> None:
         """Read units that the next `hint` may ask for, in this order, as far as there is room.
@@ -195,15 +184,7 @@ class HostMover:
         with self._lock:
             chosen = list(dict.fromkeys(states))
             self._residency.guessed = {state.unit.index for state in chosen}
-            for state in chosen:
-                if self._closed:
-                    return
-                if state.resident or state.phase is not Phase.ABSENT:
-                    continue
-                if not self._residency.make(state, force=False):
-                    return
-                state.warm = True
-                self._queue(state, WARM)
+            self._ask(chosen, WARM)
 
     def post(self, priority: int, run: Callable[[], None]) -> None:
         """Have a task run on a loader thread, in its turn; see `Mover.post`."""
@@ -279,10 +260,7 @@ class HostMover:
                 state.waiters -= 1
             self._check_open()
         if start:
-            stop = time.perf_counter()
-            self.ledger.counters.stalls += 1
-            self.ledger.counters.stall_s += stop - start
-            self.ledger.note("stall", state.unit.name, start, stop, state.unit.nbytes)
+            self.ledger.note_stall(state.unit.name, start, state.unit.nbytes)
 
     def _demand(self, state: State) -> None:
         """See that `state` is read next; leaves it ABSENT while no memory can be had."""
@@ -301,12 +279,18 @@ class HostMover:
         heapq.heappush(self._jobs, (priority, self._tickets, state.unit.index))
         self._work.notify()
 
-    def _read_ahead(self) -> None:
-        for state in self._residency.window():
+    def _ask(self, states: Iterable[State], priority: int) -> None:
+        """Have units read that are neither here nor on their way, as far as there is room."""
+        for state in states:
+            if self._closed or state.resident:
+                continue
             if state.phase is Phase.ABSENT:
                 if not self._residency.make(state, force=False):
                     return
-                self._queue(state, AHEAD)
+                state.warm = priority == WARM
+                self._queue(state, priority)
+            elif state.phase is Phase.QUEUED and priority == HINT < state.priority:
+                self._queue(state, HINT)
 
     # ---- loader threads ------------------------------------------------------------------------
 
@@ -315,10 +299,9 @@ class HostMover:
             if not isinstance(state, State):
                 state()
                 continue
-            bound: Bound | None = None
-            error: EndorError | None = None
+            bound, error = None, None
             try:
-                bound = read_unit(state, self._reader, self.ledger, self._lock, verify=self._verify)
+                bound = self._read(state)
             except EndorError as found:
                 error = found
             except BaseException as found:  # whatever it is, a taker must not wait for ever
@@ -348,3 +331,18 @@ class HostMover:
                         return state
                 self._work.wait()
             return None
+
+    def _read(self, state: State) -> Bound:
+        """Return the tensors of a unit that is READING, read into its place and checked."""
+        unit, place, ledger = state.unit, state.place, self.ledger
+        assert place is not None
+        record = self._records[unit.index]
+        start = time.perf_counter()
+        stat = self._reader.read(record.record, place.array)
+        stop = time.perf_counter()
+        checked = record.check(place.array)
+        end = time.perf_counter() if checked else stop
+        with self._lock:
+            ledger.note_read(unit.name, start, stop, end, stat)
+            ledger.counters.warm_reads += state.warm
+        return record.bind(place.array)

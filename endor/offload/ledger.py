@@ -1,9 +1,12 @@
 """What the engine did: counters, and the last events per unit."""
 
 import threading
+import time
 from collections import deque
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
+
+from endor.storage import ReadStat
 
 EVENTS = 1 << 16
 """Events kept; older ones make room."""
@@ -154,6 +157,28 @@ class Ledger:
     def note(self, kind: EventKind, name: str, start_s: float, stop_s: float, nbytes: int) -> None:
         """Add an event of this thread."""
         self._events.append((kind, name, start_s, stop_s, nbytes, threading.get_ident()))
+
+    def note_read(
+        self, name: str, start_s: float, stop_s: float, checked_s: float, stat: ReadStat
+    ) -> None:
+        """Add and count the read of a unit, and its check where that ended later."""
+        counters = self.counters
+        counters.reads += 1
+        counters.read_bytes += stat.nbytes
+        counters.read_s += stop_s - start_s
+        counters.retries += stat.retries
+        self.note("read", name, start_s, stop_s, stat.nbytes)
+        if checked_s > stop_s:
+            counters.checks += 1
+            counters.check_s += checked_s - stop_s
+            self.note("check", name, stop_s, checked_s, stat.nbytes)
+
+    def note_stall(self, name: str, start_s: float, nbytes: int) -> None:
+        """Add and count a wait for a unit, which ends now."""
+        stop_s = time.perf_counter()
+        self.counters.stalls += 1
+        self.counters.stall_s += stop_s - start_s
+        self.note("stall", name, start_s, stop_s, nbytes)
 
     @property
     def events(self) -> list[Event]:

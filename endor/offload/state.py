@@ -39,13 +39,11 @@ class State:
         error: Why it FAILED.
         priority: Of the queued read.
         waiters: Threads that wait for it.
-        checked: Whether its structure was found right; its checksum is checked at every read.
         warm: Whether a guess at a router's choice brought it, and it was not used since.
     """
 
     __slots__ = (
         "bound",
-        "checked",
         "error",
         "fixed",
         "phase",
@@ -67,5 +65,4 @@ class State:
         self.error: EndorError | None = None
         self.priority = FILL
         self.waiters = 0
-        self.checked = False
         self.warm = False

@@ -3,20 +3,12 @@
 from typing import TYPE_CHECKING, Any
 
 from endor.storage.buffers import HostBuffer
-from endor.storage.check import (
-    bind_checked,
-    check_again,
-    check_bytes,
-    check_record,
-    check_stream,
-    read_records,
-    verify_file,
-)
+from endor.storage.check import CheckedRecord, bind_checked, check_bytes, check_record
 from endor.storage.layout import ALIGN, ArrayEntry, FileLayout, Record, TensorEntry, align_up
 from endor.storage.readers import RecordReader, open_reader
-from endor.storage.source import ReaderKind
+from endor.storage.source import ReaderKind, ReadStat, Ticket
 from endor.storage.temporary import TemporaryFile, remove_stale_temporaries, sync_directory
-from endor.storage.ticket import ReadStat, Ticket
+from endor.storage.verify import check_stream, read_records, verify_file
 from endor.storage.writer import FileWriter, RecordWriter, header_capacity, largest_spec
 
 if TYPE_CHECKING:
@@ -25,6 +17,7 @@ if TYPE_CHECKING:
 __all__ = [
     "ALIGN",
     "ArrayEntry",
+    "CheckedRecord",
     "FileLayout",
     "FileWriter",
     "HostBuffer",
@@ -38,7 +31,6 @@ __all__ = [
     "Ticket",
     "align_up",
     "bind_checked",
-    "check_again",
     "check_bytes",
     "check_record",
     "check_stream",

@@ -1,21 +1,14 @@
 """Checks of content: after these, a damaged or hostile file cannot reach a kernel."""
 
-from collections.abc import Callable, Generator
-from pathlib import Path
+from collections.abc import Sequence
 
 import numpy as np
 
-from endor import codecs, kernels
+from endor import codecs
 from endor.codecs import Encoded
 from endor.errors import ChecksumError, FormatError, IntegrityError
-from endor.kernels.dispatch import select
-from endor.storage.buffers import HostBuffer
 from endor.storage.checksum import checksum
 from endor.storage.layout import FileLayout, Record
-from endor.storage.readers import RecordReader, open_reader
-
-STREAM_ELEMENTS = 1 << 22
-"""Elements of codec `int` that `check_stream` decodes at a time; whole chunks."""
 
 
 def check_bytes(record: Record, record_bytes: np.ndarray) -> None:
@@ -41,21 +34,6 @@ def check_bytes(record: Record, record_bytes: np.ndarray) -> None:
             raise FormatError(f"{where}: bytes {start}:{stop} are a pad and must be 0")
 
 
-def check_again(record: Record, record_bytes: np.ndarray) -> None:
-    """Check the checksum and pads of a record whose bytes were found right before.
-
-    Raises:
-        IntegrityError: They are others now.
-    """
-    try:
-        check_bytes(record, record_bytes)
-    except FormatError as error:
-        raise IntegrityError(
-            f"{record.path}: record {record.name!r} changed since it was first read; something "
-            f"writes to the file: load the model again ({error})"
-        ) from error
-
-
 def bind_checked(layout: FileLayout, name: str, record_bytes: np.ndarray) -> Encoded:
     """Return the tensor `name` as views into its record, after checking its structure.
 
@@ -71,31 +49,6 @@ def bind_checked(layout: FileLayout, name: str, record_bytes: np.ndarray) -> Enc
     return encoded
 
 
-def check_stream(layout: FileLayout, name: str, encoded: Encoded) -> None:
-    """Decode a coded tensor (`int`, `fields`): its structure does not say if its words are right.
-
-    Args:
-        layout: The file.
-        name: The tensor.
-        encoded: From `bind_checked`; of another codec, nothing is done.
-
-    Raises:
-        FormatError: A chunk does not end as its coders began.
-    """
-    spec = encoded.spec
-    if spec.codec not in ("int", "fields") or not spec.units:
-        return
-    # The reference decodes the whole tensor whatever the range.
-    step = spec.units if select(None) is None else min(STREAM_ELEMENTS, spec.units)
-    out = np.empty(step, dtype=spec.dtype.uint)
-    try:
-        for start in range(0, spec.units, step):
-            stop = min(start + step, spec.units)
-            kernels.decode(encoded, out, start=start, stop=stop, threads=1)
-    except FormatError as error:
-        raise FormatError(f"{layout.path}: {name}: {error}") from None
-
-
 def check_record(layout: FileLayout, name: str, record_bytes: np.ndarray) -> None:
     """Check the checksum, pads and every tensor of the record `name`.
 
@@ -109,57 +62,73 @@ def check_record(layout: FileLayout, name: str, record_bytes: np.ndarray) -> Non
         bind_checked(layout, tensor, record_bytes)
 
 
-def read_records(
-    layout: FileLayout, reader: RecordReader
-) -> Generator[tuple[Record, np.ndarray], None, None]:
-    """Yield every record of a file with its bytes, in file order, one read ahead.
-
-    Yields:
-        The record and its bytes, not checked, valid until the next step.
-    """
-    records = list(layout.records.values())
-    largest = max((record.nbytes for record in records), default=0)
-    buffers = [HostBuffer(largest) for _ in range(min(2, len(records)))]
-    tickets = [reader.submit(record, buffers[0]) for record in records[:1]]
-    try:
-        for at, record in enumerate(records):
-            reader.wait(tickets[at])
-            if at + 1 < len(records):
-                tickets.append(reader.submit(records[at + 1], buffers[(at + 1) % 2]))
-            yield record, buffers[at % 2].array[: record.nbytes]
-    finally:
-        if tickets:
-            tickets[-1].settle()
-
-
-def verify_file(
-    path: Path | str,
-    *,
-    reader: RecordReader | None = None,
-    progress: Callable[[int], None] | None = None,
-) -> FileLayout:
-    """Check everything in a packed file: header, checksums, pads, structures, coded streams.
+class CheckedRecord:
+    """A record that is read again and again: each time its bytes are checked, and become tensors.
 
     Args:
-        path: The file.
-        reader: Reads it; a new one when omitted.
-        progress: Called with the bytes of each record that passed.
+        layout: The file.
+        name: The record.
+        tensors: Those of its tensors that are wanted.
+        verify: Check the checksum at each read, and the structure at the first.
 
-    Returns:
-        The layout of the file, which is whole.
-
-    Raises:
-        FormatError: The file is damaged; see its subclasses.
-        ReadError, OSError: The file cannot be read.
+    Attributes:
+        record: The record.
     """
-    layout = FileLayout.read(path)
-    if reader is None:
-        with open_reader() as own:
-            return verify_file(path, reader=own, progress=progress)
-    for record, record_bytes in read_records(layout, reader):
-        check_bytes(record, record_bytes)
-        for tensor in record.tensors:
-            check_stream(layout, tensor, bind_checked(layout, tensor, record_bytes))
-        if progress is not None:
-            progress(record.nbytes)
-    return layout
+
+    __slots__ = ("_layout", "_right", "_verify", "_views", "record")
+
+    def __init__(
+        self, layout: FileLayout, name: str, tensors: Sequence[str], *, verify: bool
+    ) -> None:
+        self.record = layout.records[name]
+        self._layout = layout
+        self._verify = verify
+        self._right = False
+        self._views = [
+            (
+                tensor,
+                layout.tensors[tensor].spec,
+                [
+                    (each.suffix, each.start, each.stop, each.dtype, each.shape)
+                    for each in layout.tensors[tensor].arrays
+                ],
+            )
+            for tensor in tensors
+        ]
+
+    def check(self, record_bytes: np.ndarray) -> bool:
+        """Raise unless the bytes are right; False where nothing is to be checked.
+
+        Args:
+            record_bytes: u8, flat, contiguous; bytes past the record's length are ignored.
+
+        Raises:
+            FormatError: They are damaged, or break the format.
+            IntegrityError: They were right before, and are others now.
+        """
+        record = self.record
+        if self._verify and not self._right:
+            check_record(self._layout, record.name, record_bytes)
+            self._right = True
+        elif self._verify:
+            try:
+                check_bytes(record, record_bytes)
+            except FormatError as error:
+                raise IntegrityError(
+                    f"{record.path}: record {record.name!r} changed since it was first read; "
+                    f"something writes to the file: load the model again ({error})"
+                ) from error
+        return self._verify
+
+    def bind(self, record_bytes: np.ndarray) -> dict[str, Encoded]:
+        """Return the tensors as views of the bytes, by name."""
+        return {
+            name: Encoded(
+                spec,
+                {
+                    suffix: record_bytes[start:stop].view(dtype).reshape(shape)
+                    for suffix, start, stop, dtype, shape in arrays
+                },
+            )
+            for name, spec, arrays in self._views
+        }

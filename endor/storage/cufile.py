@@ -22,7 +22,7 @@ from endor.storage.buffers import HostBuffer
 from endor.storage.device_backends import Backend, CuFile, Kvikio, observed_path
 from endor.storage.layout import Record
 from endor.storage.readers import RecordReader, open_reader
-from endor.storage.ticket import ReadStat, Ticket
+from endor.storage.source import ReadStat, Ticket
 from endor.threads import thread_pool
 
 if TYPE_CHECKING:

@@ -14,7 +14,7 @@ from endor.dtypes import endor_dtype, torch_dtype
 from endor.errors import ConfigError, DTypeError, ReadError
 from endor.packed import PackedTensor, bits_of, compress, decompress, endor_shape, torch_shape
 from endor.storage.buffers import HostBuffer
-from endor.storage.check import bind_checked, check_bytes, read_records
+from endor.storage.check import bind_checked, check_bytes
 from endor.storage.layout import FileLayout, no_tensor
 from endor.storage.plain import PlainFile
 from endor.storage.readers import open_reader
@@ -22,6 +22,7 @@ from endor.storage.safetensors import Header
 from endor.storage.seal import is_sealed
 from endor.storage.slices import TensorSlice
 from endor.storage.source import ReaderKind
+from endor.storage.verify import read_records
 from endor.storage.writer import FileWriter, header_capacity
 
 if TYPE_CHECKING:

@@ -17,8 +17,7 @@ from endor.errors import BackendError, ConfigError, ReadError, ShapeError, Trunc
 from endor.kernels.dispatch import check_threads
 from endor.storage.buffers import HostBuffer, destination
 from endor.storage.layout import ALIGN, Record, align_up
-from endor.storage.source import BlockStat, Preadv, ReaderKind, Source
-from endor.storage.ticket import ReadStat, Ticket
+from endor.storage.source import BlockStat, Preadv, ReaderKind, ReadStat, Source, Ticket
 from endor.threads import thread_pool
 
 _MAX_BLOCK_BYTES = 1 << 30

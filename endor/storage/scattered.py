@@ -10,8 +10,7 @@ from endor.errors import ReadError, ShapeError
 from endor.storage.buffers import HostBuffer, destination
 from endor.storage.layout import ALIGN, Record
 from endor.storage.readers import RecordReader
-from endor.storage.source import BlockStat, Source
-from endor.storage.ticket import ReadStat, Ticket
+from endor.storage.source import BlockStat, ReadStat, Source, Ticket
 
 Spans = Sequence[tuple[int, int]]
 """Bytes `start:stop` of a record: multiples of 4096, ascending, apart."""

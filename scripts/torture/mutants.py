@@ -113,7 +113,7 @@ def read_file(path: Path) -> dict[str, bytes]:
     """Return the bits of every tensor of a packed file, all checks made."""
     from endor import kernels
     from endor.storage import bind_checked, open_reader, verify_file
-    from endor.storage.check import read_records
+    from endor.storage.verify import read_records
 
     layout = verify_file(path)
     found = {}

@@ -142,7 +142,7 @@ def test_verify_decodes_what_is_coded(
     """Words that were damaged before their checksum was taken; the structure allows any words."""
     if kernel is not None:
         monkeypatch.setenv("ENDOR_KERNEL", kernel)
-    monkeypatch.setattr("endor.storage.check.STREAM_ELEMENTS", coding.CHUNK)
+    monkeypatch.setattr("endor.storage.verify.STREAM_ELEMENTS", coding.CHUNK)
     codes = np.random.default_rng(0).normal(0, 3, (300, 256)).round().astype(np.int32)
     whole = integer.encode(codes, 0.5, DTYPES["BF16"])
     words = whole.arrays["words"].copy()
