@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from catalog import GENERATES, Entry
+from differences import difference, equal, files_difference, tensors
 from examples import Inputs, first_that_runs, image_inputs, text_inputs
 from shrink import ATTEMPTS, tiny
 
@@ -82,7 +83,7 @@ def _run(entry: Entry, folder: Path, record: Record, stage: list[str], prune: bo
         record["image"] = "image" in tries
     wanted = {name: _results(entry, dense, each) for name, each in tries.items()}
     for name, each in tries.items():
-        if not _equal(_results(entry, dense, each), wanted[name]):
+        if not equal(_results(entry, dense, each), wanted[name]):
             raise Dense("gives other bits each time")
     stage[0] = "pack"
     report = endor.pack_checkpoint(source, packed, threads=1)
@@ -96,7 +97,9 @@ def _run(entry: Entry, folder: Path, record: Record, stage: list[str], prune: bo
         raise Wrong(str(found.problems[0]))
     stage[0] = "unpack"
     endor.unpack_checkpoint(packed, back)
-    _compare_files(source, back)
+    differs = files_difference(source, back)
+    if differs:
+        raise Wrong(differs)
     stage[0] = "load"
     model = endor.load_model(packed)
     if type(model).__name__ != entry.class_name:
@@ -214,7 +217,7 @@ def _forward(model: Any, inputs: Inputs) -> Any:
 
 def _results(entry: Entry, model: Any, inputs: Inputs) -> dict[str, torch.Tensor]:
     """Return every tensor that a forward gives, and greedy tokens where it generates."""
-    out = dict(_tensors("", _forward(model, inputs)))
+    out = dict(tensors("", _forward(model, inputs)))
     if entry.task in GENERATES and model.can_generate():
         try:
             torch.manual_seed(7)
@@ -228,41 +231,6 @@ def _results(entry: Entry, model: Any, inputs: Inputs) -> dict[str, torch.Tensor
     return out
 
 
-def _tensors(path: str, value: Any) -> Iterator[tuple[str, torch.Tensor]]:
-    if isinstance(value, torch.Tensor):
-        yield path, value
-    elif isinstance(value, Mapping):
-        for key, item in value.items():
-            yield from _tensors(f"{path}.{key}", item)
-    elif isinstance(value, list | tuple):
-        for at, item in enumerate(value):
-            yield from _tensors(f"{path}.{at}", item)
-
-
-def _equal(found: Mapping[str, torch.Tensor], wanted: Mapping[str, torch.Tensor]) -> bool:
-    return not _difference(found, wanted)
-
-
-def _difference(found: Mapping[str, torch.Tensor], wanted: Mapping[str, torch.Tensor]) -> str:
-    for name in sorted(set(found) | set(wanted)):
-        if name not in found or name not in wanted:
-            return f"{name} is missing on one side"
-        ours, theirs = found[name], wanted[name]
-        if ours.shape != theirs.shape or ours.dtype != theirs.dtype:
-            return f"{name}: {ours.dtype}{list(ours.shape)} for {theirs.dtype}{list(theirs.shape)}"
-        if not torch.equal(_bits(ours), _bits(theirs)):
-            off = (ours.double() - theirs.double()).abs().max().item() if ours.numel() else 0
-            return f"{name} is off by up to {off:.3g}"
-    return ""
-
-
-def _bits(tensor: torch.Tensor) -> torch.Tensor:
-    tensor = tensor.detach().cpu().contiguous()
-    if tensor.dtype.is_complex:
-        tensor = torch.view_as_real(tensor)
-    return tensor.flatten().view(torch.uint8) if tensor.numel() else tensor
-
-
 def _check(
     entry: Entry,
     model: Any,
@@ -273,25 +241,9 @@ def _check(
 ) -> None:
     for name, inputs in tries.items():
         stage[0] = f"{how}, {name}"
-        difference = _difference(_results(entry, model, inputs), wanted[name])
-        if difference:
-            raise Wrong(difference)
-
-
-def _compare_files(source: Path, back: Path) -> None:
-    from safetensors import safe_open
-
-    def contents(folder: Path) -> dict[str, torch.Tensor]:
-        out: dict[str, torch.Tensor] = {}
-        for path in sorted(folder.glob("*.safetensors")):
-            with safe_open(path, framework="pt") as file:
-                out |= {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        return out
-
-    ours, theirs = contents(back), contents(source)
-    difference = _difference(ours, theirs)
-    if difference:
-        raise Wrong(difference)
+        found = difference(_results(entry, model, inputs), wanted[name])
+        if found:
+            raise Wrong(found)
 
 
 def _packed_share(packed: Path) -> float:

@@ -5,7 +5,8 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from shrink import IMAGE, PATCH, VOCAB, WIDTH, sub_configs
+from shrink import sub_configs
+from shrink_rules import IMAGE, PATCH, VOCAB, WIDTH
 
 BATCH, LENGTH = 2, 9
 Inputs = dict[str, Any]
