@@ -1,6 +1,7 @@
 """Kernels chosen once for a tensor that is expanded, or multiplied by, again and again."""
 
 import ctypes
+from typing import Any
 
 import numpy as np
 
@@ -10,7 +11,7 @@ from endor.kernels import native
 from endor.kernels.dispatch import select, thread_count
 from endor.kernels.expand import decode
 
-_Seen = tuple[Encoded, ctypes.Structure]
+_Seen = tuple[Encoded, Any]
 
 
 class Prepared:
@@ -39,6 +40,7 @@ class Prepared:
         "_form",
         "_head",
         "_kernel",
+        "_kind",
         "_multiply",
         "_multiply_rows",
         "_number",
@@ -77,7 +79,8 @@ class Prepared:
             self._multiply_rows = (
                 library.endor_int_matvec_rows if coded else library.endor_matvec_rows
             )
-            self._head = (kind, () if coded else (kind,))
+            self._kind = kind
+            self._head = spec.shape if coded else (kind, *spec.shape)
 
     def decode(
         self, encoded: Encoded, out: np.ndarray, *, start: int = 0, stop: int | None = None
@@ -93,7 +96,7 @@ class Prepared:
         if out.dtype != spec.dtype.uint or not (out.flags.c_contiguous and out.flags.writeable):
             raise DTypeError(f"out must be {spec.dtype.uint}, contiguous and writable")
         streaming = (stop - start) * spec.dtype.itemsize > native.STREAMING_NBYTES
-        view = ctypes.byref(self._view(encoded))
+        view = self._view(encoded)
         where = out.ctypes.data, start, stop
         status = self._decode(self._number, view, *where, *self._tail, int(streaming))
         if status:
@@ -113,17 +116,19 @@ class Prepared:
             ShapeError: There is no row `first`, or an array is of another size.
             FormatError: The arrays contradict each other.
         """
-        kind, head = self._head
-        rows, cols = self.spec.shape
-        if not 0 <= first <= rows:
-            raise ShapeError(f"first must be one of {rows} rows, got {first}")
-        view = ctypes.byref(self._view(encoded))
-        operand = x, kind, batch, out, self._threads
+        kind, head = self._kind, self._head
+        seen = self._seen
+        view = seen[1] if seen is not None and seen[0] is encoded else self._view(encoded)
         if first:
-            place = first, rows - first, cols
-            status = self._multiply_rows(self._number, view, *head, *place, *operand)
+            rows, cols = self.spec.shape
+            if not 0 < first <= rows:
+                raise ShapeError(f"first must be one of {rows} rows, got {first}")
+            place = *head[:-2], first, rows - first, cols
+            status = self._multiply_rows(
+                self._number, view, *place, x, kind, batch, out, self._threads
+            )
         else:
-            status = self._multiply(self._number, view, *head, rows, cols, *operand)
+            status = self._multiply(self._number, view, *head, x, kind, batch, out, self._threads)
         if status:
             native.check(status)
 
@@ -131,8 +136,8 @@ class Prepared:
         """Let go of the arrays that were seen last."""
         self._seen = None
 
-    def _view(self, encoded: Encoded) -> ctypes.Structure:
-        """Return the library's view of the tensor, which `self` keeps with its arrays."""
+    def _view(self, encoded: Encoded) -> Any:
+        """Return a pointer to the library's view of the tensor; both are kept with its arrays."""
         seen = self._seen
         if seen is not None and seen[0] is encoded:
             return seen[1]
@@ -143,5 +148,6 @@ class Prepared:
             if array.nbytes != nbytes or array.itemsize != itemsize or not array.flags.c_contiguous:
                 raise ShapeError(f"array {suffix!r} must be contiguous and have {nbytes} bytes")
             setattr(view, field, array.ctypes.data)
-        self._seen = encoded, view
-        return view
+        pointer = ctypes.byref(view)
+        self._seen = encoded, pointer
+        return pointer

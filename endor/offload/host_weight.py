@@ -9,14 +9,14 @@ import numpy as np
 import torch
 
 from endor import kernels
-from endor.codecs import Encoded
 from endor.dtypes import torch_dtype
 from endor.kernels import Prepared
 from endor.offload.mover import Mover
-from endor.offload.state import Bound
+from endor.offload.state import Bound, State
 from endor.offload.weight import Matrix, Weight, panel_rows, spec_of
 from endor.packed import bits_of, tensor_of
 from endor.planning.scratch import align_view
+from endor.planning.units import Part
 
 T = TypeVar("T")
 
@@ -104,17 +104,13 @@ class HostWeight(Weight):
     def product(self, inputs: torch.Tensor, *, hold: bool = False) -> torch.Tensor:
         out = torch.empty((inputs.shape[0], self.shape[0]), dtype=torch.float32)
         start = time.perf_counter()
-        for part, state, kernel in self._pieces:
-            rows, at = kernel.spec.shape[0], part.offset // self.shape[1]
-            piece = out if len(self._pieces) == 1 else out.new_empty(len(out), rows)
-            fixed = state.fixed
-            bound = self.mover.take(state) if fixed is None else fixed
-            try:
-                multiply(kernel, bound[part.tensor], inputs, piece)
-            finally:
-                if fixed is None:
-                    self.mover.release(bound, hold=hold)
-            if piece is not out:
+        if len(self._pieces) == 1:
+            self._multiply(*self._pieces[0], inputs, out, hold)
+        else:
+            for part, state, kernel in self._pieces:
+                rows, at = kernel.spec.shape[0], part.offset // self.shape[1]
+                piece = out.new_empty(len(out), rows)
+                self._multiply(part, state, kernel, inputs, piece, hold)
                 out[:, at : at + rows] = piece
         stop = time.perf_counter()
         ledger = self.mover.ledger
@@ -155,6 +151,28 @@ class HostWeight(Weight):
         self._count_expansion(began, began + spent, self.numel * self.item.itemsize)
         return out
 
+    def _multiply(
+        self,
+        part: Part,
+        state: State,
+        kernel: Prepared,
+        inputs: torch.Tensor,
+        out: torch.Tensor,
+        hold: bool,
+    ) -> None:
+        """Write the product with one part to `out`, float32 `(batch, rows)`, contiguous."""
+        fixed = state.fixed
+        bound = self.mover.take(state) if fixed is None else fixed
+        try:
+            if kernel.multiplies:
+                x, batch = inputs.data_ptr(), inputs.shape[0]
+                kernel.matvec(bound[part.tensor], x, batch, out.data_ptr())
+            else:
+                kernels.matvec(bound[part.tensor], bits_of(inputs), out.numpy())
+        finally:
+            if fixed is None:
+                self.mover.release(bound, hold=hold)
+
     def _expand(self, flat: np.ndarray, hold: bool) -> None:
         start = time.perf_counter()
         for part, state, kernel in self._pieces:
@@ -186,11 +204,3 @@ class HostWeight(Weight):
         start = align_view(nbytes)
         stop = start + self.numel * self.dtype.itemsize
         return flat, matrix, buffer[start:stop].view(self.dtype).reshape(self.shape)
-
-
-def multiply(kernel: Prepared, encoded: Encoded, inputs: torch.Tensor, out: torch.Tensor) -> None:
-    """Write `inputs @ matrix.T` to `out`, float32 `(batch, rows)`, both contiguous."""
-    if kernel.multiplies:
-        kernel.matvec(encoded, inputs.data_ptr(), len(inputs), out.data_ptr())
-    else:
-        kernels.matvec(encoded, bits_of(inputs), out.numpy())
