@@ -169,6 +169,13 @@ def arithmetic(planned: "Planned | PlannedSketch") -> str:
             f"the host multiplies {max(shares):.0%} of the rows of {len(hosted)} units, up to "
             f"{max(result.products.packed_rows.values())} rows of input",
         ]
+    if result.exchanges is not None:
+        lines += [
+            "",
+            "experts change places with those in VRAM: a use there saves "
+            f"{result.exchanges.gain:.2f} of a copy, up to {result.exchanges.step_bytes / 1e6:.0f} "
+            "MB are copied for that in a step",
+        ]
     for name, step in (("decode", result.decode), ("prefill", result.prefill)):
         main = next(place for place in step.resources if place != "disk" and place != "link")
         parts = " + ".join(f"{what} {seconds:.4f}" for what, seconds in step.parts.items())

@@ -174,12 +174,16 @@ def _meanings(events: Sequence[Event]) -> dict[str, str]:
 
 def _counts(counters: Mapping[str, Any]) -> list[list[str]]:
     """Return rows about experts, and about keys and values, where there were any to move."""
-    kinds = ("expert_uses", "guessed_uses", "host_products", "kv_loads")
+    kinds = ("expert_uses", "hot_uses", "guessed_uses", "host_products", "kv_loads")
     count = {key: counters.get(key, 0) for key in kinds}
     rows = []
     if uses := count["expert_uses"]:
         rows.append(["experts in memory when chosen", f"{counters['expert_hits'] / uses:.1%}"])
         rows.append(["experts on their way then", f"{counters['expert_late'] / uses:.1%}"])
+    if uses := count["hot_uses"]:
+        rows.append(["experts in VRAM when chosen", f"{counters['hot_hits'] / uses:.1%}"])
+        moved = f"{counters['exchanges']}, {counters['exchange_bytes'] / 1e9:.3f} GB"
+        rows.append(["experts brought to VRAM to stay, and their bytes", moved])
     if guessed := count["guessed_uses"]:
         right = counters["right_guesses"] / guessed
         rows.append(["chosen experts that were foreseen", f"{right:.1%}"])

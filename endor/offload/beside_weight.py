@@ -53,22 +53,41 @@ class BesideWeight(DeviceWeight):
     def product(self, inputs: torch.Tensor, *, hold: bool = False) -> torch.Tensor:
         mover, batch = self.mover, inputs.shape[0]
         out = torch.empty((batch, self.shape[0]), dtype=torch.float32, device=inputs.device)
+        hosted = self._outside_vram(inputs, out)
         # What is damaged is found before anything is enqueued.
-        hosted = [mover.host.take(state)[part.tensor] for part, state in self._hosted]
-        mover.exchange.send(inputs)
+        bound = [mover.host.take(state)[part.tensor] for part, state, _ in hosted]
+        if hosted:
+            mover.exchange.send(inputs)
         for part, state in self._elsewhere:
             self._multiply(part, state, inputs, out, hold=hold)
-        for part, state in self._hosted:
+        for part, state, _ in hosted:
             if mover.split.rows(state.unit, part.tensor):
                 self._multiply_rows(part, state, inputs, out, hold=hold)
-        operand = mover.exchange.arrived()
-        for (part, state), encoded, kernel in zip(self._hosted, hosted, self._kernels, strict=True):
+        operand = mover.exchange.arrived() if hosted else None
+        for (part, state, kernel), encoded in zip(hosted, bound, strict=True):
             first = mover.split.rows(state.unit, part.tensor)
             if first < encoded.spec.shape[0]:
+                assert operand is not None
                 self._multiply_here(part, kernel, encoded, first, operand, out)
         mover.ledger.counters.products += 1
         mover.ledger.counters.packed_bytes += self.packed_nbytes
         return out
+
+    def _outside_vram(
+        self, inputs: torch.Tensor, out: torch.Tensor
+    ) -> list[tuple[Part, State, Prepared]]:
+        """Return the parts that the host multiplies; enqueue products with experts now in VRAM."""
+        there = []
+        for (part, state), kernel in zip(self._hosted, self._kernels, strict=True):
+            held = self.mover.take_hot(state)
+            if held is None:
+                there.append((part, state, kernel))
+                continue
+            try:
+                self._multiply_held(part, held, inputs, out)
+            finally:
+                self.mover.release(held)
+        return there
 
     def _multiply_rows(
         self, part: Part, state: State, inputs: torch.Tensor, out: torch.Tensor, *, hold: bool

@@ -2,58 +2,25 @@
 
 import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from typing import Any
 
-import numpy as np
-import torch
-
 from endor.errors import BackendError
-from endor.kernels import gpu_product
-from endor.kernels.gpu import DeviceEncoded
 from endor.offload.copier import Copier
 from endor.offload.device import Device, allocate_for_copies
 from endor.offload.exchange import Exchange
 from endor.offload.host_mover import HostMover
 from endor.offload.host_source import HostSource
+from endor.offload.hot_experts import HotExperts
 from endor.offload.ledger import Ledger
+from endor.offload.on_device import OnDevice, segments_of
 from endor.offload.pinned import PinnedArena
 from endor.offload.row_split import Cut, RowSplit
 from endor.offload.schedule import Schedule
-from endor.offload.slots import Slot
 from endor.offload.state import State
 from endor.planning.tiers import PACKED_IN_RAM, Placement
 from endor.planning.units import Unit
 from endor.storage import HostBuffer, RecordReader, check_record
-
-
-@dataclass(frozen=True, slots=True)
-class OnDevice:
-    """A unit on the device, for the caller until it is given back.
-
-    Attributes:
-        unit: The unit.
-        storage: Its record, u8, on the device.
-        slot: Where it lies, unless it lives there.
-        segments: `segment_nnz` of its tensors, where known.
-        cut: Which of its rows they are, when not all.
-    """
-
-    unit: Unit
-    storage: torch.Tensor
-    slot: Slot | None
-    segments: dict[str, int] = field(default_factory=dict)
-    cut: Cut | None = None
-
-    def bind(self, tensor: str) -> DeviceEncoded:
-        """Return a stored tensor, or its first rows, as views of the memory here."""
-        if self.cut is not None:
-            spec, offsets = self.cut.tensors[tensor]
-            return DeviceEncoded(spec, self.storage, offsets)
-        entry = self.unit.layout.tensors[tensor]
-        starts = {array.suffix: array.start for array in entry.arrays}
-        segment = self.segments.get(tensor, gpu_product.SEGMENT)
-        return DeviceEncoded(entry.spec, self.storage, starts, segment)
 
 
 class DeviceMover:
@@ -87,7 +54,8 @@ class DeviceMover:
         self.device = device
         self.ledger = ledger or Ledger()
         self.units = tuple(units)
-        self.placement = placement
+        pool, moving = placement.pool(units), placement.moving(units)
+        self.placement = placement = placement.as_used(units)
         self._reader = reader
         self._verify = verify
         self._direct = bool(getattr(reader, "reads_device", False))
@@ -119,6 +87,16 @@ class DeviceMover:
         }
         self._arena = PinnedArena(device, self.host.buffers)
         self.exchange = Exchange(device)
+        self.hot: HotExperts | None = None
+        if moving:
+            assert placement.exchanges is not None
+            self.hot = HotExperts(
+                device,
+                [self.states[unit.name] for unit in pool],
+                moving,
+                placement.exchanges,
+                self.ledger,
+            )
         self._copier: Copier | None = None
         if slots:
             self._copier = Copier(
@@ -148,15 +126,27 @@ class DeviceMover:
     @property
     def vram_bytes(self) -> int:
         """Device memory that packed units and slots take."""
-        return sum(held.unit.nbytes for held in self._lives_here.values()) + self.slot_bytes
+        stays = sum(held.unit.nbytes for held in self._lives_here.values())
+        return stays + self.slot_bytes + (self.hot.nbytes if self.hot else 0)
 
     def take(self, state: State) -> OnDevice:
         """Return a unit on the device; the caller's current stream waits for its copy.
 
         See `Mover.take`.
         """
-        held = self._lives_here.get(state.unit.index)
+        held = self._lives_here.get(state.unit.index) or self.take_hot(state)
         return held or self._take(state.unit, None)
+
+    def take_hot(self, state: State) -> OnDevice | None:
+        """Return an expert if it is one of those in VRAM now, to be given back as any other."""
+        if self.hot is None:
+            return None
+        if self.device.capturing():
+            raise BackendError(
+                f"{state.unit.name} may leave VRAM: what experts that change places are multiplied "
+                "by cannot be captured into a CUDA graph; give all of them VRAM"
+            )
+        return self.hot.take(state.unit.index)
 
     def take_rows(self, state: State) -> OnDevice:
         """Return those rows of a unit that the host does not multiply; as `take` otherwise."""
@@ -195,9 +185,12 @@ class DeviceMover:
 
     def release(self, held: OnDevice, *, hold: bool = False) -> None:
         """Give a unit back; work enqueued so far on the caller's current stream still uses it."""
-        if held.slot is None:
+        if held.home is not None:
+            assert self.hot is not None
+            self.hot.release(held.home)
+        elif held.slot is None:
             return
-        if hold:
+        elif hold:
             self._local.kept = held
         elif self._copier is not None:  # else the mover was closed meanwhile
             self._copier.release(held.slot)
@@ -214,6 +207,9 @@ class DeviceMover:
         if self._copier is not None:
             states = list(states)
             self.host.hint(self._on_host(states), group=group)
+            if self.hot is not None:
+                self.hot.route(group, [state.unit.index for state in states])
+                states = [state for state in states if state.unit.index not in self.hot]
             self._copier.hint(self._ahead(state.unit for state in states))
 
     def warm(self, states: Iterable[State]) -> None:
@@ -233,8 +229,10 @@ class DeviceMover:
         self.host.post(priority, run)
 
     def preload(self) -> None:
-        """Wait until every host resident is in memory; errors as for `take`."""
+        """Wait until host residents and experts in VRAM are there; errors as for `take`."""
         self.host.preload()
+        if self.hot is not None:
+            self.hot.settle()
 
     def report(self) -> dict[str, Any]:
         """Return memory in use and what the copier did."""
@@ -249,6 +247,8 @@ class DeviceMover:
         }
         if self._copier is not None:
             out["copier"] = asdict(self._copier.counters)
+        if self.hot is not None:
+            out["hot_experts"] = self.hot.report()
         return out
 
     def close(self) -> None:
@@ -256,6 +256,8 @@ class DeviceMover:
         if self._closed:
             return
         self._closed = True
+        if self.hot is not None:
+            self.hot.close()
         if self._copier is not None:
             self._copier.close()
         self.device.drain()
@@ -286,7 +288,9 @@ class DeviceMover:
                 storage = memory[at : at + unit.nbytes]
                 self.device.copy(storage, data)
                 self.device.record_copy(event)
-                self._lives_here[unit.index] = OnDevice(unit, storage, None, _segments(unit, data))
+                self._lives_here[unit.index] = OnDevice(
+                    unit, storage, None, segments_of(unit, data)
+                )
                 at += unit.nbytes
         for event in events:
             self.device.synchronize(event)
@@ -300,14 +304,3 @@ class DeviceMover:
             data = buffer.array[: unit.nbytes]
             self._reader.read(unit.record, data)
             check_record(unit.layout, unit.record.name, data)
-
-
-def _segments(unit: Unit, data: np.ndarray) -> dict[str, int]:
-    """Return how full the products' segments are: known only while the bytes are on the host."""
-    out = {}
-    for name in unit.tensors:
-        spec = unit.layout.tensors[name].spec
-        if gpu_product.product_refusal(spec) is None:
-            bitmap = unit.layout.bind(name, data).arrays.get("bitmap")
-            out[name] = gpu_product.segment_nnz(spec, bitmap)
-    return out

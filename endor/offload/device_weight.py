@@ -11,7 +11,8 @@ from endor.errors import BackendError
 from endor.kernels import gpu, gpu_product
 from endor.kernels.gpu import DeviceEncoded
 from endor.offload.device import Device, Product, Runnable
-from endor.offload.device_mover import DeviceMover, OnDevice
+from endor.offload.device_mover import DeviceMover
+from endor.offload.on_device import OnDevice
 from endor.offload.state import State
 from endor.offload.tuning import Tuner
 from endor.offload.weight import Matrix, Weight

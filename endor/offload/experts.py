@@ -19,10 +19,10 @@ class Popularity:
             long ones to LFU.
     """
 
-    __slots__ = ("_half_life", "_values", "_visits")
+    __slots__ = ("_values", "_visits", "half_life")
 
     def __init__(self, half_life: float = HALF_LIFE) -> None:
-        self._half_life = half_life
+        self.half_life = half_life
         self._values: dict[int, float] = {}
         self._visits: dict[int, int] = {}
 
@@ -35,11 +35,15 @@ class Popularity:
         """
         visit = self._visits.get(group, 0) + 1
         self._visits[group] = visit
-        now = visit / self._half_life
+        now = visit / self.half_life
         for expert in experts:
             old = self._values.get(expert, -inf)
             # log2(2**old + 2**now), with the older and smaller term inside
             self._values[expert] = now + log2(1 + exp2(old - now))
+
+    def visits(self, group: int) -> int:
+        """Return how often a layer was visited."""
+        return self._visits.get(group, 0)
 
     def value(self, expert: int) -> float:
         """Return what an expert is worth; minus infinity before its first use."""

@@ -75,6 +75,10 @@ class Counters:
         expert_uses: Experts that routers chose, layer by layer.
         expert_hits: Of these, in memory when the choice was known.
         expert_late: On their way then.
+        hot_uses: Of experts that change places between host memory and VRAM, those chosen.
+        hot_hits: Of these, in VRAM when the choice was known.
+        exchanges: Experts copied into VRAM to stay there.
+        exchange_bytes: Their bytes.
         guesses: Experts that were guessed before their router ran.
         guessed_uses: Experts chosen where there was a guess.
         right_guesses: Of these, guessed.
@@ -122,6 +126,10 @@ class Counters:
     expert_uses: int = 0
     expert_hits: int = 0
     expert_late: int = 0
+    hot_uses: int = 0
+    hot_hits: int = 0
+    exchanges: int = 0
+    exchange_bytes: int = 0
     guesses: int = 0
     guessed_uses: int = 0
     right_guesses: int = 0

@@ -120,7 +120,7 @@ def open_share(
         matrix = Matrix(spec, states, stored_dtype(layouts, spec), dtype, products, owner)
         weight: Weight
         if isinstance(mover, DeviceMover):
-            beside = any(placement.tiers[state.unit.name] == "host" for state in states)
+            beside = any(mover.placement.tiers[state.unit.name] == "host" for state in states)
             kind = BesideWeight if beside else DeviceWeight
             weight = kind(mover, matrix, scratch=device_scratch)
         elif reads is not None and is_by_neuron(spec, states):

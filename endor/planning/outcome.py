@@ -7,7 +7,7 @@ from endor.planning.beside import Way
 from endor.planning.cost import Prediction
 from endor.planning.kv import KVSetting
 from endor.planning.products import Products
-from endor.planning.tiers import Placement, Tier
+from endor.planning.tiers import Exchanges, Placement, Tier
 from endor.planning.workload import Reservation, Workload
 
 
@@ -53,6 +53,7 @@ class Plan:
         workload: What was planned for.
         products: How weights are multiplied where the bits need not be torch's.
         host_shares: As in `Placement`.
+        exchanges: As in `Placement`.
         way: How units outside VRAM are multiplied.
         alternatives: The best ways to run the model, this one among them, the fastest first.
     """
@@ -72,6 +73,7 @@ class Plan:
     workload: Workload
     products: Products = field(default_factory=Products)
     host_shares: Mapping[str, float] = field(default_factory=dict)
+    exchanges: Exchanges | None = None
     way: Way = "stream"
     alternatives: tuple[Alternative, ...] = ()
 
@@ -91,7 +93,9 @@ class Plan:
     @property
     def placement(self) -> Placement:
         """The plan as what moves the units takes it."""
-        return Placement(self.tiers, self.staging_bytes, self.slots, self.host_shares)
+        return Placement(
+            self.tiers, self.staging_bytes, self.slots, self.host_shares, self.exchanges
+        )
 
     def count(self, tier: Tier) -> int:
         """Return how many units live in `tier`."""

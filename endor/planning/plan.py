@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from endor.errors import BudgetError, ConfigError
 from endor.planning.beside import Way, host_products, placements
 from endor.planning.cost import Prediction, Step, predict
+from endor.planning.exchanges import with_exchanges
 from endor.planning.fill import (
     fill_device,
     fill_host,
@@ -24,7 +25,7 @@ from endor.planning.machine import Disk, Machine
 from endor.planning.outcome import Alternative, Plan
 from endor.planning.products import PRODUCT_ROWS, Products, choose
 from endor.planning.shape import ModelShape
-from endor.planning.tiers import Placement, Tier
+from endor.planning.tiers import PACKED_IN_RAM, Placement, Tier
 from endor.planning.unit_cost import UnitCost, unit_costs
 from endor.planning.units import Unit
 from endor.planning.workload import Reservation, Workload, fixed_bytes, kv_needs
@@ -166,7 +167,8 @@ class _Search:
         chosen = next(iter(found.values()))
         for made in found.values():
             chosen = made if made.beats(chosen) else chosen
-        way, decode, filled = chosen.way, chosen.decode, chosen.placement
+        way, decode = chosen.way, chosen.decode
+        filled = self._exchanging(chosen)
         reservations = [Reservation(what, at, nbytes) for what, nbytes in self.fixed.items()]
         if filled.slots:
             nbytes = filled.slots * max(
@@ -180,6 +182,9 @@ class _Search:
             reservations.append(Reservation("cache of keys and values", "ram", self.host_kv))
         if filled.staging_bytes:
             reservations.append(Reservation("staging and read-ahead", "ram", filled.staging_bytes))
+        if filled.exchanges is not None:
+            nbytes = sum(cost.packed_bytes for cost in filled.moving(self.costs))
+            reservations.append(Reservation("experts that begin in VRAM", "ram", nbytes))
         stays = sum(cost.packed_bytes for cost in self.costs if filled.tiers[cost.name] != "disk")
         return Plan(
             tiers=filled.tiers,
@@ -197,8 +202,26 @@ class _Search:
             workload=self.workload,
             products=self._products(filled),
             host_shares=filled.host_shares,
+            exchanges=filled.exchanges,
             way=way,
             alternatives=self._alternatives(chosen, found.values()),
+        )
+
+    def _exchanging(self, chosen: "_Candidate") -> Placement:
+        """Return the placement with experts that change places, where they can."""
+        filled = chosen.placement
+        if not self.vram_bytes:
+            return filled
+        tiers = filled.tiers
+        held = sum(c.packed_bytes for c in self.costs if tiers[c.name] in PACKED_IN_RAM)
+        taken = held + filled.staging_bytes + self.host_kv + self.exchange_bytes
+        return with_exchanges(
+            filled,
+            self.costs,
+            self.machine,
+            step_s=chosen.decode.seconds,
+            rows=self.decode_step.rows,
+            room=self.ram_bytes - taken,
         )
 
     def _ways(self, filled: Placement) -> Iterator[tuple[Way, Placement]]:
@@ -234,7 +257,9 @@ class _Search:
         if self.workload.product == "exact":
             return Products()
         if self.vram_bytes:
-            return host_products(filled, self.costs, self.machine, self.decode_step.rows)
+            return host_products(
+                filled.as_used(self.costs), self.costs, self.machine, self.decode_step.rows
+            )
         return choose(self.costs, self.machine)
 
     def _predict(self, filled: Placement, step: Step) -> Prediction:

@@ -1,8 +1,8 @@
 """Where each unit lives between uses, and how much memory that takes."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Literal
+from dataclasses import dataclass, field, replace
+from typing import Literal, Protocol, TypeVar
 
 from endor.errors import BudgetError, ConfigError
 from endor.planning.units import Unit
@@ -35,6 +35,39 @@ SLOTS = 3
 """Device slots: units in flight. Two leave the link idle a fifth of the time."""
 
 
+class Placed(Protocol):
+    """A unit, or what one costs: see `endor.planning.units.Unit`."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def scheduled(self) -> bool: ...
+
+
+Item = TypeVar("Item", bound=Placed)
+
+
+@dataclass(frozen=True, slots=True)
+class Exchanges:
+    """When an expert in host memory takes the place of one in VRAM.
+
+    Attributes:
+        gain: Time that one use of an expert saves where it lies in VRAM, in times of its copy.
+        step_bytes: Bytes that are copied for this in a step, at most; one expert at least.
+    """
+
+    gain: float
+    step_bytes: int
+
+    def check(self) -> None:
+        """Raise `ConfigError` unless the numbers make sense."""
+        if not 0.0 <= self.gain < float("inf") or self.step_bytes < 0:
+            raise ConfigError(
+                f"placement: exchanges need a finite gain and bytes of at least 0, got {self}"
+            )
+
+
 @dataclass(frozen=True, slots=True)
 class Placement:
     """A tier for every unit.
@@ -47,12 +80,42 @@ class Placement:
             a device, or when nothing does.
         host_shares: Of units in tier `host`, the share of each matrix's rows that is multiplied
             there while the others are copied; all of them where it is not said.
+        exchanges: When experts packed in VRAM change places with those packed in RAM; None where
+            all stay. Their tiers are then where they begin, and RAM holds all of them.
     """
 
     tiers: Mapping[str, Tier]
     staging_bytes: int
     slots: int = 0
     host_shares: Mapping[str, float] = field(default_factory=dict)
+    exchanges: Exchanges | None = None
+
+    def pool(self, units: Sequence[Item]) -> list[Item]:
+        """Return the experts that change places: all packed in VRAM or RAM, where none is on disk.
+
+        Those beside a cache of experts from disk keep their places.
+        """
+        routed = [unit for unit in units if not unit.scheduled]
+        tiers = {self.tiers[unit.name] for unit in routed}
+        if self.exchanges is None or "vram" not in tiers or "disk" in tiers:
+            return []
+        if not tiers.intersection(PACKED_IN_RAM):
+            return []
+        return [unit for unit in routed if self.tiers[unit.name] in ("vram", *PACKED_IN_RAM)]
+
+    def moving(self, units: Sequence[Item]) -> list[Item]:
+        """Return those of the pool that begin in VRAM."""
+        return [unit for unit in self.pool(units) if self.tiers[unit.name] == "vram"]
+
+    def as_used(self, units: Sequence[Placed]) -> "Placement":
+        """Return where units are used from that may not be in VRAM: experts of the pool, from RAM.
+
+        Where the host multiplies any of them, it multiplies all that are not in VRAM.
+        """
+        pool, moving = self.pool(units), self.moving(units)
+        hosted = any(self.tiers[unit.name] == "host" for unit in pool)
+        tier: Tier = "host" if hosted else "resident"
+        return replace(self, tiers={**self.tiers, **dict.fromkeys((u.name for u in moving), tier)})
 
     def outside(self, units: Sequence[Unit]) -> list[Unit]:
         """Return the units that are copied to a device: for each use, or once to be expanded."""
@@ -69,6 +132,8 @@ class Placement:
             ConfigError: A unit has no tier, or one that is not to be had there, or no slot.
         """
         known = DEVICE_TIERS if on_device else HOST_TIERS
+        if self.exchanges is not None:
+            self.exchanges.check()
         for unit in units:
             tier = self.tiers.get(unit.name)
             if tier not in known:
