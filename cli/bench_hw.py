@@ -31,6 +31,7 @@ def hw_command(path: Path | None, dtype: str, remeasure: bool, as_json: bool) ->
     """
     from endor.bench.hw import constants, hw
     from endor.machine import cache_path
+    from endor.planning.machine import disturbance
 
     machine, disk = hw(dtype, path, refresh=remeasure)
     if as_json:
@@ -40,4 +41,6 @@ def hw_command(path: Path | None, dtype: str, remeasure: bool, as_json: bool) ->
     rows = [[item.name, f"{item.value:.4g}", item.unit] for item in constants(machine, disk)]
     show(table([f"{machine.dtype}, {machine.threads} threads", "", "unit"], rows))
     show(f"\nmeasured {machine.measured} with kernel {machine.kernel}")
+    if text := disturbance(machine):
+        show(text)
     show(f"remembered in {cache_path()}")

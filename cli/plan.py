@@ -87,6 +87,7 @@ def plan_command(
     if sparsity is not None or bits is not None:
         raise click.UsageError(f"--sparsity and --bits are for models that are not packed: {given}")
     from endor.hf.planned import plan_checkpoint
+    from endor.planning.machine import disturbance
 
     planned = plan_checkpoint(
         model,
@@ -107,6 +108,8 @@ def plan_command(
     show(summary(found.name, found.units, result, found.expanded, found.expanded_nbytes))
     if explain:
         show("\n" + arithmetic(planned))
+    elif text := disturbance(planned.machine):
+        show("\n" + text)
 
 
 def alternative_to_dict(each: "Alternative") -> dict[str, Any]:

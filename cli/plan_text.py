@@ -134,6 +134,9 @@ def ways(result: "Plan") -> list[str]:
 
 def arithmetic(planned: "Planned | PlannedSketch") -> str:
     """Return the constants, and how they become the predicted times."""
+    from endor.planning.cost import JOIN
+    from endor.planning.machine import disturbance
+
     machine, disk, result = planned.machine, planned.disk, planned.plan
     rows = [
         ["disk, cold reads", f"{disk.read_gbps:.2f} GB/s"],
@@ -143,6 +146,7 @@ def arithmetic(planned: "Planned | PlannedSketch") -> str:
         ["  by Endor, for the head", f"{machine.plain_gbps:.1f} GB/s"],
         ["dense product, long prompt", f"{machine.gemm_gflops:.0f} Gflop/s"],
         ["  in float32", f"{machine.float32_gflops:.0f} Gflop/s"],
+        ["checksums, one thread", f"{machine.checksum_gbps:.1f} GB/s"],
         ["small operation", f"{machine.op_us:.1f} us"],
     ]
     for kind, rate in machine.expand_gbps.items():
@@ -159,6 +163,8 @@ def arithmetic(planned: "Planned | PlannedSketch") -> str:
         table([f"constant ({machine.dtype}, {machine.threads} threads)", "value"], rows),
         f"measured: {when}, kernel {machine.kernel or 'unknown'}",
     ]
+    if text := disturbance(machine):
+        lines.append(text)
     if result.workload.product == "direct" and not result.vram_bytes:
         lines += ["", *ways(result)]
     if result.way != "stream":
@@ -179,11 +185,12 @@ def arithmetic(planned: "Planned | PlannedSketch") -> str:
     for name, step in (("decode", result.decode), ("prefill", result.prefill)):
         main = next(place for place in step.resources if place != "disk" and place != "link")
         parts = " + ".join(f"{what} {seconds:.4f}" for what, seconds in step.parts.items())
+        joins = f"{JOIN:g}-norm" if main == "cpu" else "max"
         times = ", ".join(f"{place} {seconds:.4f}" for place, seconds in step.resources.items())
         lines += [
             "",
             f"{name}: {main} = {parts}",
-            f"  max({times}) + unhidden {step.unhidden:.4f} = {step.seconds:.4f} s",
+            f"  {joins}({times}) + unhidden {step.unhidden:.4f} = {step.seconds:.4f} s",
         ]
         if step.disk_bytes:
             lines.append(f"  disk = {step.disk_bytes / 1e9:.3f} GB / {disk.read_gbps:.2f} GB/s")

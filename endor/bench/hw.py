@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from endor.planning import machine as hardware
-from endor.planning.machine import Disk, Machine
+from endor.planning.constants import Disk, Machine
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,6 +50,7 @@ def constants(machine: Machine, disk: Disk | None = None) -> list[Constant]:
         Constant("widening to float32, narrow bytes", machine.widen_gbps, "GB/s"),
         Constant("dense product by Endor at batch 1, weight bytes", machine.plain_gbps, "GB/s"),
         Constant("small dense product at batch 1", machine.small_linear_gbps, "GB/s"),
+        Constant("checksums, one thread", machine.checksum_gbps, "GB/s"),
         Constant("one small operation", machine.op_us, "us"),
     ]
     for kind, rate in machine.expand_gbps.items():

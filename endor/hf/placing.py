@@ -18,10 +18,10 @@ from endor.offload.device import Device
 from endor.offload.ledger import Ledger
 from endor.offload.store import Share, Store, open_share
 from endor.planning import machine as hardware
+from endor.planning.constants import TYPICAL_LINK, Disk, Machine
 from endor.planning.devices import combine
 from endor.planning.fill import share_host_bytes
 from endor.planning.limits import available_bytes
-from endor.planning.machine import TYPICAL_LINK, Disk, Machine
 from endor.planning.plan import Plan, Workload, plan
 from endor.planning.products import Products, choose
 from endor.planning.shape import ModelShape

@@ -9,7 +9,7 @@ from endor.models.outline import Outline, outline
 from endor.planning import available_bytes
 from endor.planning import machine as hardware
 from endor.planning.catalogue import Described
-from endor.planning.machine import Disk, Machine
+from endor.planning.constants import Disk, Machine
 from endor.planning.plan import Plan, plan
 
 

@@ -16,7 +16,7 @@ from endor.models.empty import empty_model, model_class
 from endor.planning import available_bytes
 from endor.planning import machine as hardware
 from endor.planning.catalogue import Described
-from endor.planning.machine import Disk, Machine
+from endor.planning.constants import Disk, Machine
 from endor.planning.plan import Plan, plan_costs
 from endor.planning.shape import ModelShape
 from endor.planning.sketch import Matrix, Method, sketch_costs

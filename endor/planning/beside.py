@@ -13,8 +13,8 @@ from dataclasses import replace
 from typing import Literal, get_args
 
 from endor.errors import ConfigError
+from endor.planning.constants import Machine
 from endor.planning.cost import Prediction
-from endor.planning.machine import Machine
 from endor.planning.products import PRODUCT_ROWS, Products, packed_s
 from endor.planning.tiers import Placement, Tier
 from endor.planning.unit_cost import UnitCost

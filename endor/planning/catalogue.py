@@ -7,7 +7,7 @@ down by assumed shares.
 from dataclasses import dataclass
 
 from endor.errors import ConfigError
-from endor.planning.machine import KINDS, Disk, Link, Machine
+from endor.planning.constants import KINDS, Disk, Link, Machine
 
 MEMORY_SHARE = 0.75
 """What all cores read of a memory's nominal bandwidth."""
@@ -15,8 +15,9 @@ VRAM_SHARE = 0.85
 """The same of a device's memory."""
 GEMM_SHARE = 0.5
 """What torch's products reach of a device's dense bf16 peak."""
-CORE_EXPAND_GBPS, CORE_PRODUCT_GBPS, CORE_GFLOPS = 12.0, 6.0, 40.0
-"""Assumed of one core with AVX2: dense bytes expanded, packed bytes multiplied, float32 product."""
+CORE_EXPAND_GBPS, CORE_PRODUCT_GBPS, CORE_GFLOPS, CORE_CHECKSUM_GBPS = 12.0, 6.0, 40.0, 12.0
+"""Assumed of one core with AVX2: dense bytes expanded, packed bytes multiplied, float32 product,
+bytes checked."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,6 +92,7 @@ class Described:
             float32_gflops=self.cores * CORE_GFLOPS,
             widen_gbps=10.0 * self.cores,
             plain_gbps=read,
+            checksum_gbps=CORE_CHECKSUM_GBPS,
         )
 
 

@@ -7,13 +7,18 @@ that need the unit (1 but for experts):
     T_disk  = sum over disk units of  use * p / B_disk
     T_cpu   = sum over all units of   use * (w / B_expand, unless dense)
             + max(use * w / B_linear, 2 r n / F)
-            + head + attention + small operations + reads' own processor time
-    T_step  = max(T_cpu, T_disk) + experts' reads
+            + head + attention + small operations
+            + (reads' own processor time + what was read / B_checksum) / threads
+    T_step  = (T_cpu ^ 3 + T_disk ^ 3) ^ (1 / 3) + experts' reads and checks
 
-Reading overlaps computing, since reads take hardly any processor time; expanding and multiplying
-share the same cores and do not overlap. With the direct product, up to eight rows, a unit costs
-p / B_product instead, and a little more for each further row, unless expanding is faster even so;
-and with many rows products may be in float32: `endor.planning.products` has both choices.
+Reading overlaps computing, but reads are made and checked by threads on the same cores, as all of
+whose work T_cpu is counted. What overlaps is not the longer one alone: both come in bursts, and
+meet in one memory, so that near to each other they take a quarter more than either; far from each
+other hardly more than the longer one. The exponent is fitted to measured steps (`JOIN`).
+Expanding and multiplying share the cores and do not overlap. With the direct product, up to eight
+rows, a unit costs p / B_product instead, and a little more for each further row, unless expanding
+is faster even so; and with many rows products may be in float32: `endor.planning.products` has both
+choices.
 Which experts a token needs is known only when it needs them, so nothing hides their reads.
 
 On a CUDA device the host only moves bytes:
@@ -32,11 +37,12 @@ others only. The device waits for the host's part, copies go on meanwhile, and b
     T_step   = max(T_link, T_disk, T_gpu, T_memory) + t_sync
 """
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from endor.planning.machine import Disk, Machine
+from endor.planning.constants import Disk, Machine
 from endor.planning.products import PRODUCT_ROWS, head_s, multiply_s, packed_rows, packed_s
 from endor.planning.shape import ModelShape
 from endor.planning.tiers import COPY_PIECE_BYTES, Tier
@@ -52,6 +58,8 @@ the interpreter between them), in small operations."""
 OPS_PER_UNIT = 8
 """What calling a layer with a packed weight costs besides the work, in small operations."""
 LAUNCHES_PER_LAYER = 24
+JOIN = 3.0
+"""How reading and computing add up, as an exponent: 1 would be in turns, many the longer one."""
 SYNC_S = 0.5e-3
 """The host samples a token and submits the next step."""
 
@@ -179,6 +187,7 @@ def predict(
 def _on_cpu(sums: _Sums, machine: Machine, disk: Disk, shape: ModelShape, step: Step) -> Prediction:
     attention_flops = 2.0 * step.batch * step.tokens * step.context * shape.hidden * shape.layers
     kv_bytes = shape.kv_bytes_per_token * step.context * step.batch
+    check_s = 1 / machine.checksum_gbps / 1e9 if machine.checksum_gbps else 0.0
     parts = {
         "expand": sums.expand,
         "multiply": sums.multiply,
@@ -193,17 +202,27 @@ def _on_cpu(sums: _Sums, machine: Machine, disk: Disk, shape: ModelShape, step: 
         "small operations": shape.layers * _layer_ops_s(machine, shape, step)
         + sums.calls * OPS_PER_UNIT * machine.op_us / 1e6,
         "reads' own": sums.disk_bytes * disk.cpu_s_per_gb / 1e9 / machine.threads,
+        "checks": sums.disk_bytes * check_s / machine.threads,
     }
-    routed = sums.routed_bytes / disk.read_gbps / 1e9
+    routed = sums.routed_bytes * (1 / disk.read_gbps / 1e9 + check_s)
     resources = {
         "cpu": sum(parts.values()),
         "disk": (sums.disk_bytes - sums.routed_bytes) / disk.read_gbps / 1e9,
     }
     bound = max(resources, key=lambda name: resources[name])
-    seconds = resources[bound] + routed
+    seconds = joined(resources.values()) + routed
     if routed > resources[bound]:
         bound = "disk"
     return Prediction(seconds, bound, resources, parts, routed, sums.disk_bytes)
+
+
+def joined(seconds: Iterable[float]) -> float:
+    """Return the seconds of what goes on at once, in bursts, and shares cores and memory."""
+    times = list(seconds)
+    longest = max(times)
+    if not longest:
+        return 0.0
+    return float(longest * math.fsum((each / longest) ** JOIN for each in times) ** (1 / JOIN))
 
 
 def _on_device(

@@ -6,8 +6,7 @@ and the home directory rarely share one.
 
 import os
 import platform
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -16,172 +15,27 @@ import torch
 
 from endor import kernels
 from endor.errors import ConfigError
-from endor.machine import Facts, digest, fingerprint_facts, forget, load, positive, store
+from endor.machine import Facts, digest, fingerprint_facts, forget, load, store
 from endor.planning import probes
+from endor.planning.constants import TYPICAL_DISK, Disk, Link, Machine, check_rates, typical
+from endor.planning.others import DISTURBED, Others
 
-
-@dataclass(frozen=True, slots=True)
-class Link:
-    """One CUDA device and the link to it.
-
-    Attributes:
-        name: The device's name.
-        vram_bytes: Its memory.
-        h2d_gbps: Pinned host to device, large copies.
-        copy_us: Time of a tiny copy.
-        hbm_gbps: Device memory traffic, read and write counted.
-        launch_us: Time of one small kernel.
-        gemm_gflops: Dense matrix product in bf16.
-    """
-
-    name: str
-    vram_bytes: int
-    h2d_gbps: float
-    copy_us: float
-    hbm_gbps: float
-    launch_us: float
-    gemm_gflops: float
-
-
-@dataclass(frozen=True, slots=True)
-class Disk:
-    """The disk that holds the packed files.
-
-    Attributes:
-        read_gbps: Sequential cold reads of a few threads.
-        slowest_gbps: The slowest pass; shared and virtual disks wander.
-        fastest_gbps: The fastest pass.
-        cpu_s_per_gb: Processor seconds that 10^9 bytes read cost.
-        direct: Whether the filesystem takes O_DIRECT.
-    """
-
-    read_gbps: float
-    slowest_gbps: float
-    fastest_gbps: float
-    cpu_s_per_gb: float
-    direct: bool
-
-
-@dataclass(frozen=True, slots=True)
-class Machine:
-    """Measured constants of the processor, its memory and, if any, its first CUDA device.
-
-    Attributes:
-        dtype: Element type that the constants are of.
-        threads: Threads that every parallel constant was measured with.
-        copy_gbps: Memory copy, bytes counted once.
-        read_gbps: Memory read.
-        expand_gbps: Dense bytes written by a decode, per kind of stored tensor.
-        product_gbps: Packed bytes read by a product at batch 1, per kind.
-        linear_gbps: Weight bytes read by torch's dense product at batch 1.
-        gemm_gflops: Torch's dense product with 256 rows.
-        op_us: One small elementwise operation of torch.
-        link: The first CUDA device, or `None`.
-        small_expand_gbps, small_product_gbps, small_linear_gbps: The same of a matrix of less than
-            a million weights; without them the others stand in.
-        product_row_cost: What each further row adds to a packed product, as a share of the first.
-        float32_gflops: Torch's product of 64 rows in float32; 0 means unknown.
-        widen_gbps: Bytes of a 16-bit type that are widened to float32 in the caches.
-        plain_gbps: Weight bytes read by Endor's own product with a dense matrix at batch 1; 0 means
-            unknown, and that torch's is taken.
-        plain_row_cost: What each further row adds to that, as a share of the first.
-        measured: When, in UTC; empty means never.
-        kernel: Which CPU kernels ran.
-    """
-
-    dtype: str
-    threads: int
-    copy_gbps: float
-    read_gbps: float
-    expand_gbps: Mapping[str, float]
-    product_gbps: Mapping[str, float]
-    linear_gbps: float
-    gemm_gflops: float
-    op_us: float
-    link: Link | None = None
-    small_expand_gbps: Mapping[str, float] = field(default_factory=dict)
-    small_product_gbps: Mapping[str, float] = field(default_factory=dict)
-    small_linear_gbps: float = 0.0
-    product_row_cost: Mapping[str, float] = field(default_factory=dict)
-    float32_gflops: float = 0.0
-    widen_gbps: float = 0.0
-    plain_gbps: float = 0.0
-    plain_row_cost: float = 0.0
-    measured: str = ""
-    kernel: str = ""
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return the JSON form."""
-        return asdict(self)
-
-    @classmethod
-    def from_dict(cls, values: Facts) -> "Machine":
-        """Return the machine that `to_dict` wrote.
-
-        Raises:
-            KeyError, TypeError, ValueError: It is not one that a measurement gives.
-        """
-        link = values["link"]
-        rest = {item.name: values[item.name] for item in fields(cls) if item.name != "link"}
-        _check_rates(rest, cls)
-        if link is not None:
-            _check_rates(link, Link)
-        return cls(**rest, link=None if link is None else Link(**link))
-
+__all__ = [
+    "TYPICAL_DISK",
+    "Disk",
+    "Machine",
+    "disk",
+    "disturbance",
+    "doubt",
+    "machine",
+    "measure",
+    "remembered",
+    "typical",
+]
 
 DOUBT = 0.25
 """A step further from its prediction than this share of it puts the constants in doubt."""
 DOUBT_AGE_S = 600.0
-
-KINDS = ("raw+bitmap", "exp+bitmap", "exp", "int")
-"""Kinds of stored tensor that rates are measured of."""
-
-
-def _check_rates(values: Facts, of: type) -> None:
-    """Raise unless every number among the fields of `of` is positive, where it must be."""
-    for item in fields(of):
-        if item.name == "link":  # has rates of its own
-            continue
-        value = values[item.name]
-        if item.type in (str, bool):
-            right = isinstance(value, item.type)
-        elif isinstance(value, Mapping):
-            right = all(positive(value[kind]) for kind in KINDS)
-        else:
-            right = positive(value)
-        if not right:
-            raise ValueError(f"{item.name}: no measurement gives {value!r}")
-
-
-TYPICAL_LINK = Link(
-    name="typical",
-    vram_bytes=0,
-    h2d_gbps=20.0,
-    copy_us=10.0,
-    hbm_gbps=800.0,
-    launch_us=5.0,
-    gemm_gflops=1e5,
-)
-TYPICAL_DISK = Disk(
-    read_gbps=2.5, slowest_gbps=2.0, fastest_gbps=3.0, cpu_s_per_gb=0.1, direct=True
-)
-"""Stand in for a machine that was never measured: placing needs ratios, predicting needs truth."""
-
-
-def typical(dtype: str) -> Machine:
-    """Return the constants of an ordinary desktop with a CUDA device."""
-    return Machine(
-        dtype=dtype,
-        threads=torch.get_num_threads(),
-        copy_gbps=10.0,
-        read_gbps=20.0,
-        expand_gbps=dict.fromkeys(KINDS, 10.0),
-        product_gbps=dict.fromkeys(KINDS, 15.0),
-        linear_gbps=10.0,
-        gemm_gflops=200.0,
-        op_us=2.0,
-        link=TYPICAL_LINK,
-    )
 
 
 def measure(dtype: str = "BF16") -> Machine:
@@ -189,6 +43,7 @@ def measure(dtype: str = "BF16") -> Machine:
     threads = torch.get_num_threads()
     # Without the native kernels a decode is a hundred times slower: a small sample will do.
     rows = probes.ROWS if kernels.describe()["compiled"] else 256
+    others = Others(threads)
     constants: dict[str, Any] = {
         **probes.memory(threads),
         **probes.codecs(dtype, threads, rows=rows),
@@ -199,6 +54,7 @@ def measure(dtype: str = "BF16") -> Machine:
         dtype=dtype,
         threads=threads,
         link=link,
+        disturbed=round(others.share(), 3),
         measured=datetime.now(UTC).isoformat(timespec="seconds"),
         kernel=str(kernels.describe()["kernel"]),
         **constants,
@@ -207,6 +63,9 @@ def measure(dtype: str = "BF16") -> Machine:
 
 def machine(dtype: str = "BF16", *, refresh: bool = False) -> Machine:
     """Return the constants of this machine, measuring them when the cache has none.
+
+    Constants that were measured while others used the processor are good for `DOUBT_AGE_S`; then
+    they are measured again, and the less disturbed ones stay.
 
     Args:
         dtype: `"BF16"`, `"F16"` or `"F32"`.
@@ -222,9 +81,11 @@ def machine(dtype: str = "BF16", *, refresh: bool = False) -> Machine:
     facts = fingerprint_facts()
     key = _machine_key(facts, dtype)
     cached = None if refresh else _remembered_machine(key)
-    if cached is not None:
+    if cached is not None and (cached.disturbed <= DISTURBED or _recent(cached)):
         return cached
     found = measure(dtype)
+    if cached is not None and cached.disturbed < found.disturbed:
+        found = replace(cached, measured=found.measured)
     store("machines", key, {"facts": facts, "constants": found.to_dict()})
     return found
 
@@ -246,15 +107,29 @@ def doubt(dtype: str, predicted_s: float, found_s: float) -> str:
     if found is None or abs(ratio - 1) <= DOUBT:
         return ""
     text = f"steps took {ratio:.2f}x what was predicted from constants of {found.measured}"
-    try:
-        age = datetime.now(UTC) - datetime.fromisoformat(found.measured)
-        recent = age.total_seconds() < DOUBT_AGE_S
-    except (ValueError, TypeError):  # no time, or one without a zone
-        recent = False
-    if recent:
+    if _recent(found):
         return f"{text}, which are recent: is the machine busy?"
     forget("machines", key)
     return f"{text}: they will be measured again for the next plan"
+
+
+def _recent(found: Machine) -> bool:
+    """Whether constants were measured within the last `DOUBT_AGE_S`."""
+    try:
+        age = datetime.now(UTC) - datetime.fromisoformat(found.measured)
+    except (ValueError, TypeError):  # no time, or one without a zone
+        return False
+    return age.total_seconds() < DOUBT_AGE_S
+
+
+def disturbance(found: Machine) -> str:
+    """Return what to say of constants that others disturbed; empty if nothing."""
+    if found.disturbed <= DISTURBED:
+        return ""
+    return (
+        f"other processes had {found.disturbed:.0%} of the processor while the constants were "
+        "measured, which may mislead: they are measured again when ten minutes old"
+    )
 
 
 def remembered(dtype: str, path: Path | str) -> tuple[Machine, Disk]:
@@ -318,7 +193,7 @@ def _remembered_disk(key: str) -> Disk | None:
         if cached is None:
             return None
         # Reading may cost no processor time that the clock shows.
-        _check_rates({**cached, "cpu_s_per_gb": cached["cpu_s_per_gb"] or 1e-9}, Disk)
+        check_rates({**cached, "cpu_s_per_gb": cached["cpu_s_per_gb"] or 1e-9}, Disk)
         return Disk(**cached)
     except (AttributeError, KeyError, TypeError, ValueError):
         return None

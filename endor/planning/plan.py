@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 
 from endor.errors import BudgetError, ConfigError
 from endor.planning.beside import Way, host_products, placements
+from endor.planning.constants import Disk, Machine
 from endor.planning.cost import Prediction, Step, predict
 from endor.planning.exchanges import with_exchanges
 from endor.planning.fill import (
@@ -21,7 +22,6 @@ from endor.planning.fill import (
     least_host_bytes,
 )
 from endor.planning.kv import SETTINGS
-from endor.planning.machine import Disk, Machine
 from endor.planning.outcome import Alternative, Plan
 from endor.planning.products import PRODUCT_ROWS, Products, choose
 from endor.planning.shape import ModelShape

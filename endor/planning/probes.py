@@ -24,6 +24,7 @@ from endor.dtypes import torch_dtype
 from endor.errors import DTypeError
 from endor.packed import bits_of, plain_matrix
 from endor.storage.buffers import HostBuffer
+from endor.storage.checksum import checksum
 
 TORCH_TYPES = {name: torch_dtype(DTYPES[name]) for name in ("BF16", "F16", "F32")}
 READ_THREADS = 4
@@ -85,11 +86,16 @@ def samples(dtype: str, *, rows: int, cols: int) -> dict[str, Encoded]:
 
 
 def memory(threads: int, nbytes: int = WORKING_SET) -> dict[str, float]:
-    """Return `copy_gbps` (bytes copied, counted once) and `read_gbps` of main memory."""
+    """Return `copy_gbps` (bytes copied, counted once) and `read_gbps` of main memory.
+
+    `checksum_gbps` is what one thread checks.
+    """
     source, target = np.ones(nbytes, np.uint8), np.empty(nbytes, np.uint8)
     copy_s = median_seconds(lambda: kernels.probe_copy(target, source, threads))
     read_s = median_seconds(lambda: kernels.probe_read(source, threads))
-    return {"copy_gbps": nbytes / copy_s / 1e9, "read_gbps": nbytes / read_s / 1e9}
+    check_s = median_seconds(lambda: checksum(source.data), budget_s=PROBE_S)
+    seconds = {"copy_gbps": copy_s, "read_gbps": read_s, "checksum_gbps": check_s}
+    return {name: nbytes / each / 1e9 for name, each in seconds.items()}
 
 
 def codecs(dtype: str, threads: int, *, rows: int = ROWS, cols: int = COLS) -> dict[str, Any]:

@@ -4,7 +4,7 @@ import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
-from endor.planning.machine import Machine
+from endor.planning.constants import Machine
 from endor.planning.unit_cost import UnitCost
 
 PRODUCT_ROWS = 8

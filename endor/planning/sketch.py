@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from endor.errors import ConfigError
-from endor.planning.machine import Machine
+from endor.planning.constants import Machine
 from endor.planning.unit_cost import PRODUCT_ROW_COST, UnitCost
 
 LOSSLESS_BITS = 11.0

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from endor.codecs import TensorSpec
 from endor.codecs.coding import VALUE_DTYPES
-from endor.planning.machine import Machine
+from endor.planning.constants import Machine
 from endor.planning.shape import ModelShape
 from endor.planning.units import Unit
 

@@ -17,7 +17,7 @@ from endor import kernels
 from endor.offload import beside_weight
 from endor.offload.store import Store
 from endor.planning import Part, WeightSpec, collect_units, cost
-from endor.planning.machine import KINDS, Disk, Link, Machine
+from endor.planning.constants import KINDS, Disk, Link, Machine
 from endor.planning.plan import Workload, plan
 from endor.planning.shape import ModelShape
 from endor.planning.tiers import COPY_PIECE_BYTES

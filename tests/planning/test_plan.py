@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 
 from endor.codecs import DTYPES, TensorSpec
 from endor.errors import BudgetError, ConfigError
-from endor.planning.cost import Step, predict
-from endor.planning.machine import Disk, Link, Machine
+from endor.planning.constants import Disk, Link, Machine
+from endor.planning.cost import Step, joined, predict
 from endor.planning.plan import Workload, fixed_bytes, plan
 from endor.planning.shape import ModelShape
 from endor.planning.unit_cost import unit_costs
@@ -162,8 +162,32 @@ def test_the_disk_binds_when_everything_is_on_it():
     assert found.count("disk") >= len(units) - 1
     assert found.decode.bound == "disk"
     read = sum(unit.nbytes for unit in units if found.tiers[unit.name] == "disk")
-    assert found.decode.seconds == pytest.approx(read / 2e9)
-    assert found.decode_tokens_per_s == pytest.approx(2e9 / read)
+    assert found.decode.resources["disk"] == pytest.approx(read / 2e9)
+    assert found.decode.seconds == pytest.approx(joined(found.decode.resources.values()))
+    assert 2e9 / read > found.decode_tokens_per_s > 0.8 * 2e9 / read
+
+
+@given(st.floats(0, 100), st.floats(0, 100), st.floats(0, 10))
+def test_what_goes_on_at_once_takes_longer_than_either_and_shorter_than_in_turns(one, two, more):
+    both = joined([one, two])
+    assert max(one, two) <= both * (1 + 1e-9)
+    assert both <= (one + two) * (1 + 1e-9)
+    assert joined([one + more, two]) >= both * (1 - 1e-9)
+    assert joined([one, 0.0]) == pytest.approx(one)
+
+
+def test_checks_of_what_was_read_take_their_share_of_the_processor():
+    units = make_units()
+    costs = unit_costs(units, CPU, SHAPE)
+    tiers = {unit.name: "disk" for unit in units}
+    step = Step(1, 1, 64)
+    without = predict(costs, tiers, CPU, DISK, SHAPE, step)
+    checked = predict(costs, tiers, replace(CPU, checksum_gbps=10.0), DISK, SHAPE, step)
+    assert without.parts["checks"] == 0.0
+    assert checked.parts["checks"] == pytest.approx(packed(units) / 10e9 / CPU.threads)
+    assert checked.seconds > without.seconds
+    kept = predict(costs, dict.fromkeys(tiers, "resident"), CPU, DISK, SHAPE, step)
+    assert kept.parts["checks"] == 0.0
 
 
 def test_a_refusal_names_the_least_budget_and_that_budget_works():

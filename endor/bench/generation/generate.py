@@ -28,7 +28,7 @@ from endor.errors import BackendError
 from endor.kernels.dispatch import check_threads
 from endor.models.outline import Outline, outline
 from endor.planning import machine as hardware
-from endor.planning.machine import Disk, Machine
+from endor.planning.constants import Disk, Machine
 from endor.planning.plan import Plan, Workload, plan
 from endor.trust import read_model_config
 
