@@ -3,10 +3,14 @@
     python scripts/make_model moe DENSE MOE
     endor pack MOE PACKED --include "*experts*"
     python scripts/expert_cache.py PACKED [--text FILE] [--tokens 1024] [--json FILE]
+    python scripts/expert_cache.py PACKED --places rtx4060-laptop rtx4090
 
 Records how PACKED routes a text, runs each policy over the trace at several cache sizes, and prints
 a Markdown table: hit rate, and in brackets experts read per token. Then PACKED itself generates
 with a cache of a quarter of its experts, and its counters are printed beside.
+
+With --places, what experts of the size of Qwen3-30B-A3B's would cost a token on machines that are
+not at hand, by where they lie: simulated, from the same trace and published constants.
 """
 
 import argparse
@@ -21,12 +25,25 @@ import transformers
 from transformers import AutoTokenizer
 
 import endor
-from endor.bench.generation.experts import POLICIES, compare, record_routing, simulate, table
+from endor.bench.generation.expert_places import WAYS, compare_places, places_table
+from endor.bench.generation.experts import (
+    POLICIES,
+    RoutingTrace,
+    compare,
+    record_routing,
+    simulate,
+    table,
+)
 from endor.hf.generation_cache import CACHE_ARGUMENT
 from endor.planning import Placement, Tier
+from endor.planning.catalogue import described
+from endor.planning.sketch import Matrix, method, sketch_costs
 
 SHARES = (0.125, 0.25, 0.5, 0.75)
 HALF_LIVES = (4.0, 16.0, 64.0, 256.0)
+EXPERT_WEIGHTS = 3 * 2048 * 768
+"""Of one expert of Qwen3-30B-A3B: three matrices of 2048 by 768."""
+SPARSITY = 0.5
 SKIP = 2000
 """Tokens of the text that are left out: a book's front matter."""
 
@@ -69,6 +86,18 @@ def run_engine(packed: Path, ids: torch.Tensor, share: float) -> dict[str, float
     }
 
 
+def print_places(trace: RoutingTrace, names: list[str]) -> None:
+    """Print what experts cost a token on machines of the catalogue, a table each."""
+    for name in names:
+        machine = described(name).machine()
+        matrix = Matrix("expert", EXPERT_WEIGHTS, routed=True)
+        (expert,) = sketch_costs([matrix], method(sparsity=SPARSITY), machine, expert_use=1.0)
+        print(f"simulated {name}, experts of {expert.packed_bytes / 1e6:.2f} MB packed\n")
+        print(places_table(trace, list(compare_places(trace, SHARES[:3], expert, machine))), "\n")
+    for way, meaning in WAYS.items():
+        print(f"- `{way}`: {meaning}")
+
+
 def main() -> None:
     """Record, simulate, run, print."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
@@ -76,6 +105,7 @@ def main() -> None:
     parser.add_argument("--text", type=Path, help="Default: the shipped evaluation text.")
     parser.add_argument("--tokens", type=int, default=1024)
     parser.add_argument("--engine-tokens", type=int, default=128)
+    parser.add_argument("--places", nargs="+", metavar="MACHINE", help="See above.")
     parser.add_argument("--json", type=Path, help="Write one line per outcome.")
     options = parser.parse_args()
     transformers.logging.set_verbosity_error()
@@ -93,6 +123,9 @@ def main() -> None:
         f"used quarter of each layer gets {trace.skew():.0%} of the uses; {trace.accuracy:.1%} of "
         "the chosen experts were guessed from the layer before\n"
     )
+    if options.places:
+        print_places(trace, options.places)
+        return
     outcomes = list(compare(trace, SHARES))
     print(table(trace, outcomes), "\n")
     for name, meaning in POLICIES.items():

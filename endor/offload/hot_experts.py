@@ -18,7 +18,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from endor.offload.device import Device, allocate_for_copies
-from endor.offload.experts import Popularity
+from endor.offload.experts import Popularity, best_exchange, expected_uses
 from endor.offload.host_source import cut_up
 from endor.offload.ledger import Ledger
 from endor.offload.on_device import Home, OnDevice, segments_of
@@ -190,34 +190,24 @@ class HotExperts:
 
     def _choose(self) -> tuple[State, Home] | None:
         """Return the exchange that saves most, where one pays for its copy."""
-        uses, best, most = self._uses(), None, 1.0
-        free: dict[int, tuple[float, Home]] = {}
+        visits = np.array([self._popularity.visits(group) for group in self._groups] or [0])
+        uses = expected_uses(self._values, visits[self._layers], self._popularity.half_life)
+        free: dict[int, dict[int, Home]] = {}
         for home in self._homes:
-            lost = -1.0
-            if home.held is not None:
-                lost = float(uses[self._position[home.held.unit.index]])
-            if not home.holders and (home.kind not in free or lost < free[home.kind][0]):
-                free[home.kind] = lost, home
-        for kind, (lost, home) in free.items():
+            if not home.holders:
+                at = -1 if home.held is None else self._position[home.held.unit.index]
+                free.setdefault(home.kind, {})[at] = home
+        best, most = None, 0.0
+        for kind, homes in free.items():
             outside = np.flatnonzero((self._kinds == kind) & ~self._there)
-            if not outside.size:
+            inside = np.array([at for at in homes if at >= 0], dtype=np.int64)
+            found = best_exchange(uses, outside, inside, self._exchanges.gain, empty=-1 in homes)
+            if found is None or found[2] <= most:
                 continue
-            wanted = outside[uses[outside].argmax()]
-            state = self._states[wanted]
-            saved = (uses[wanted] - max(lost, 0.0)) * self._exchanges.gain
-            fits = state.fixed is not None and state.unit.nbytes <= self._allowance
-            if fits and saved > most:
-                best, most = (state, home), saved
+            state = self._states[found[0]]
+            if state.fixed is not None and state.unit.nbytes <= self._allowance:
+                best, most = (state, homes[found[1]]), found[2]
         return best
-
-    def _uses(self) -> np.ndarray:
-        """Return the uses of each expert that are to be expected while the present ones fade.
-
-        A use takes `half_life / ln 2` visits on average to fade. In that window an expert that is
-        used at a steady rate is used as often as the sum of its faded uses says.
-        """
-        visits = [self._popularity.visits(group) for group in self._groups] or [0]
-        return np.exp2(self._values - np.array(visits)[self._layers] / self._popularity.half_life)
 
     # ---- the exchanger's thread ----------------------------------------------------------------
 

@@ -9,7 +9,8 @@ known of a model's routing before it runs, so a step is predicted with experts w
 """
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from typing import Self
 
 from endor.planning.machine import Machine
 from endor.planning.products import packed_s
@@ -59,14 +60,43 @@ def with_exchanges(
     )
 
 
+@dataclass(frozen=True, slots=True)
+class Times:
+    """Seconds of one use of an expert.
+
+    Attributes:
+        here: In VRAM: expanded and multiplied there.
+        host: Multiplied where it lies in host memory, and the way there and back.
+        copy: Its copy over the link.
+    """
+
+    here: float
+    host: float
+    copy: float
+
+    @classmethod
+    def of(cls, cost: UnitCost, machine: Machine, rows: int) -> Self:
+        """Return those of an expert on a machine with a link."""
+        link = machine.link
+        assert link is not None
+        return cls(
+            here=(cost.packed_bytes + 2 * cost.dense_bytes) / link.hbm_gbps / 1e9,
+            host=packed_s(cost, rows) + 2 * link.copy_us / 1e6,
+            copy=cost.packed_bytes / link.h2d_gbps / 1e9 + link.copy_us / 1e6,
+        )
+
+    def gain(self, share: float) -> float:
+        """Return what a use saves in VRAM, in times of the copy, see `Exchanges`.
+
+        Args:
+            share: Of the rows that the host multiplies outside VRAM while the others are copied.
+        """
+        if not share:
+            return 1.0  # it is copied for its use, and multiplied like those that are there
+        return (max(share * self.host, (1.0 - share) * self.copy) - self.here) / self.copy
+
+
 def _gain(cost: UnitCost, filled: Placement, machine: Machine, rows: int) -> float:
-    """Return what a use saves in VRAM, in times of the copy; see `Exchanges`."""
-    link = machine.link
-    assert link is not None
-    copy_s = cost.packed_bytes / link.h2d_gbps / 1e9 + link.copy_us / 1e6
-    here_s = (cost.packed_bytes + 2 * cost.dense_bytes) / link.hbm_gbps / 1e9
-    if filled.tiers[cost.name] != "host":
-        return 1.0  # it is copied for its use, and multiplied like those that are there
-    share = filled.host_shares.get(cost.name, 1.0)
-    host_s = share * packed_s(cost, rows) + 2 * link.copy_us / 1e6
-    return (max(host_s, (1.0 - share) * copy_s) - here_s) / copy_s
+    hosted = filled.tiers[cost.name] == "host"
+    share = filled.host_shares.get(cost.name, 1.0) if hosted else 0.0
+    return Times.of(cost, machine, rows).gain(share)
