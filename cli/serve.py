@@ -39,6 +39,14 @@ if TYPE_CHECKING:
 )
 @loading_options("vram", "ram", "exact", "host_compute", "kv", "context")
 @click.option(
+    "--batch",
+    type=click.IntRange(1, 64),
+    default=1,
+    show_default=True,
+    help="Answers made at once. A weight is read and expanded once for all of them; each takes "
+    "memory for keys and values.",
+)
+@click.option(
     "--max-new-tokens",
     type=click.IntRange(1),
     default=512,
@@ -77,6 +85,7 @@ def serve_command(
     kv: "KVSetting",
     context: int,
     trust_remote_code: bool,
+    batch: int,
     max_new_tokens: int,
     max_request: int,
     max_waiting: int,
@@ -86,9 +95,11 @@ def serve_command(
     """Serve the checkpoint PACKED to OpenAI's clients.
 
     Routes: /v1/chat/completions, /v1/completions, /v1/responses, /v1/models, /health and /metrics
-    (Prometheus). Requests are answered one after the other; Ctrl-C or SIGTERM finishes open
-    answers and stops. PACKED may also be an ordinary checkpoint; memory options then do not apply.
+    (Prometheus). Requests are answered one after the other, or --batch of them at once; Ctrl-C or
+    SIGTERM finishes open answers and stops. PACKED may also be an ordinary checkpoint; memory
+    options and --batch then do not apply.
     """
+    from endor.checkpoint.loadable import is_packed
     from endor.errors import ConfigError
     from endor.hf.load import open_model
     from endor.serving.limits import Limits
@@ -101,8 +112,19 @@ def serve_command(
             f"--max-new-tokens {max_new_tokens} leaves no prompt of --context {context}; "
             "raise --context"
         )
+    if batch > 1:
+        if kv in ("ram", "disk"):
+            raise ConfigError(
+                f"--batch {batch} keeps keys and values where the model computes, not in "
+                f"--kv {kv}; leave out one of them"
+            )
+        kv = "device"
     limits = Limits(max_new_tokens, max_request, max_waiting, context)
     given, packed = packed, at_hand(packed, revision)
+    if batch > 1 and not is_packed(packed):
+        raise ConfigError(
+            f"{packed} is an ordinary checkpoint: --batch shares the expansion of packed weights"
+        )
     tokenizer = read_tokenizer(packed, trust_remote_code=trust_remote_code)
     if not getattr(tokenizer, "is_fast", False):
         raise ConfigError(f"{packed}: serving needs a fast tokenizer (tokenizer.json)")
@@ -114,6 +136,7 @@ def serve_command(
         exact=exact,
         host_compute=host_compute,
         context=context,
+        batch=batch,
         kv=kv,
         trust_remote_code=trust_remote_code,
     )
@@ -132,6 +155,7 @@ def serve_command(
         port=port,
         api_key=api_key,
         limits=limits,
+        batch=batch,
         grace_s=grace,
         ready=ready,
     )

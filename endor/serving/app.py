@@ -12,7 +12,7 @@ from fastapi.responses import JSONResponse, Response, StreamingResponse
 from starlette.middleware.trustedhost import TrustedHostMiddleware
 
 from endor.errors import EndorError
-from endor.serving.engine import handlers
+from endor.serving.engine import SEED, handlers
 from endor.serving.limits import Limits, RequestError, check_body
 from endor.serving.metrics import Metrics
 
@@ -29,6 +29,7 @@ def build_app(
     limits: Limits | None = None,
     api_key: str | None = None,
     host: str = "127.0.0.1",
+    batch: int = 1,
 ) -> FastAPI:
     """Return the application that answers for one model.
 
@@ -40,11 +41,12 @@ def build_app(
         api_key: What they must send as `Authorization: Bearer`; anybody may ask when None.
         host: Where it will listen. On a loopback address requests that name another host are
             refused, so that no web page reaches it under a name of its own.
+        batch: Answers that are made at once.
     """
     limits = limits or Limits()
     metrics = Metrics(getattr(model, "endor", None))
     model.generate = metrics.counted(model.generate)
-    answering = handlers(name, model, tokenizer, limits)
+    answering = handlers(name, model, tokenizer, limits, batch)
     app = FastAPI(title="Endor", docs_url=None, redoc_url=None, openapi_url=None)
     if host in LOOPBACK:
         app.add_middleware(TrustedHostMiddleware, allowed_hosts=[*LOOPBACK, "[::1]", "[", host])
@@ -93,6 +95,7 @@ def build_app(
             )
         open_requests += 1
         metrics.waiting.set(open_requests)
+        SEED.set(body.pop("seed", None))
 
         def close() -> None:
             nonlocal open_requests

@@ -34,6 +34,7 @@ def serve(
     port: int = 8000,
     api_key: str | None = None,
     limits: Limits | None = None,
+    batch: int = 1,
     grace_s: int = 30,
     ready: Callable[[str], None] | None = None,
 ) -> None:
@@ -47,6 +48,7 @@ def serve(
         port: Port; 0 takes a free one.
         api_key: What clients must send; anybody may ask when None.
         limits: What is taken from clients.
+        batch: Answers that are made at once: each weight is read and expanded once for all of them.
         grace_s: How long open answers may take once it shall stop.
         ready: Called with the address once it listens.
 
@@ -94,7 +96,9 @@ def serve(
             ) from error
         shown = f"[{host}]" if ":" in host else host
         address = f"http://{shown}:{listener.getsockname()[1]}"
-        app = build_app(name, model, tokenizer, limits=limits, api_key=api_key, host=host)
+        app = build_app(
+            name, model, tokenizer, limits=limits, api_key=api_key, host=host, batch=batch
+        )
         config = uvicorn.Config(
             app, log_level="warning", timeout_graceful_shutdown=grace_s, access_log=False
         )

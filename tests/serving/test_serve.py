@@ -10,7 +10,9 @@ import sys
 import threading
 import time
 import urllib.request
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from functools import partial
 
 import pytest
 
@@ -246,18 +248,110 @@ def test_more_than_may_wait_are_told_to_come_back(packed):
         stream.close()
 
 
+@pytest.fixture(scope="module")
+def batched(packed):
+    options = ("--context", "4096", "--max-new-tokens", "4000", "--batch", "4")
+    with served(packed, *options) as (found, _):
+        yield found
+
+
+def ask(address, prompt, **options):
+    with openai.OpenAI(base_url=address, api_key=KEY, max_retries=0, timeout=120) as one:
+        made = one.completions.create(model="packed", prompt=prompt, **options)
+        return made.choices[0].text
+
+
+def at_once(*jobs):
+    """Run functions in threads of their own; return what they returned."""
+    with ThreadPoolExecutor(len(jobs)) as pool:
+        return [future.result(120) for future in [pool.submit(job) for job in jobs]]
+
+
+def test_a_batch_gives_each_client_what_it_gets_alone(address, batched):
+    options = (
+        {"max_tokens": 6, "temperature": 0},
+        {"max_tokens": 30, "temperature": 0, "frequency_penalty": 0.4},
+        {"max_tokens": 12, "temperature": 1, "seed": 7},
+        {"max_tokens": 9, "temperature": 0.5, "top_p": 0.9, "seed": 8},
+        {"max_tokens": 15, "temperature": 0, "top_p": 0.5},
+    )
+    prompts = ("w3 w4", "w9 w7 w5", "w1", "w2 w2 w2 w2", "w6")
+    jobs = [(prompt, option) for prompt, option in zip(prompts, options, strict=True)]
+    alone = [ask(address, prompt, **option) for prompt, option in jobs]
+    found = at_once(*(partial(ask, batched, prompt, **option) for prompt, option in jobs))
+    assert found == alone
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_one_that_leaves_a_batch_leaves_the_others_there(address, batched, stream):
+    expected = ask(address, "w3 w4", max_tokens=200, temperature=0)
+    before = metric(batched, "endor_generated_tokens_total")
+    with openai.OpenAI(base_url=batched, api_key=KEY, max_retries=0, timeout=120) as one:
+        options = {"model": "packed", "prompt": "w5", "max_tokens": 4000, "temperature": 0}
+        if stream:
+            leaver = one.completions.create(**options, stream=True)
+            next(iter(leaver))
+            found = at_once(
+                partial(ask, batched, "w3 w4", max_tokens=200, temperature=0), leaver.close
+            )[0]
+        else:
+            with pytest.raises(openai.APITimeoutError):
+                one.with_options(timeout=0.5).completions.create(**options)
+            found = ask(batched, "w3 w4", max_tokens=200, temperature=0)
+    assert found == expected
+    for _ in range(100):
+        if metric(batched, "endor_requests_open") == 0:
+            break
+        time.sleep(0.1)
+    assert metric(batched, "endor_requests_open") == 0
+    assert metric(batched, "endor_generated_tokens_total") - before < 4200
+
+
+def test_a_wrong_request_to_a_batch_is_refused_alone(batched):
+    def wrong():
+        with pytest.raises(openai.BadRequestError, match="context"):
+            ask(batched, "w1 " * 200, max_tokens=3999)
+
+    right = partial(ask, batched, "w3 w4", max_tokens=5, temperature=0)
+    assert at_once(right, wrong, right)[0].split()
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (("--batch", "2", "--kv", "disk"), "leave out one of them"),
+        (("--batch", "0"), "0 is not in the range"),
+    ],
+)
+def test_a_batch_that_cannot_be_is_refused(packed, options, said):
+    done = command("serve", packed, *options)
+    assert done.returncode != 0
+    assert said in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_a_batch_needs_packed_weights(packed):
+    done = command("serve", packed.parent / "source", "--batch", "2")
+    assert done.returncode == 1
+    assert "ordinary checkpoint: --batch" in done.stderr
+
+
+def command(*words):
+    return subprocess.run(
+        [sys.executable, "-m", "endor", *map(str, words)],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=120,
+    )
+
+
 def test_an_address_in_use_is_one_sentence(packed):
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         port = str(taken.getsockname()[1])
-        done = subprocess.run(
-            [sys.executable, "-m", "endor", "serve", str(packed), "--port", port],
-            capture_output=True,
-            text=True,
-            check=False,
-            timeout=120,
-        )
+        done = command("serve", packed, "--port", port)
     assert done.returncode == 1
     assert "cannot listen on 127.0.0.1" in done.stderr
     assert "Traceback" not in done.stderr
