@@ -53,6 +53,14 @@ _LOADING: dict[str, Callable[[Command], Command]] = {
         help="With --fast on a GPU: multiply weights that lie in RAM there; auto does so where it "
         "is predicted to be faster.",
     ),
+    "experts": click.option(
+        "--experts",
+        type=click.Choice(["exact", "lossy"]),
+        default=DEFAULTS["experts"],
+        show_default=True,
+        help="lossy: for up to 8 tokens, experts that are not at hand are replaced by others that "
+        "are; the output is then not the model's own.",
+    ),
     "kv": click.option(
         "--kv",
         type=click.Choice(["auto", "device", "ram", "disk"]),

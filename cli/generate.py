@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from endor.planning.beside import HostCompute
     from endor.planning.kv import KVSetting
     from endor.planning.plan import Plan
+    from endor.planning.workload import Experts
 
 LEAST_STEPS = 5
 """Fewer tokens say little about the constants: the first steps warm up."""
@@ -30,7 +31,7 @@ LEAST_STEPS = 5
 @click.option(
     "--device", default="cpu", show_default=True, help="Where the model runs, such as cpu or cuda."
 )
-@loading_options("vram", "ram", "exact", "host_compute", "kv")
+@loading_options("vram", "ram", "exact", "host_compute", "experts", "kv")
 @click.option("--temperature", default=0.0, show_default=True, help="0 takes the likeliest token.")
 @click.option("--top-p", default=1.0, show_default=True, help="Probability that sampling keeps.")
 @click.option("--seed", type=int, help="Makes sampling repeatable.")
@@ -58,6 +59,7 @@ def generate_command(
     ram: str | None,
     exact: bool,
     host_compute: "HostCompute",
+    experts: "Experts",
     kv: "KVSetting",
     trust_remote_code: bool,
     temperature: float,
@@ -91,6 +93,7 @@ def generate_command(
         ram=ram,
         exact=exact,
         host_compute=host_compute,
+        experts=experts,
         context=prompt_tokens + max_new_tokens,
         prompt=prompt_tokens,
         measure=True,
@@ -108,7 +111,10 @@ def generate_command(
         expanded_line(store.unpacked, sum(sizes))
     write = None if as_json else stream
     result = generate_text(model, tokenizer, inputs, sampling, show=write)
-    facts = figures(result, load_s) | {"exact": exact or store is None}
+    whole = store is None or experts == "exact"
+    facts = figures(result, load_s) | {"exact": store is None or (exact and whole)}
+    if store is not None:
+        facts |= {"experts": store.experts, "replaced": replaced_share(store)}
     if plan is not None:
         facts |= {
             "predicted_prefill_tokens_per_s": plan.prefill_tokens_per_s,
@@ -161,6 +167,12 @@ def figures(result: "Generation", load_s: float) -> dict[str, Any]:
     }
 
 
+def replaced_share(store: Any) -> float:
+    """Return the share of the routers' choices for few tokens that other experts took."""
+    counters = store.ledger.counters
+    return float(counters.lossy_replaced / max(1, counters.lossy_choices))
+
+
 def doubt(plan: "Plan", store: Any, result: "Generation") -> str:
     """Return what to say when the steps show the plan's constants wrong; see `hardware.doubt`."""
     from endor.models.outline import most_common
@@ -184,6 +196,11 @@ def summary(facts: dict[str, Any]) -> str:
             f"plan     {facts['predicted_prefill_tokens_per_s']:.1f} and "
             f"{facts['predicted_decode_tokens_per_s']:.2f} tokens/s were predicted, bound by the "
             f"{facts['bound']}"
+        )
+    if facts.get("experts") == "lossy":
+        lines.append(
+            f"experts  lossy: {facts['replaced']:.1%} of the choices were replaced; the text is "
+            "not the model's own"
         )
     if facts.get("doubt"):
         lines.append(f"         {facts['doubt']}")

@@ -24,7 +24,9 @@ if TYPE_CHECKING:
 
 @click.command("plan")
 @click.argument("model", required=False, type=MODEL)
-@loading_options("vram", "ram", "context", "prompt", "batch", "exact", "host_compute", "kv")
+@loading_options(
+    "vram", "ram", "context", "prompt", "batch", "exact", "host_compute", "experts", "kv"
+)
 @click.option(
     "--for",
     "--gpu",

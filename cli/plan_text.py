@@ -43,6 +43,8 @@ def summary(
         lines[1:1] = [
             f"packed but expanded at load: {len(expanded)} tensors, {expanded_nbytes / 1e9:.2f} GB"
         ]
+    if result.workload.experts == "lossy":
+        lines[1:1] = ["experts: lossy, replaced by others at hand; not in the prediction"]
     budgets = [("ram", result.ram_bytes), ("vram", result.vram_bytes)]
     reserved = [
         [item.what, item.where, size(item.nbytes)] for item in result.reservations if item.nbytes

@@ -13,6 +13,7 @@ from endor.cli.types import Size
 if TYPE_CHECKING:
     from endor.planning.beside import HostCompute
     from endor.planning.kv import KVSetting
+    from endor.planning.workload import Experts
 
 
 @click.command("serve")
@@ -37,7 +38,7 @@ if TYPE_CHECKING:
 @click.option(
     "--device", default="cpu", show_default=True, help="Where the model runs, such as cpu or cuda."
 )
-@loading_options("vram", "ram", "exact", "host_compute", "kv", "context")
+@loading_options("vram", "ram", "exact", "host_compute", "experts", "kv", "context")
 @click.option(
     "--batch",
     type=click.IntRange(1, 64),
@@ -82,6 +83,7 @@ def serve_command(
     ram: str | None,
     exact: bool,
     host_compute: "HostCompute",
+    experts: "Experts",
     kv: "KVSetting",
     context: int,
     trust_remote_code: bool,
@@ -135,6 +137,7 @@ def serve_command(
         ram=ram,
         exact=exact,
         host_compute=host_compute,
+        experts=experts,
         context=context,
         batch=batch,
         kv=kv,

@@ -4,6 +4,7 @@
     endor pack MOE PACKED --include "*experts*"
     python scripts/expert_cache.py PACKED [--text FILE] [--tokens 1024] [--json FILE]
     python scripts/expert_cache.py PACKED --places rtx4060-laptop rtx4090
+    python scripts/expert_cache.py PACKED --lossy [--engine-tokens 256]
 
 Records how PACKED routes a text, runs each policy over the trace at several cache sizes, and prints
 a Markdown table: hit rate, and in brackets experts read per token. Then PACKED itself generates
@@ -11,6 +12,8 @@ with a cache of a quarter of its experts, and its counters are printed beside.
 
 With --places, what experts of the size of Qwen3-30B-A3B's would cost a token on machines that are
 not at hand, by where they lie: simulated, from the same trace and published constants.
+
+With --lossy, how far a model with experts="lossy" is from PACKED itself, one token at a time.
 """
 
 import argparse
@@ -48,7 +51,7 @@ SKIP = 2000
 """Tokens of the text that are left out: a book's front matter."""
 
 
-def with_cache(packed: Path, share: float) -> tuple[Any, int]:
+def with_cache(packed: Path, share: float, **options: Any) -> tuple[Any, int]:
     """Return the model with memory for everything but experts, and for a share of those."""
     store = endor.load_model(packed).endor
     routed = [unit for unit in store.units if not unit.scheduled]
@@ -57,7 +60,8 @@ def with_cache(packed: Path, share: float) -> tuple[Any, int]:
     tiers: dict[str, Tier] = dict.fromkeys((unit.name for unit in store.units), "resident")
     tiers |= dict.fromkeys((unit.name for unit in routed), "disk")
     store.close()
-    return endor.load_model(packed, placement=Placement(tiers, capacity * slot)), capacity
+    placement = Placement(tiers, capacity * slot)
+    return endor.load_model(packed, placement=placement, **options), capacity
 
 
 def run_engine(packed: Path, ids: torch.Tensor, share: float) -> dict[str, float]:
@@ -86,6 +90,45 @@ def run_engine(packed: Path, ids: torch.Tensor, share: float) -> dict[str, float
     }
 
 
+def token_by_token(model: Any, ids: torch.Tensor) -> torch.Tensor:
+    """Return the log-probabilities of each token's successor, `(tokens, vocab)`, float32."""
+    cache, out = None, []
+    with torch.no_grad():
+        for token in ids:
+            found = model(token.view(1, 1), **{CACHE_ARGUMENT: cache})
+            cache = found[CACHE_ARGUMENT]
+            out.append(found.logits[0, -1].float().log_softmax(-1))
+    return torch.stack(out)
+
+
+def print_lossy(packed: Path, ids: torch.Tensor) -> None:
+    """Print how far lossy experts are from the model, by the share of experts in memory."""
+    whole = endor.load_model(packed)
+    expected = token_by_token(whole, ids)
+    whole.endor.close()
+    following = ids[1:, None]
+
+    def loss(found: torch.Tensor) -> float:
+        return float(-found[:-1].gather(1, following).mean())
+
+    print(f"{len(ids)} tokens, one at a time; loss of the model itself {loss(expected):.3f}\n")
+    print("| in memory | replaced | KL, mean | KL, 99 % below | same first token | loss |")
+    print("|---|---|---|---|---|---|")
+    for share in SHARES:
+        model, capacity = with_cache(packed, share, experts="lossy")
+        model.endor.preload()
+        found = token_by_token(model, ids)
+        counters = model.endor.ledger.counters
+        replaced = counters.lossy_replaced / counters.lossy_choices
+        model.endor.close()
+        kl = (expected.exp() * (expected - found)).sum(1)
+        same = (expected.argmax(1) == found.argmax(1)).float().mean()
+        print(
+            f"| {capacity} experts | {replaced:.1%} | {kl.mean():.4f} | {kl.quantile(0.99):.3f} | "
+            f"{same:.1%} | {loss(found):.3f} |"
+        )
+
+
 def print_places(trace: RoutingTrace, names: list[str]) -> None:
     """Print what experts cost a token on machines of the catalogue, a table each."""
     for name in names:
@@ -106,6 +149,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=1024)
     parser.add_argument("--engine-tokens", type=int, default=128)
     parser.add_argument("--places", nargs="+", metavar="MACHINE", help="See above.")
+    parser.add_argument("--lossy", action="store_true", help="See above.")
     parser.add_argument("--json", type=Path, help="Write one line per outcome.")
     options = parser.parse_args()
     transformers.logging.set_verbosity_error()
@@ -114,6 +158,9 @@ def main() -> None:
     tokenizer = AutoTokenizer.from_pretrained(options.packed)
     ids = tokenizer(text.read_text(encoding="utf-8"), return_tensors="pt").input_ids[0]
     ids = ids[SKIP : SKIP + options.tokens]
+    if options.lossy:
+        print_lossy(options.packed, ids[: options.engine_tokens])
+        return
     model = endor.load_model(options.packed)
     trace = record_routing(model, ids)
     model.endor.close()

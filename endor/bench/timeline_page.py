@@ -1,6 +1,7 @@
 """The report as one HTML page: no scripts, no network, drawings in SVG."""
 
 import json
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from html import escape
 from pathlib import Path
@@ -174,8 +175,7 @@ def _meanings(events: Sequence[Event]) -> dict[str, str]:
 
 def _counts(counters: Mapping[str, Any]) -> list[list[str]]:
     """Return rows about experts, and about keys and values, where there were any to move."""
-    kinds = ("expert_uses", "hot_uses", "guessed_uses", "host_products", "kv_loads")
-    count = {key: counters.get(key, 0) for key in kinds}
+    count = defaultdict[str, Any](int, counters)
     rows = []
     if uses := count["expert_uses"]:
         rows.append(["experts in memory when chosen", f"{counters['expert_hits'] / uses:.1%}"])
@@ -184,6 +184,8 @@ def _counts(counters: Mapping[str, Any]) -> list[list[str]]:
         rows.append(["experts in VRAM when chosen", f"{counters['hot_hits'] / uses:.1%}"])
         moved = f"{counters['exchanges']}, {counters['exchange_bytes'] / 1e9:.3f} GB"
         rows.append(["experts brought to VRAM to stay, and their bytes", moved])
+    if choices := count["lossy_choices"]:
+        rows.append(["lossy: experts replaced", f"{counters['lossy_replaced'] / choices:.1%}"])
     if guessed := count["guessed_uses"]:
         right = counters["right_guesses"] / guessed
         rows.append(["chosen experts that were foreseen", f"{right:.1%}"])

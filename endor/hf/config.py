@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from endor.planning.kv import KVSetting
     from endor.planning.plan import Workload
     from endor.planning.tiers import Placement
+    from endor.planning.workload import Experts
 
 METHOD = "endor"
 """What a packed checkpoint's `quantization_config` calls its method."""
@@ -39,6 +40,9 @@ class Loading(TypedDict, total=False):
         host_compute: Whether the processor multiplies weights in RAM while a CUDA device is the
             model's: `"on"`, `"off"`, or `"auto"`, where that is predicted to be faster. Up to eight
             rows, and never with `exact`: `"on"` is then refused.
+        experts: `"lossy"` lets experts that are not at hand (in VRAM; in memory, where experts are
+            read from disk) be replaced by others that are, for up to eight tokens: faster, and no
+            longer what the model computes.
         kv: Where `generate` keeps keys and values: `"device"` (where the model computes), `"ram"`
             (host memory beside a device), `"disk"`, or `"auto"`: the first where the planned
             context fits.
@@ -57,6 +61,7 @@ class Loading(TypedDict, total=False):
     vram: int | str | None
     exact: bool
     host_compute: "HostCompute"
+    experts: "Experts"
     kv: "KVSetting"
     context: int
     prompt: int
@@ -73,6 +78,7 @@ DEFAULTS: Loading = {
     "vram": None,
     "exact": True,
     "host_compute": "auto",
+    "experts": "exact",
     "kv": "auto",
     "context": 1024,
     "prompt": 128,
@@ -99,6 +105,7 @@ def settled(options: Mapping[str, Any]) -> Loading:
     from endor.planning.beside import check_host_compute
     from endor.planning.kv import check_kv
     from endor.planning.tiers import Placement
+    from endor.planning.workload import check_experts
 
     unknown = sorted(set(options) - set(OPTIONS))
     if unknown:
@@ -112,6 +119,7 @@ def settled(options: Mapping[str, Any]) -> Loading:
     check_threads(found["threads"])
     check_kv(found["kv"])
     check_host_compute(found["host_compute"], exact=found["exact"])
+    check_experts(found["experts"])
     placement = found["placement"]
     if placement is not None and not isinstance(placement, Placement):
         raise ConfigError(f"placement: must be a Placement, got {type(placement).__name__}")
@@ -135,6 +143,7 @@ def workload(options: Loading) -> "Workload":
         product="exact" if found["exact"] else "direct",
         kv=found["kv"],
         host_compute=found["host_compute"],
+        experts=found["experts"],
     )
 
 

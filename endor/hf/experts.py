@@ -12,12 +12,14 @@ from torch import nn
 from endor.errors import ConfigError
 from endor.hf.compiling import outside_graphs
 from endor.hf.linear import fast_product
+from endor.hf.lossy_experts import near_choice, router_logits
 from endor.hf.packed_layer import initialised, refuse_conversion, refuse_packed_keys
 from endor.hf.routing import Router, routers
 from endor.models.nested import map_nested
 from endor.offload.state import State
 from endor.offload.weight import Weight
-from endor.planning.products import NEVER
+from endor.planning.products import NEVER, PRODUCT_ROWS
+from endor.planning.workload import no_experts
 
 
 class ExpertStack:
@@ -192,7 +194,19 @@ class EndorExperts(nn.Module):
         mover = stacks[0].weights[0].mover
         if not mover.streams:
             return run(self, hidden_states, top_k_index, *rest)
-        mover.hint(self._states(top_k_index), group=stacks[0].weights[0].states[0].unit.index)
+        group, wanted = stacks[0].weights[0].states[0].unit.index, None
+        router = self.__dict__.get("_endor_lossy")
+        if router is not None and len(top_k_index) <= PRODUCT_ROWS and not torch.is_grad_enabled():
+            wanted = self._states(top_k_index)
+            near = [
+                all(mover.near(state) for stack in stacks for state in stack.weights[at].states)
+                for at in range(len(stacks[0]))
+            ]
+            found = near_choice(router_logits(router, hidden_states), near, top_k_index, rest[0])
+            mover.ledger.counters.lossy_choices += top_k_index.numel()
+            mover.ledger.counters.lossy_replaced += found.replaced
+            top_k_index, rest = found.index, (found.weights, *rest[1:])
+        mover.hint(self._states(top_k_index), group=group, wanted=wanted)
         following = self.__dict__.get("_endor_next")
         if following is not None and not torch.is_grad_enabled():
             guess = following.choose(hidden_states)
@@ -259,13 +273,21 @@ def bind_experts(module: EndorExperts, stacks: Mapping[str, ExpertStack]) -> Non
     module.__dict__["_endor_names"] = frozenset(stacks)
 
 
-def link_experts(model: nn.Module) -> None:
-    """Tell each layer of packed experts which router comes next."""
+def link_experts(model: nn.Module, *, lossy: bool = False) -> None:
+    """Tell each layer of packed experts which router comes next, and its own where it is lossy.
+
+    Raises:
+        ConfigError: They shall be lossy, and there are none.
+    """
     found: list[Router] = [
         router for router in routers(model) if isinstance(router.experts, EndorExperts)
     ]
     for router, following in pairwise(found):
         router.experts.__dict__["_endor_next"] = following
+    if lossy and not found:
+        raise no_experts()
+    for router in found if lossy else ():
+        router.experts.__dict__["_endor_lossy"] = router.module
 
 
 def _experts_class(base: type[nn.Module]) -> type[nn.Module]:

@@ -125,9 +125,11 @@ def open_model(
         model.endor.preload()
         return model
     found = settled(options)
-    if found["vram"] or found["ram"] or not found["exact"] or found["kv"] in ("ram", "disk"):
+    asked = found["vram"] or found["ram"] or found["kv"] in ("ram", "disk")
+    if asked or not found["exact"] or found["experts"] == "lossy":
         raise ConfigError(
-            f"{path} is an ordinary checkpoint: vram, ram, kv and fast products need a packed one"
+            f"{path} is an ordinary checkpoint: vram, ram, kv, fast products, lossy experts need "
+            "a packed one"
         )
     read_model_config(path, trust_remote_code=trust_remote_code)
     with one_line_errors(path, "the model does not load"):

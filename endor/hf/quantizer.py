@@ -197,7 +197,8 @@ class EndorQuantizer(HfQuantizer):  # type: ignore[misc]
         pipelines.watch.install()
         if isinstance(store, Store) and not config.exact:
             FastHead.adopt(model.get_output_embeddings(), store.products.head_rows)
-        link_experts(model)
+        link_experts(model, lossy=config.experts == "lossy")
+        store.experts = config.experts
         stay_on_device(model)
         behaviour.multiply_as_unquantized(model)
         self._layouts, self._assignment, self._dtypes = [], Assignment(), {}

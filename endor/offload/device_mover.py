@@ -17,7 +17,7 @@ from endor.offload.on_device import OnDevice, segments_of
 from endor.offload.pinned import PinnedArena
 from endor.offload.row_split import Cut, RowSplit
 from endor.offload.schedule import Schedule
-from endor.offload.state import State
+from endor.offload.state import State, States
 from endor.planning.tiers import PACKED_IN_RAM, Placement
 from endor.planning.units import Unit
 from endor.storage import HostBuffer, RecordReader, check_record
@@ -202,13 +202,21 @@ class DeviceMover:
             self._local.kept = None
             self.release(kept)
 
-    def hint(self, states: Iterable[State], *, group: int = 0) -> None:
+    def near(self, state: State) -> bool:
+        """Whether a unit is in VRAM now, or in memory where others like it are read from disk."""
+        index = state.unit.index
+        if index in self._lives_here or (self.hot is not None and index in self.hot):
+            return True
+        return self.host.streams and not state.unit.scheduled and self.host.near(state)
+
+    def hint(self, states: States, *, group: int = 0, wanted: States | None = None) -> None:
         """Ask for units that will be taken at once, in this order, as far as there are slots."""
         if self._copier is not None:
             states = list(states)
-            self.host.hint(self._on_host(states), group=group)
+            chosen = states if wanted is None else list(wanted)
+            self.host.hint(self._on_host(states), group=group, wanted=self._on_host(chosen))
             if self.hot is not None:
-                self.hot.route(group, [state.unit.index for state in states])
+                self.hot.route(group, [state.unit.index for state in chosen])
                 states = [state for state in states if state.unit.index not in self.hot]
             self._copier.hint(self._ahead(state.unit for state in states))
 

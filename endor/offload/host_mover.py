@@ -25,7 +25,7 @@ from endor.kernels.dispatch import check_threads
 from endor.offload.ledger import Ledger
 from endor.offload.residency import Residency, cached_experts, place_residents
 from endor.offload.schedule import Schedule
-from endor.offload.state import AHEAD, DEMAND, FILL, HINT, WARM, Bound, Phase, State
+from endor.offload.state import AHEAD, DEMAND, FILL, HINT, WARM, Bound, Phase, State, States
 from endor.planning.tiers import PACKED_IN_RAM, Placement
 from endor.planning.units import Unit
 from endor.storage import CheckedRecord, HostBuffer, RecordReader
@@ -168,19 +168,19 @@ class HostMover:
                 if not self._closed:
                     self._ask(self._residency.window(), AHEAD)
 
-    def hint(self, states: Iterable[State], *, group: int = 0) -> None:
+    def near(self, state: State) -> bool:
+        """Whether a unit is in memory now."""
+        return state.phase is Phase.READY
+
+    def hint(self, states: States, *, group: int = 0, wanted: States | None = None) -> None:
         """Read units that will be taken at once; see `Mover.hint`."""
         with self._lock:
             chosen = list(dict.fromkeys(states))
-            self._residency.route(group, chosen)
+            self._residency.route(group, chosen, chosen if wanted is None else wanted)
             self._ask(chosen, HINT)
 
     def warm(self, states: Iterable[State]) -> None:
-        """Read units that the next `hint` may ask for, in this order, as far as there is room.
-
-        A guess is read when nothing surer is to be read, takes the memory of experts that are
-        worth less, and gives way to whatever is demanded.
-        """
+        """Read units last, into memory of experts that are worth less; see `Mover.warm`."""
         with self._lock:
             chosen = list(dict.fromkeys(states))
             self._residency.guessed = {state.unit.index for state in chosen}

@@ -79,6 +79,8 @@ class Counters:
         hot_hits: Of these, in VRAM when the choice was known.
         exchanges: Experts copied into VRAM to stay there.
         exchange_bytes: Their bytes.
+        lossy_choices: Choices of routers for few tokens, where experts may be replaced.
+        lossy_replaced: Of these, by experts that were at hand.
         guesses: Experts that were guessed before their router ran.
         guessed_uses: Experts chosen where there was a guess.
         right_guesses: Of these, guessed.
@@ -130,6 +132,8 @@ class Counters:
     hot_hits: int = 0
     exchanges: int = 0
     exchange_bytes: int = 0
+    lossy_choices: int = 0
+    lossy_replaced: int = 0
     guesses: int = 0
     guessed_uses: int = 0
     right_guesses: int = 0

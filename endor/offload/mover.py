@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Protocol, TypeVar
 
 from endor.offload.ledger import Ledger
-from endor.offload.state import State
+from endor.offload.state import State, States
 
 Held = TypeVar("Held")
 """A unit where it is used: its tensors as host arrays, or its record on a device."""
@@ -58,12 +58,16 @@ class Mover(Protocol[Held]):
     def drop(self) -> None:
         """Give back what this thread kept, if anything."""
 
-    def hint(self, states: Iterable[State], *, group: int = 0) -> None:
+    def near(self, state: State) -> bool:
+        """Whether a unit can be used as fast as any: a guess, which may be over at once."""
+
+    def hint(self, states: States, *, group: int = 0, wanted: States | None = None) -> None:
         """Ask for units that will be taken at once, in this order, as far as there is room.
 
         Args:
             states: The experts that a router chose.
             group: Names the router's layer.
+            wanted: What the router chose, where others take the place of some: what counts as used.
         """
 
     def warm(self, states: Iterable[State]) -> None:

@@ -137,9 +137,9 @@ class Residency:
             state.place = None
             del self._placed[state.unit.index]
 
-    def route(self, group: int, states: Sequence[State]) -> None:
-        """Note that a layer's router chose these units; guesses that were wrong are taken back."""
-        chosen = {state.unit.index for state in states}
+    def route(self, group: int, states: Sequence[State], wanted: Iterable[State]) -> None:
+        """Note what a layer uses, and what its router wanted; wrong guesses are taken back."""
+        chosen = {state.unit.index for state in wanted}
         counters = self._counters
         if self.guessed:
             counters.guesses += len(self.guessed)

@@ -1,6 +1,6 @@
 """Where a unit is at the moment."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from enum import Enum, auto
 
 from endor.codecs import Encoded
@@ -10,6 +10,8 @@ from endor.planning.units import Unit
 
 Bound = Mapping[str, Encoded]
 """Stored tensors of a unit, by name, as views of its bytes."""
+
+States = Iterable["State"]
 
 DEMAND, HINT, KEYS, AHEAD, WARM, FILL = range(6)
 """Priority of a task: someone waits for a unit; it will be needed at once; the next layer's keys

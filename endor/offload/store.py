@@ -21,6 +21,7 @@ from endor.planning.products import Products
 from endor.planning.scratch import scratch_bytes
 from endor.planning.tiers import Placement
 from endor.planning.units import Unit, WeightSpec, stored_dtype
+from endor.planning.workload import Experts
 from endor.storage import FileLayout, RecordReader
 
 
@@ -152,6 +153,7 @@ class Store:
         units: What moves.
         weights: What is multiplied by, by name.
         placement: Tier per unit, and the memory that units pass through.
+        experts: Whether experts are `exact`, or `lossy`: replaced by others that are at hand.
     """
 
     def __init__(
@@ -168,6 +170,7 @@ class Store:
         self.products = products or Products()
         self.units = tuple(unit for share in shares for unit in share.units)
         self.weights = {name: weight for share in shares for name, weight in share.weights.items()}
+        self.experts: Experts = "exact"
         placements = [share.placement for share in shares]
         self.placement = Placement(
             {name: tier for each in placements for name, tier in each.tiers.items()},
@@ -273,6 +276,7 @@ class Store:
             "staging_bytes": self.staging_bytes,
             "scratch_bytes": self.scratch_nbytes,
             "unpacked_at_load": list(self.unpacked),
+            "experts": self.experts,
             "counters": self.ledger.since(type(self.ledger.counters)()),
         }
         reports = [share.report() for share in self.shares]

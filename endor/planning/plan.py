@@ -94,7 +94,7 @@ def plan_costs(
 ) -> Plan:
     """Return the fastest placement of units that are known by their cost; see `plan`."""
     workload = workload or Workload()
-    workload.check()
+    workload.check(costs)
     if vram_bytes and machine.link is None:
         raise ConfigError("plan: a VRAM budget needs a CUDA device, and none was measured")
     if workload.host_compute == "on" and not vram_bytes:

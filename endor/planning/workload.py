@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal, get_args
 
 from endor.errors import ConfigError
 from endor.planning.beside import HostCompute
@@ -12,6 +13,24 @@ from endor.planning.unit_cost import UnitCost
 
 WORKSPACE_BYTES = 64 << 20
 """Device memory for what libraries take, and for the rounding of allocations."""
+
+
+Experts = Literal["exact", "lossy"]
+"""Whether experts are those that routers choose, or others may take their place."""
+
+
+def check_experts(wish: object) -> None:
+    """Raise `ConfigError` unless it is one."""
+    if wish not in get_args(Experts):
+        raise ConfigError(f"experts must be exact or lossy, got {wish!r:.40}")
+
+
+def no_experts() -> ConfigError:
+    """Return what to raise where experts shall be lossy and there are none."""
+    return ConfigError(
+        "experts='lossy' is for mixtures of experts with packed experts, and this model has none: "
+        "leave it at 'exact'"
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,6 +59,7 @@ class Workload:
         product: How weights are multiplied.
         kv: Where keys and values are kept; `auto` takes the first place that fits.
         host_compute: Whether the host may multiply beside a device.
+        experts: Whether experts may be replaced by others that are at hand.
     """
 
     batch: int = 1
@@ -48,14 +68,17 @@ class Workload:
     product: Product = "exact"
     kv: KVSetting = "device"
     host_compute: HostCompute = "auto"
+    experts: Experts = "exact"
 
-    def check(self) -> None:
-        """Raise `ConfigError` unless the numbers make sense."""
+    def check(self, costs: Sequence[UnitCost] | None = None) -> None:
+        """Raise `ConfigError` unless it makes sense, for units whose costs are these."""
         if min(self.batch, self.prompt) < 1 or self.context < self.prompt:
             raise ConfigError(
                 "plan: batch and prompt must be at least 1 and the context must hold the prompt, "
                 f"got batch {self.batch}, prompt {self.prompt}, context {self.context}"
             )
+        if self.experts == "lossy" and costs is not None and all(c.scheduled for c in costs):
+            raise no_experts()
 
 
 def fixed_bytes(

@@ -7,7 +7,7 @@ import pytest
 from click.testing import CliRunner
 
 import endor
-from endor.cli.generate import generate_command, peak_memory_bytes
+from endor.cli.generate import generate_command, peak_memory_bytes, summary
 from endor.errors import BudgetError, CheckpointError, ConfigError
 from endor.planning import machine as hardware
 
@@ -91,6 +91,19 @@ def test_usage_errors(checkpoints):
     nowhere = run(checkpoints / "nowhere").exception
     assert isinstance(nowhere, CheckpointError)
     assert "no such checkpoint" in str(nowhere)
+
+
+def test_lossy_experts_are_for_mixtures(checkpoints):
+    for folder in ("packed", "dense"):
+        assert isinstance(run(checkpoints / folder, "--experts", "lossy").exception, ConfigError)
+
+
+def test_lossy_experts_are_said(checkpoints):
+    facts = json.loads(run(checkpoints / "packed", "--json").stdout)
+    assert (facts["experts"], facts["replaced"], facts["exact"]) == ("exact", 0.0, True)
+    assert "lossy" not in summary(facts)
+    text = summary(facts | {"experts": "lossy", "replaced": 0.125})
+    assert "lossy: 12.5% of the choices were replaced; the text is not the model's own" in text
 
 
 def test_peak_memory_is_this_process():

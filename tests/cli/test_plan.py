@@ -174,5 +174,29 @@ def test_a_plan_with_the_host_names_the_ways_and_their_terms(tmp_path):
         assert "multiplied there" not in run(tmp_path, *words, *others, "--explain")
     found = json.loads(run(tmp_path, *words, "--fast", "--json"))["ways"][0]
     assert found["decode"]["host_bytes"] > 0
-    done = CliRunner().invoke(plan_command, [str(tmp_path), *words, "--host-compute", "on"])
-    assert isinstance(done.exception, ConfigError)
+    for wrong in (["--host-compute", "on"], ["--experts", "lossy"]):
+        done = CliRunner().invoke(plan_command, [str(tmp_path), *words, *wrong])
+        assert isinstance(done.exception, ConfigError)
+
+
+def test_experts_that_change_places_or_are_lossy_are_said(tmp_path):
+    config = {
+        "model_type": "mixtral",
+        "architectures": ["MixtralForCausalLM"],
+        "hidden_size": 4096,
+        "intermediate_size": 14336,
+        "num_hidden_layers": 8,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "num_local_experts": 8,
+        "num_experts_per_tok": 2,
+        "vocab_size": 1000,
+    }
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    words = ["--for", "rtx4060-laptop", "--sparsity", "0.5", "--explain"]
+    found = run(tmp_path, *words)
+    assert "experts that begin in VRAM" in found
+    assert "experts change places with those in VRAM: a use there saves 1.00 of a copy" in found
+    assert "lossy" not in found
+    lossy = run(tmp_path, *words, "--experts", "lossy")
+    assert "experts: lossy, replaced by others at hand" in lossy

@@ -142,6 +142,30 @@ def test_a_plan_lets_experts_change_places(checkpoint, patch, exact):
     assert device.pinned_bytes == 0
 
 
+def test_lossy_experts_are_those_in_vram(checkpoint, patch):
+    """First choices apart, an expert outside VRAM gives its place to one that is there."""
+    path, on_cpu = checkpoint
+    device = FakeDevice(total_bytes=1 << 30)
+    units = on_cpu[False].endor.units
+    tiers = {unit.name: "vram" if unit.scheduled or unit.index % 2 else "host" for unit in units}
+    placement = Placement(tiers, 0, 2, exchanges=Exchanges(10.0, 1 << 20))
+    model = load(patch, device, path, exact=False, placement=placement, experts="lossy")
+    model.endor.preload()
+    mover, counters = model.endor.movers[0], model.endor.ledger.counters
+    near = {state.unit.name for state in mover.states.values() if mover.near(state)}
+    assert {unit.name for unit in units if unit.scheduled} <= near
+    cache = {CACHE_ARGUMENT: transformers.DynamicCache(config=model.config)}
+    with torch.no_grad():
+        for token in range(1, 9):
+            assert model(torch.tensor([[token]]), **cache).logits.isfinite().all()
+    layers, top_k = model.config.num_hidden_layers, SIZES["num_experts_per_tok"]
+    assert counters.lossy_choices == 8 * layers * top_k
+    assert 0 < counters.lossy_replaced < counters.lossy_choices
+    assert counters.hot_uses >= counters.lossy_choices  # what routers chose counts as used
+    assert device.errors == []
+    model.endor.close()
+
+
 @settings(
     max_examples=10,
     deadline=None,
