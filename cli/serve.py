@@ -149,6 +149,8 @@ def serve_command(
 
     def ready(address: str) -> None:
         show(f"{called} at {address}/v1")
+        if experts == "lossy":
+            show("experts: lossy; answers are not the model's own")
 
     serve(
         model,
