@@ -8,6 +8,7 @@ import click
 
 from endor.cli.common import MODEL, json_option, loading_options
 from endor.cli.hub import revision_option
+from endor.cli.plan_goal import goal_option, most_sequences
 from endor.cli.plan_sketch import find_target, sketched
 from endor.cli.plan_text import arithmetic, summary
 from endor.cli.terminal import emit, show
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
     from endor.hf.planned import Planned
     from endor.hf.sketch import SketchedUnit
     from endor.planning.plan import Alternative
+    from endor.planning.search import Goal
     from endor.planning.units import Unit
 
     Placed = Unit | SketchedUnit
@@ -39,6 +41,7 @@ if TYPE_CHECKING:
 )
 @click.option("--bits", type=float, metavar="BITS", help="Of such a MODEL: bits a weight.")
 @click.option("--disk", "disk_gbps", type=float, metavar="GB/s", help="With --for: another disk.")
+@goal_option
 @click.option("--remeasure", is_flag=True, help="Measure machine and disk again.")
 @click.option("--explain", is_flag=True, help="Print the arithmetic.")
 @click.option(
@@ -56,6 +59,7 @@ def plan_command(
     sparsity: float | None,
     bits: float | None,
     disk_gbps: float | None,
+    goal: "Goal",
     remeasure: bool,
     explain: bool,
     plot: Path | None,
@@ -84,7 +88,7 @@ def plan_command(
         headers_at_hand(given, revision, probe=target is None)
     )
     if not (model.is_dir() and is_packed(model)):
-        sketched(model, target, sparsity, bits, trust_remote_code, as_json, explain, options)
+        sketched(model, target, sparsity, bits, trust_remote_code, as_json, explain, goal, options)
         return
     if sparsity is not None or bits is not None:
         raise click.UsageError(f"--sparsity and --bits are for models that are not packed: {given}")
@@ -93,6 +97,8 @@ def plan_command(
 
     planned = plan_checkpoint(
         model,
+        goal=goal,
+        most_sequences=most_sequences(goal),
         remeasure=remeasure,
         trust_remote_code=trust_remote_code,
         target=target,
@@ -118,6 +124,7 @@ def alternative_to_dict(each: "Alternative") -> dict[str, Any]:
     """Return one of a plan's best ways, but for the place of every unit."""
     return {
         "way": each.way,
+        "batch": each.batch,
         "kv": each.kv,
         "expanded": each.expanded,
         "decode_tokens_per_s": each.decode_tokens_per_s,

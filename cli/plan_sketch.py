@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from endor.cli.plan_goal import most_sequences
 from endor.cli.plan_text import TIERS, arithmetic, summary, tier_bytes
 from endor.cli.tables import table
 from endor.cli.terminal import emit, show
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
     from endor.hf.sketch import PlannedSketch, SketchedUnit
     from endor.planning.catalogue import Described
     from endor.planning.plan import Plan
+    from endor.planning.search import Goal
 
 SKETCHED_BITS = (4.0, 3.5, 3.0)
 """What a model that is not packed is planned with, beside lossless and half pruned."""
@@ -57,6 +59,7 @@ def sketched(
     trust_remote_code: bool,
     as_json: bool,
     explain: bool,
+    goal: "Goal",
     options: "Loading",
 ) -> None:
     """Plan for a model that is not packed: one way of packing it, or a table of several."""
@@ -74,7 +77,10 @@ def sketched(
     planned, refused = [], []
     for way in ways:
         try:
-            planned.append(plan_sketch(found, way, target=target, **options))
+            most = most_sequences(goal)
+            planned.append(
+                plan_sketch(found, way, target=target, goal=goal, most_sequences=most, **options)
+            )
         except BudgetError as error:
             if len(ways) == 1:
                 raise
@@ -100,10 +106,20 @@ def sketched(
             f"{each.plan.decode_tokens_per_s:.3g}",
             f"{each.plan.prefill_tokens_per_s:.3g}",
             each.plan.decode.bound,
+            str(each.plan.workload.batch),
         ]
         for each in planned
     ]
-    columns = ["packed", "bits", "GB", "where", "decode tok/s", "prefill tok/s", "bound by"]
+    columns = [
+        "packed",
+        "bits",
+        "GB",
+        "where",
+        "decode tok/s",
+        "prefill tok/s",
+        "bound by",
+        "batch",
+    ]
     show(f"{found.name}, {size}, on {where}, predicted\n\n{table(columns, rows)}")
     for way, why in refused:
         show(f"{way.label}: {why}")
@@ -133,5 +149,6 @@ def sketch_to_dict(planned: "PlannedSketch") -> dict[str, Any]:
         },
         "decode": asdict(result.decode) | {"tokens_per_s": result.decode_tokens_per_s},
         "prefill": asdict(result.prefill) | {"tokens_per_s": result.prefill_tokens_per_s},
+        "batch": result.workload.batch,
         "load_s": result.load_s,
     }

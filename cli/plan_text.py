@@ -79,6 +79,7 @@ WAYS = {
     "stream": "weights in RAM cross the link",
     "host": "some weights are multiplied in RAM, others cross the link",
     "both": "rows of each weight in RAM are multiplied there, the others cross the link",
+    "experts": "experts in RAM are multiplied there, other weights cross the link",
 }
 
 
@@ -90,15 +91,17 @@ def best(result: "Plan") -> list[str]:
         [
             (WAYS[each.way] if result.vram_bytes else "all on the processor")
             + (f", {each.expanded:.0%} expanded" if each.expanded else ""),
+            str(each.batch),
             each.kv,
             f"{each.decode_tokens_per_s:.3g}",
+            f"{each.decode_tokens_per_s / each.batch:.3g}",
             f"{each.prefill_tokens_per_s:.3g}",
             each.bound,
         ]
         for each in result.alternatives
     ]
-    columns = ["best ways, this plan's first", "kv", "decode tok/s", "prefill tok/s", "bound by"]
-    return ["", table(columns, rows)]
+    columns = ["best ways, this plan's first", "batch", "kv", "decode tok/s", "of each sequence"]
+    return ["", table([*columns, "prefill tok/s", "bound by"], rows)]
 
 
 def verdict(result: "Plan") -> list[str]:
@@ -137,6 +140,7 @@ def ways(result: "Plan") -> list[str]:
 def arithmetic(planned: "Planned | PlannedSketch") -> str:
     """Return the constants, and how they become the predicted times."""
     from endor.planning.cost import JOIN
+    from endor.planning.device_rates import MOST_ROWS, modelled
     from endor.planning.machine import disturbance
 
     machine, disk, result = planned.machine, planned.disk, planned.plan
@@ -167,7 +171,14 @@ def arithmetic(planned: "Planned | PlannedSketch") -> str:
     ]
     if text := disturbance(machine):
         lines.append(text)
-    if result.workload.product == "direct" and not result.vram_bytes:
+    direct = result.workload.product == "direct"
+    if direct and result.vram_bytes and machine.link is not None:
+        for kind, (one, most) in modelled(machine.link.name).items():
+            lines.append(
+                f"device's product {kind}: {one:.0f} to {most:.0f} G weights/s of 1 to {MOST_ROWS} "
+                "rows, by the model of docs/benchmarks/gpu.md, not measured"
+            )
+    if direct and not result.vram_bytes:
         lines += ["", *ways(result)]
     if result.way != "stream":
         hosted = [name for name, tier in result.tiers.items() if tier == "host"]

@@ -10,7 +10,9 @@ from endor.planning import available_bytes
 from endor.planning import machine as hardware
 from endor.planning.catalogue import Described
 from endor.planning.constants import Disk, Machine
-from endor.planning.plan import Plan, plan
+from endor.planning.plan import Plan
+from endor.planning.search import MOST_SEQUENCES, Goal, search
+from endor.planning.unit_cost import unit_costs
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,6 +32,8 @@ def plan_checkpoint(
     remeasure: bool = False,
     trust_remote_code: bool = False,
     target: Described | None = None,
+    goal: Goal = "latency",
+    most_sequences: int = MOST_SEQUENCES,
     disk_file: Path | None = None,
     **options: Unpack[Loading],
 ) -> Planned:
@@ -43,6 +47,8 @@ def plan_checkpoint(
         trust_remote_code: As for `outline`.
         target: A machine that is not at hand, instead of this one, with all its memory where
             `ram` and `vram` do not say how much.
+        goal: What is to be best; for throughput the batch is searched for.
+        most_sequences: The largest batch then.
         disk_file: What to measure the disk by, where the checkpoint has headers only.
         options: As for `load_model`, of which planning needs memory, arithmetic and what is planned
             for; without `vram` the plan is for the processor.
@@ -62,13 +68,15 @@ def plan_checkpoint(
         machine, disk = target.machine(found.dtype), target.disk
         ram = target.ram_bytes if ram is None else ram
         vram = target.vram_bytes if vram is None else vram
-    chosen = plan(
-        found.units,
+    chosen = search(
+        unit_costs(found.units, machine, found.shape),
         found.shape,
         machine,
         disk,
         ram_bytes=available_bytes() if ram is None else int(ram),
         vram_bytes=int(vram or 0),
         workload=purpose,
+        goal=goal,
+        most_sequences=most_sequences,
     )
     return Planned(found, machine, disk, chosen)

@@ -17,7 +17,8 @@ from endor.planning import available_bytes
 from endor.planning import machine as hardware
 from endor.planning.catalogue import Described
 from endor.planning.constants import Disk, Machine
-from endor.planning.plan import Plan, plan_costs
+from endor.planning.plan import Plan
+from endor.planning.search import MOST_SEQUENCES, Goal, search
 from endor.planning.shape import ModelShape
 from endor.planning.sketch import Matrix, Method, sketch_costs
 from endor.trust import read_model_config
@@ -108,7 +109,13 @@ def sketch_model(model: nn.Module) -> Sketch:
 
 @spelled_out
 def plan_sketch(
-    found: Sketch, how: Method, *, target: Described | None = None, **options: Unpack[Loading]
+    found: Sketch,
+    how: Method,
+    *,
+    target: Described | None = None,
+    goal: Goal = "latency",
+    most_sequences: int = MOST_SEQUENCES,
+    **options: Unpack[Loading],
 ) -> PlannedSketch:
     """Return the plan for a model that is packed by `how`, here or on another machine.
 
@@ -116,6 +123,8 @@ def plan_sketch(
         found: The model.
         how: Sizes and kind of its packed weights.
         target: A machine that is not at hand; this one, measured, when omitted.
+        goal: What is to be best; for throughput the batch is searched for.
+        most_sequences: The largest batch then.
         options: As for `load_model`; without `ram` and `vram`, what the target has.
 
     Raises:
@@ -134,7 +143,7 @@ def plan_sketch(
     costs = sketch_costs(
         found.matrices, how, machine, expert_use=found.shape.expert_use, itemsize=ITEMSIZE
     )
-    chosen = plan_costs(
+    chosen = search(
         costs,
         found.shape,
         machine,
@@ -142,6 +151,8 @@ def plan_sketch(
         ram_bytes=int(ram),
         vram_bytes=int(vram or 0),
         workload=purpose,
+        goal=goal,
+        most_sequences=most_sequences,
     )
     units = tuple(SketchedUnit(each.name, each.packed_bytes, each.dense_bytes) for each in costs)
     return PlannedSketch(found, how, units, machine, disk, chosen)

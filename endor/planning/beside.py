@@ -6,6 +6,7 @@ open at once, so the shares are chosen that both ends take equally long:
     stream   everything crosses the link
     host     some whole units are multiplied where they lie, spread through the depth of the model
     both     the host multiplies some rows of every unit, while the others cross the link
+    experts  the host multiplies all experts that are in RAM, and what every token needs crosses
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -22,7 +23,7 @@ from endor.planning.unit_cost import UnitCost
 HostCompute = Literal["auto", "on", "off"]
 """Whether the host multiplies beside a device: where that is faster, always, or never."""
 
-Way = Literal["stream", "host", "both"]
+Way = Literal["stream", "host", "both", "experts"]
 
 
 def check_host_compute(wish: object, *, exact: bool) -> None:
@@ -91,6 +92,9 @@ def placements(
     share = balanced(rows, predicted)
     if 0.0 < share < 1.0:
         yield "both", rows(share)
+    experts = [cost.name for cost in able if not cost.scheduled]
+    if 0 < len(experts) < len(able):
+        yield "experts", hosting(filled, experts)
 
 
 def hosting(filled: Placement, names: Sequence[str]) -> Placement:

@@ -28,6 +28,10 @@ On a CUDA device the host only moves bytes:
             + head + attention + launches
     T_step  = max(T_link, T_disk, T_gpu) + t_sync
 
+Up to eight rows, a device whose rates are known multiplies straight from the packed form where
+that is faster (`endor.planning.device_rates`): then T_gpu has n / R instead of the unit's terms.
+Keys and values that stay in host memory or on disk cross the link, or are read, once a step.
+
 A unit of which the host multiplies a share s of the rows, where it lies, crosses the link with the
 others only. The device waits for the host's part, copies go on meanwhile, and both read one memory:
 
@@ -38,12 +42,23 @@ others only. The device waits for the host's part, copies go on meanwhile, and b
 """
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields
+from itertools import repeat
+from operator import attrgetter
 from typing import Literal
 
 from endor.planning.constants import Disk, Machine
-from endor.planning.products import PRODUCT_ROWS, head_s, multiply_s, packed_rows, packed_s
+from endor.planning.kv import KVSetting
+from endor.planning.products import (
+    PRODUCT_ROWS,
+    device_s,
+    head_s,
+    multiply_s,
+    packed_rows,
+    packed_s,
+)
 from endor.planning.shape import ModelShape
 from endor.planning.tiers import COPY_PIECE_BYTES, Tier
 from endor.planning.unit_cost import NEURONS_READ, UnitCost
@@ -73,12 +88,14 @@ class Step:
         tokens: New tokens per sequence.
         context: Tokens in the cache when it ends.
         product: How weights are multiplied.
+        kv: Where keys and values are kept.
     """
 
     batch: int
     tokens: int
     context: int
     product: Product = "exact"
+    kv: KVSetting = "device"
 
     @property
     def rows(self) -> int:
@@ -137,11 +154,12 @@ def predict(
     step: Step,
     *,
     host_shares: Mapping[str, float] | None = None,
+    kinds: Sequence[int] | None = None,
 ) -> Prediction:
     """Return the predicted time of `step` with the units placed as `tiers` says.
 
     The device computes when `machine` has a link; pass it without one to predict the processor.
-    `host_shares` is that of a `Placement`.
+    `host_shares` is that of a `Placement`, `kinds` what `kinds_of(costs)` gives, where it is known.
     """
     on_device = machine.link is not None
     sums = _Sums()
@@ -149,30 +167,34 @@ def predict(
     weight_gbps = machine.link.hbm_gbps if machine.link else machine.linear_gbps
     direct, shares = step.product == "direct", host_shares or {}
     beside = direct and step.rows <= PRODUCT_ROWS
-    for cost in costs:
-        tier = tiers[cost.name]
-        use = _use(cost, step)
+    for cost, tier, share, count in _alike(costs, tiers, shares, kinds):
+        use = count * _use(cost, step)
         sums.calls += use
-        arithmetic = 2 * step.rows * cost.weights * cost.use / flops
+        # Of experts, each multiplies the rows that were routed to it.
+        rows = max(1, round(step.rows * cost.use))
         if on_device:
-            dense_s = cost.dense_bytes / weight_gbps / 1e9
-            here = shares.get(cost.name, 1.0) if tier == "host" and beside else 0.0
+            here = share if tier == "host" and beside else 0.0
             there = 1.0 - here
             if here:
-                sums.host_s += use * here * packed_s(cost, step.rows)
-                sums.host_bytes += use * here * cost.packed_bytes
+                part = NEURONS_READ if cost.by_neuron else 1.0
+                sums.host_s += use * here * packed_s(cost, rows)
+                sums.host_bytes += use * here * part * cost.packed_bytes
                 sums.trips += use
-            if tier != "vram-dense":
-                sums.moved += use * there * (cost.packed_bytes + cost.dense_bytes)
-            sums.multiply += there * max(use * dense_s, arithmetic)
+            moved = 0 if tier == "vram-dense" else use * (cost.packed_bytes + cost.dense_bytes)
+            dense_s = cost.dense_bytes / weight_gbps / 1e9
+            arithmetic = count * 2 * step.rows * cost.weights * cost.use / flops
+            multiply = max(use * dense_s, arithmetic)
+            straight = use * device_s(cost, rows) if moved and direct else math.inf
+            if straight < moved / weight_gbps / 1e9 + multiply:
+                moved, multiply = 0, straight
+            sums.moved += there * moved
+            sums.multiply += there * multiply
             if there and tier not in ("vram", "vram-dense"):
                 sums.link_bytes += use * there * cost.packed_bytes
                 sums.copies += use
-        elif direct and tier != "dense" and step.rows <= packed_rows(cost, machine):
-            sums.multiply += use * packed_s(cost, step.rows)
+        elif direct and tier != "dense" and rows <= packed_rows(cost, machine):
+            sums.multiply += use * packed_s(cost, rows)
         else:
-            # Of experts, each multiplies the rows that were routed to it.
-            rows = max(1, round(step.rows * cost.use))
             sums.expand += 0.0 if tier == "dense" else use * cost.expand_s
             sums.multiply += use * multiply_s(cost, machine, rows, wide=direct)
         if tier == "disk":
@@ -184,9 +206,35 @@ def predict(
     return _on_cpu(sums, machine, disk, shape, step)
 
 
+_without_name = attrgetter(*(item.name for item in fields(UnitCost) if item.name != "name"))
+
+
+def kinds_of(costs: Sequence[UnitCost]) -> list[int]:
+    """Return a number for each unit, the same for units that differ in nothing but their name."""
+    seen: dict[object, int] = {}
+    return [seen.setdefault(_without_name(cost), at) for at, cost in enumerate(costs)]
+
+
+def _alike(
+    costs: Sequence[UnitCost],
+    tiers: Mapping[str, Tier],
+    shares: Mapping[str, float],
+    kinds: Sequence[int] | None,
+) -> Iterator[tuple[UnitCost, Tier, float, int]]:
+    """Yield (one of them, tier, the host's share, how many) of units that are alike."""
+    names = [cost.name for cost in costs]
+    hosted = map(shares.get, names, repeat(1.0)) if shares else repeat(1.0)
+    found: Counter[tuple[int, Tier, float]] = Counter(
+        zip(kinds or kinds_of(costs), map(tiers.__getitem__, names), hosted, strict=False)
+    )
+    for (at, tier, share), count in found.items():
+        yield costs[at], tier, share, count
+
+
 def _on_cpu(sums: _Sums, machine: Machine, disk: Disk, shape: ModelShape, step: Step) -> Prediction:
     attention_flops = 2.0 * step.batch * step.tokens * step.context * shape.hidden * shape.layers
     kv_bytes = shape.kv_bytes_per_token * step.context * step.batch
+    kv_read = kv_bytes if step.kv == "disk" else 0
     check_s = 1 / machine.checksum_gbps / 1e9 if machine.checksum_gbps else 0.0
     parts = {
         "expand": sums.expand,
@@ -207,7 +255,7 @@ def _on_cpu(sums: _Sums, machine: Machine, disk: Disk, shape: ModelShape, step: 
     routed = sums.routed_bytes * (1 / disk.read_gbps / 1e9 + check_s)
     resources = {
         "cpu": sum(parts.values()),
-        "disk": (sums.disk_bytes - sums.routed_bytes) / disk.read_gbps / 1e9,
+        "disk": (sums.disk_bytes - sums.routed_bytes + kv_read) / disk.read_gbps / 1e9,
     }
     bound = max(resources, key=lambda name: resources[name])
     seconds = joined(resources.values()) + routed
@@ -231,6 +279,9 @@ def _on_device(
     link = machine.link
     assert link is not None
     kv_bytes = shape.kv_bytes_per_token * step.context * step.batch
+    # Keys and values that stay elsewhere come over the same roads as weights.
+    kv_copied = 0 if step.kv == "device" else kv_bytes
+    kv_read = kv_bytes if step.kv == "disk" else 0
     attention_flops = 2.0 * step.batch * step.tokens * step.context * shape.hidden * shape.layers
     parts = {
         "expand": sums.moved / link.hbm_gbps / 1e9,
@@ -246,8 +297,9 @@ def _on_device(
         parts["round trips"] = sums.trips * (2 * link.copy_us / 1e6 + waits)
     resources = {
         "gpu": sum(parts.values()),
-        "link": sums.link_bytes / link.h2d_gbps / 1e9 + sums.copies * link.copy_us / 1e6,
-        "disk": sums.disk_bytes / disk.read_gbps / 1e9,
+        "link": (sums.link_bytes + kv_copied) / link.h2d_gbps / 1e9
+        + sums.copies * link.copy_us / 1e6,
+        "disk": (sums.disk_bytes + kv_read) / disk.read_gbps / 1e9,
     }
     if sums.trips:
         resources["memory"] = (sums.host_bytes + sums.link_bytes) / machine.read_gbps / 1e9

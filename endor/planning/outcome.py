@@ -17,14 +17,16 @@ class Alternative:
 
     Attributes:
         way: How units outside VRAM are multiplied.
+        batch: Sequences at once.
         kv: Where keys and values are kept.
         expanded: Share of the units that are kept expanded.
-        decode_tokens_per_s, prefill_tokens_per_s: What is predicted.
+        decode_tokens_per_s, prefill_tokens_per_s: What is predicted, of all sequences.
         bound: What limits a decode step.
         placement: Where the units are.
     """
 
     way: Way
+    batch: int
     kv: KVSetting
     expanded: float
     decode_tokens_per_s: float

@@ -7,13 +7,14 @@ over is streamed. Tiers are interleaved through the depth of the model, so that 
 works while residents compute, and stops neither.
 """
 
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from endor.errors import BudgetError, ConfigError
+from endor.errors import ConfigError
 from endor.planning.beside import Way, host_products, placements
 from endor.planning.constants import Disk, Machine
-from endor.planning.cost import Prediction, Step, predict
+from endor.planning.cost import Prediction, Step, kinds_of, predict
 from endor.planning.exchanges import with_exchanges
 from endor.planning.fill import (
     fill_device,
@@ -22,6 +23,7 @@ from endor.planning.fill import (
     least_host_bytes,
 )
 from endor.planning.kv import SETTINGS
+from endor.planning.needs import Needs
 from endor.planning.outcome import Alternative, Plan
 from endor.planning.products import PRODUCT_ROWS, Products, choose
 from endor.planning.shape import ModelShape
@@ -29,7 +31,6 @@ from endor.planning.tiers import PACKED_IN_RAM, Placement, Tier
 from endor.planning.unit_cost import UnitCost, unit_costs
 from endor.planning.units import Unit
 from endor.planning.workload import Reservation, Workload, fixed_bytes, kv_needs
-from endor.sizes import size
 
 BEST = 3
 """Ways to run a model that a plan names, at most."""
@@ -40,6 +41,9 @@ one product and four results in float32, of a model whose activations are severa
 
 SHARES = 20
 """Shares of expanded units that are tried, evenly spaced."""
+
+PATIENCE = 5
+"""So many shares in a row that are no faster than an earlier one end the search."""
 
 
 def plan(
@@ -91,8 +95,14 @@ def plan_costs(
     vram_bytes: int = 0,
     workload: Workload | None = None,
     wishes: Mapping[str, Tier] | None = None,
+    kinds: Sequence[int] | None = None,
+    tries: int = SHARES,
 ) -> Plan:
-    """Return the fastest placement of units that are known by their cost; see `plan`."""
+    """Return the fastest placement of units that are known by their cost; see `plan`.
+
+    `kinds` is what `kinds_of(costs)` gives, where it is known; `tries` are the shares of expanded
+    units that are tried.
+    """
     workload = workload or Workload()
     workload.check(costs)
     if vram_bytes and machine.link is None:
@@ -104,12 +114,15 @@ def plan_costs(
         )
     machine = machine if vram_bytes else replace(machine, link=None)
     settings = SETTINGS if workload.kv == "auto" else (workload.kv,)
+    kinds = kinds_of(costs) if kinds is None else kinds
     for setting in settings:
         chosen = replace(workload, kv=setting)
-        search = _Search(costs, shape, machine, disk, ram_bytes, vram_bytes, chosen, wishes or {})
-        if setting == settings[-1] or search.fits:
+        search = _Search(
+            costs, kinds, shape, machine, disk, ram_bytes, vram_bytes, chosen, wishes or {}
+        )
+        if setting == settings[-1] or search.needs.fit:
             break
-    return search.best()
+    return search.best(tries)
 
 
 class _Search:
@@ -118,6 +131,7 @@ class _Search:
     def __init__(
         self,
         costs: Sequence[UnitCost],
+        kinds: Sequence[int],
         shape: ModelShape,
         machine: Machine,
         disk: Disk,
@@ -127,6 +141,7 @@ class _Search:
         wishes: Mapping[str, Tier],
     ) -> None:
         self.costs = costs
+        self.kinds = kinds
         self.shape = shape
         self.machine = machine
         self.disk = disk
@@ -145,21 +160,28 @@ class _Search:
         self.exchange_bytes = rows * shape.activation_bytes_per_token if self.beside else 0
         self.packed_bytes = sum(cost.packed_bytes for cost in costs)
         self.dense_bytes = sum(cost.dense_bytes for cost in costs)
-        self.decode_step = Step(workload.batch, 1, workload.context, workload.product)
-        self.prefill_step = Step(workload.batch, workload.prompt, workload.prompt, workload.product)
+        steps = ((1, workload.context), (workload.prompt, workload.prompt))
+        self.decode_step, self.prefill_step = (
+            Step(workload.batch, tokens, context, workload.product, workload.kv)
+            for tokens, context in steps
+        )
 
-    def best(self) -> Plan:
+    def best(self, tries: int) -> Plan:
         """Return the placement with the fastest decode step; ties keep more units packed."""
-        self._require()
-        at = _computes_in(self.vram_bytes)
+        self.needs.require(wished=bool(self.wishes))
+        at = "vram" if self.vram_bytes else "ram"
         found: dict[tuple[Way, bool], _Candidate] = {}
-        for number in range(SHARES + 1):
-            share = number / SHARES
+        fastest, idle = math.inf, 0
+        for number in range(tries + 1):
+            share = number / tries
             placed = self._place(share)
-            if placed is None:
+            if placed is None or idle == PATIENCE:
                 break
+            idle += 1
             for way, filled in self._ways(placed):
                 made = _Candidate(way, share, self._predict(filled, self.decode_step), filled)
+                if made.decode.seconds < fastest:
+                    fastest, idle = made.decode.seconds, 0
                 kind = way, share > 0 and not self.vram_bytes
                 if kind not in found or made.beats(found[kind]):
                     found[kind] = made
@@ -243,6 +265,7 @@ class _Search:
         return tuple(
             Alternative(
                 each.way,
+                workload.batch,
                 workload.kv,
                 each.expanded,
                 workload.batch / each.decode.seconds,
@@ -271,36 +294,18 @@ class _Search:
             self.shape,
             step,
             host_shares=filled.host_shares,
+            kinds=self.kinds,
         )
 
     @property
-    def fits(self) -> bool:
-        """Whether what must be in memory fits the budgets."""
-        return all(least <= budget for least, budget in self._needs().values())
-
-    def _needs(self) -> dict[str, tuple[int, int]]:
-        """Return (least bytes that work, budget) by place."""
+    def needs(self) -> Needs:
+        """The least memory that works."""
         fixed, host = sum(self.fixed.values()), least_host_bytes(self.costs, self.wishes)
         if not self.vram_bytes:
-            return {"ram": (fixed + host, self.ram_bytes)}
+            return Needs(self.fixed, fixed + host, self.ram_bytes)
         device = least_device_bytes(self.costs, self.wishes)
-        return {
-            "vram": (fixed + device, self.vram_bytes),
-            "ram": (host + self.host_kv + self.exchange_bytes, self.ram_bytes),
-        }
-
-    def _require(self) -> None:
-        """Raise `BudgetError` unless what must be in memory fits."""
-        for where, (least, budget) in self._needs().items():
-            if budget < least:
-                parts = self.fixed if where == _computes_in(self.vram_bytes) else {}
-                detail = "".join(f"{what} {size(nbytes)}, " for what, nbytes in parts.items())
-                wished = "" if self.wishes else " with every unit on disk"
-                raise BudgetError(
-                    f"plan: the {where} budget must be at least {size(least)} ({least} bytes)"
-                    f"{wished}, got {size(budget)}: {detail}the rest for units on their way; "
-                    f"raise {where}, or plan for a shorter context, prompt or batch"
-                )
+        beside = host + self.host_kv + self.exchange_bytes
+        return Needs(self.fixed, beside, self.ram_bytes, fixed + device, self.vram_bytes)
 
     def _place(self, dense_share: float) -> Placement | None:
         """Return the placement with so many expanded units, or None when they do not fit."""
@@ -334,11 +339,6 @@ class _Candidate:
     def beats(self, other: "_Candidate") -> bool:
         """Whether it is faster: a hundredth is noise, on which no memory is spent."""
         return self.decode.seconds < 0.99 * other.decode.seconds
-
-
-def _computes_in(vram_bytes: int) -> str:
-    """Return where computing takes its memory."""
-    return "vram" if vram_bytes else "ram"
 
 
 __all__ = ["Alternative", "Plan", "Reservation", "Workload", "fixed_bytes", "plan", "plan_costs"]

@@ -5,6 +5,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 from endor.planning.constants import Machine
+from endor.planning.device_rates import MOST_ROWS as MOST_ROWS_ON_DEVICE
+from endor.planning.device_rates import product_s
 from endor.planning.unit_cost import UnitCost
 
 PRODUCT_ROWS = 8
@@ -60,6 +62,13 @@ def packed_rows(cost: UnitCost, machine: Machine) -> int:
 def packed_s(cost: UnitCost, rows: int) -> float:
     """Return the seconds of a product from the packed form: unpacking is shared by the rows."""
     return cost.product_s * (1 + cost.row_cost * (rows - 1))
+
+
+def device_s(cost: UnitCost, rows: int) -> float:
+    """Return the seconds of a device's product from the packed form; infinite if it has none."""
+    if cost.device_rates is None or rows > MOST_ROWS_ON_DEVICE:
+        return math.inf
+    return product_s(cost.weights, cost.device_rates, rows)
 
 
 def multiply_s(cost: UnitCost, machine: Machine, rows: int, *, wide: bool) -> float:

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 from endor.errors import ConfigError
 from endor.planning.constants import Machine
+from endor.planning.device_rates import modelled
 from endor.planning.unit_cost import PRODUCT_ROW_COST, UnitCost
 
 LOSSLESS_BITS = 11.0
@@ -87,6 +88,7 @@ def sketch_costs(
         itemsize: Bytes of an expanded weight.
     """
     out = []
+    on_device = modelled(machine.link.name) if machine.link else {}
     for matrix in matrices:
         packed = int(matrix.numel * how.bits / 8)
         dense = matrix.numel * itemsize
@@ -101,6 +103,7 @@ def sketch_costs(
                 product_s=packed / machine.product_gbps[how.kind] / 1e9,
                 use=expert_use if matrix.routed else 1.0,
                 scheduled=not matrix.routed,
+                device_rates=on_device.get(how.kind),
                 row_cost=machine.product_row_cost.get(how.kind, PRODUCT_ROW_COST),
             )
         )

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from endor.codecs import TensorSpec
 from endor.codecs.coding import VALUE_DTYPES
 from endor.planning.constants import Machine
+from endor.planning.device_rates import Rates, modelled
 from endor.planning.shape import ModelShape
 from endor.planning.units import Unit
 
@@ -37,6 +38,8 @@ class UnitCost:
         row_cost: What each further row adds to a packed product, as a share of the first.
         multiplies: Whether the processor multiplies all of it from the packed form.
         neuron_bytes: Of a matrix stored by neuron, what stays in memory to read parts of it.
+        device_rates: 10^9 weights a second of the device's product from the packed form, of one
+            row and of most; `None` where it expands, or nothing is known.
     """
 
     name: str
@@ -51,6 +54,7 @@ class UnitCost:
     row_cost: float = PRODUCT_ROW_COST
     multiplies: bool = True
     neuron_bytes: int = 0
+    device_rates: tuple[float, float] | None = None
 
     @property
     def by_neuron(self) -> bool:
@@ -71,6 +75,17 @@ def _multiplies(spec: TensorSpec) -> bool:
     )
 
 
+def _device_rates(unit: Unit, rates: Rates) -> tuple[float, float] | None:
+    """Return the rates of a device's product with a unit, if its tensors are of one such kind."""
+    specs = [unit.layout.tensors[name].spec for name in unit.tensors]
+    kinds = {kind_of(spec) for spec in specs}
+    if len(kinds) != 1 or not all(_multiplies(spec) for spec in specs):
+        return None
+    if any(spec.transposed or spec.shape[1] % 32 for spec in specs):
+        return None
+    return rates.get(kinds.pop())
+
+
 def _kept_bytes(spec: TensorSpec) -> int:
     """Return what stays in memory of a matrix read by neuron: a sum a block, and offsets."""
     bulk = ("bitmap", "values", "bytes", "planes")
@@ -81,6 +96,7 @@ def _kept_bytes(spec: TensorSpec) -> int:
 def unit_costs(units: Sequence[Unit], machine: Machine, shape: ModelShape) -> tuple[UnitCost, ...]:
     """Return the cost of each unit on `machine`."""
     out = []
+    on_device = modelled(machine.link.name) if machine.link else {}
     for unit in units:
         expand = product = linear = further = 0.0
         weights = neuron_bytes = 0
@@ -119,6 +135,7 @@ def unit_costs(units: Sequence[Unit], machine: Machine, shape: ModelShape) -> tu
                 scheduled=unit.scheduled,
                 row_cost=further / product if further else PRODUCT_ROW_COST,
                 neuron_bytes=neuron_bytes,
+                device_rates=_device_rates(unit, on_device),
                 multiplies=all(_multiplies(unit.layout.tensors[n].spec) for n in unit.tensors),
             )
         )
