@@ -14,41 +14,24 @@ rules make every order of takes end, with any number of slots from one up:
 - a demand may take any slot that is neither held, nor awaited, nor LOADING; LOADING ends, since a
   read ends, in READY or in an error that the taker gets;
 - a slot loaded for a taker that still waits is not taken by another.
+
+A guess (at the next router's choice) is copied where nothing surer is to be copied, a piece at a
+time, and given up between two pieces for whatever is: that waits for one piece at most.
 """
 
 import threading
 import time
 from collections.abc import Iterable, Sequence
-from typing import Any, Protocol
 
-import numpy as np
 import torch
 
 from endor.errors import BackendError, ConfigError, EndorError
 from endor.offload.device import Device
 from endor.offload.schedule import Schedule
 from endor.offload.slots import CopyCounters, Slot, SlotPhase
+from endor.offload.source import Pieces, Source, cut_up
+from endor.planning.tiers import COPY_PIECE_BYTES
 from endor.threads import join_all, start_all
-
-
-class Source(Protocol):
-    """Where the bytes of units come from."""
-
-    def acquire(self, unit: int) -> Sequence[tuple[int, np.ndarray]]:
-        """Return the bytes of a unit, and where in the slot each piece of them goes.
-
-        May wait for the disk. Called on a copier thread. They stay as they are until the event
-        given to `issued` has happened.
-        """
-
-    def issued(self, unit: int, event: Any) -> None:
-        """Note that the copy was enqueued; `event` happens when it is over."""
-
-    def reads_directly(self, unit: int) -> bool:
-        """Whether the unit goes from the disk to the device without host memory."""
-
-    def read_into(self, unit: int, buffer: torch.Tensor) -> int:
-        """Read such a unit into device memory, wait until it is there, and return its bytes."""
 
 
 class Copier:
@@ -79,6 +62,7 @@ class Copier:
         self._slots = [Slot(at, buffer, device.event()) for at, buffer in enumerate(buffers)]
         self._schedule = schedule
         self._hinted: list[int] = []
+        self._guessed: list[int] = []
         self._awaited: dict[int, int] = {}
         self._errors: dict[int, EndorError] = {}
         self._failed: set[int] = set()
@@ -153,7 +137,13 @@ class Copier:
     def hint(self, units: Iterable[int]) -> None:
         """Ask for units that will be taken next, in this order, as far as there are slots."""
         with self._lock:
-            self._hinted = list(dict.fromkeys(units))
+            self._hinted, self._guessed = list(dict.fromkeys(units)), []
+            self._work.notify_all()
+
+    def guess(self, units: Iterable[int]) -> None:
+        """Copy units that the next `hint` may ask for, the likeliest first, after all others."""
+        with self._lock:
+            self._guessed = list(dict.fromkeys(units))
             self._work.notify_all()
 
     def forget(self, units: Iterable[int]) -> None:
@@ -214,7 +204,7 @@ class Copier:
     def _window(self) -> list[int]:
         """The units to have on the device, the most urgent first."""
         window = list(self._hinted[: len(self._slots)])
-        for unit in self._schedule.ahead():
+        for unit in (*self._schedule.ahead(), *self._guessed):
             if len(window) >= len(self._slots):
                 break
             if unit not in window:
@@ -254,10 +244,33 @@ class Copier:
                 continue
             if self._slot_of(unit) is None:
                 victim = self._victim(window, rank, force=False)
+                if victim is not None and self._is_guess(unit) and not self._is_over(victim):
+                    return None  # the copy would wait for what still uses the slot
                 if victim is not None:
                     self._assign(victim, unit)
                 return victim
         return None
+
+    def _is_guess(self, unit: int) -> bool:
+        """Whether a unit is wanted because of a guess alone."""
+        known = unit in self._awaited or unit in self._hinted
+        return not known and unit in self._guessed and unit not in self._schedule.ahead()
+
+    def _is_over(self, slot: Slot) -> bool:
+        """Whether nothing enqueued uses a slot any more."""
+        return all(self._device.is_over(event) for event in slot.uses.values())
+
+    def _gives_up(self, unit: int) -> bool:
+        """Whether a unit that is being copied is a guess no more, and others are to be copied."""
+        with self._lock:
+            if self._closed:
+                return True
+            if unit in self._awaited or unit in self._hinted:
+                return False
+            if self._demands or any(self._slot_of(other) is None for other in self._awaited):
+                return True
+            sure = [*self._hinted, *self._schedule.ahead()][: len(self._slots)]
+            return any(self._slot_of(other) is None for other in sure if other not in self._failed)
 
     # ---- copier threads ------------------------------------------------------------------------
 
@@ -267,27 +280,31 @@ class Copier:
 
     def _serve(self) -> None:
         while (slot := self._wait_for_work()) is not None:
-            unit, error = slot.unit, None
+            unit, nbytes = slot.unit, None
+            error: EndorError | None = None
             assert unit is not None
             try:
-                nbytes = self._load(slot, unit)
+                nbytes = self._load(slot, unit, guess=slot.guess)
             except EndorError as found:
                 error = found
             except BaseException as found:  # whatever it is, a taker must not wait for ever
                 error = BackendError(f"unit {unit} could not be copied to the device: {found!r}")
                 error.__cause__ = found
             with self._lock:
-                if error is None:
-                    slot.phase = SlotPhase.READY
-                    self._failed.discard(unit)
-                    self.counters.copies += 1
-                    self.counters.copy_bytes += nbytes
-                else:
+                if error is not None:
                     slot.unit, slot.phase = None, SlotPhase.EMPTY
                     self.counters.failures += 1
                     self._failed.add(unit)
                     if unit in self._awaited:
                         self._errors[unit] = error
+                elif nbytes is None:
+                    slot.unit, slot.phase = None, SlotPhase.EMPTY
+                    self.counters.given_up += 1
+                else:
+                    slot.phase = SlotPhase.READY
+                    self._failed.discard(unit)
+                    self.counters.copies += 1
+                    self.counters.copy_bytes += nbytes
                 self._changed.notify_all()
 
     def _wait_for_work(self) -> Slot | None:
@@ -295,12 +312,15 @@ class Copier:
             while not self._closed:
                 slot = self._next()
                 if slot is not None:
-                    slot.phase = SlotPhase.LOADING
+                    assert slot.unit is not None
+                    slot.phase, slot.guess = SlotPhase.LOADING, self._is_guess(slot.unit)
+                    self.counters.guesses += slot.guess
                     return slot
                 self._work.wait()
             return None
 
-    def _load(self, slot: Slot, unit: int) -> int:
+    def _load(self, slot: Slot, unit: int, *, guess: bool) -> int | None:
+        """Bring a unit into a slot and return its bytes; None where a guess was given up."""
         if self._source.reads_directly(unit):
             # The read is in no stream: what uses the slot, or still copies into it, must be over.
             for event in (*slot.uses.values(), slot.ready):
@@ -308,6 +328,18 @@ class Copier:
             slot.uses.clear()
             return self._source.read_into(unit, slot.buffer)
         pieces = self._source.acquire(unit)
+        if guess:
+            for piece in cut_up(pieces, COPY_PIECE_BYTES):
+                if self._gives_up(unit):
+                    return None
+                self._issue_copy(slot, [piece])
+                self._device.synchronize(slot.ready)
+        else:
+            self._issue_copy(slot, pieces)
+        self._source.issued(unit, slot.ready)
+        return sum(data.nbytes for _, data in pieces)
+
+    def _issue_copy(self, slot: Slot, pieces: Pieces) -> None:
         with self._issue:  # the order in the stream is that of the calls
             for event in slot.uses.values():
                 self._device.await_in_copy(event)
@@ -315,5 +347,3 @@ class Copier:
             for at, data in pieces:
                 self._device.copy(slot.buffer[at:], data)
             self._device.record_copy(slot.ready)
-        self._source.issued(unit, slot.ready)
-        return sum(data.nbytes for _, data in pieces)

@@ -125,6 +125,9 @@ class Device(Protocol):
     def await_in_compute(self, event: Any) -> None:
         """Let later work of the caller's current stream wait for an event; the host does not."""
 
+    def is_over(self, event: Any) -> bool:
+        """Whether what was recorded last has happened; waits for nothing."""
+
     def synchronize(self, event: Any) -> None:
         """Return when the event has happened."""
 
@@ -279,6 +282,9 @@ class CudaDevice:
 
     def await_in_compute(self, event: torch.cuda.Event) -> None:
         torch.cuda.current_stream(self.device).wait_event(event)
+
+    def is_over(self, event: torch.cuda.Event) -> bool:
+        return bool(event.query())  # type: ignore[no-untyped-call]
 
     def synchronize(self, event: torch.cuda.Event) -> None:
         event.synchronize()

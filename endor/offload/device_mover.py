@@ -221,8 +221,15 @@ class DeviceMover:
             self._copier.hint(self._ahead(state.unit for state in states))
 
     def warm(self, states: Iterable[State]) -> None:
-        """Read units from disk that the next `hint` may ask for; see `Mover.warm`."""
+        """Read units from disk that the next `hint` may ask for, and copy them where nothing surer
+        is to be copied; see `Mover.warm`.
+        """
+        states = list(states)
         self.host.warm(self._on_host(states))
+        if self._copier is not None:
+            there = self.hot or ()
+            units = [s.unit for s in states if s.fixed is not None and s.unit.index not in there]
+            self._copier.guess(self._ahead(units))
 
     def _on_host(self, states: Iterable[State]) -> list[State]:
         return [state for state in states if state.unit.name in self.host.states]

@@ -5,18 +5,16 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
 import torch
 
 from endor.offload.device import Device
 from endor.offload.host_mover import HostMover
 from endor.offload.row_split import RowSplit
+from endor.offload.source import Pieces, cut_up
 from endor.offload.state import State
 from endor.planning.tiers import COPY_PIECE_BYTES, Placement
 from endor.planning.units import Unit
 from endor.storage import RecordReader
-
-Pieces = Sequence[tuple[int, np.ndarray]]
 
 
 class HostSource:
@@ -87,12 +85,3 @@ class HostSource:
     def _state(self, unit: int) -> State:
         whole = self._split.whole(unit)
         return self._host.states[self._units[unit if whole is None else whole].name]
-
-
-def cut_up(pieces: Pieces, nbytes: int) -> list[tuple[int, np.ndarray]]:
-    """Return the same bytes for the same places, at most `nbytes` at a time."""
-    return [
-        (at + start, data[start : start + nbytes])
-        for at, data in pieces
-        for start in range(0, data.nbytes, nbytes)
-    ]

@@ -19,10 +19,10 @@ import numpy as np
 
 from endor.offload.device import Device, allocate_for_copies
 from endor.offload.experts import Popularity, best_exchange, expected_uses
-from endor.offload.host_source import cut_up
 from endor.offload.ledger import Ledger
 from endor.offload.on_device import Home, OnDevice, segments_of
 from endor.offload.residency import SLOT_SHARE
+from endor.offload.source import cut_up
 from endor.offload.state import State
 from endor.planning.tiers import COPY_PIECE_BYTES, Exchanges
 from endor.planning.units import Unit

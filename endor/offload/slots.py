@@ -29,6 +29,7 @@ class Slot:
         phase: How far it is.
         holders: Takes that were not given back.
         uses: Event per compute stream, recorded behind its last use since the copy.
+        guess: Whether what is LOADING is there because of a guess alone.
     """
 
     index: int
@@ -38,6 +39,7 @@ class Slot:
     phase: SlotPhase = SlotPhase.EMPTY
     holders: list[int] = field(default_factory=list)
     uses: dict[Hashable, Any] = field(default_factory=dict)
+    guess: bool = False
 
 
 @dataclass(slots=True)
@@ -51,6 +53,8 @@ class CopyCounters:
         late: Takes that found it under way.
         misses: Takes that nobody had foreseen.
         revoked: Speculative copies, done or queued, that were given up unused for a demand.
+        guesses: Copies that began because of a guess at the next router's choice.
+        given_up: Of these, those given up half done.
         failures: Units that did not come.
         stall_s: Time that takers waited for a copy to be issued.
     """
@@ -61,5 +65,7 @@ class CopyCounters:
     late: int = 0
     misses: int = 0
     revoked: int = 0
+    guesses: int = 0
+    given_up: int = 0
     failures: int = 0
     stall_s: float = 0.0

@@ -13,7 +13,7 @@ from endor.bench.trace import trace
 from endor.codecs import Encoded
 from endor.errors import BackendError, ChecksumError, ReadError
 from endor.offload.exchange import RESULTS, Exchange
-from endor.offload.host_source import cut_up
+from endor.offload.source import cut_up
 from endor.offload.store import Store
 from endor.planning import Part, WeightSpec, collect_units
 from endor.planning.tiers import Placement

@@ -354,6 +354,12 @@ class FakeDevice:
     def await_in_compute(self, event: FakeEvent) -> None:
         self._signal(self.compute_stream(), event, wait=True)
 
+    def is_over(self, event: FakeEvent) -> bool:
+        with self._lock:
+            while any([self._settle(stream) for stream in self._streams.values()]):
+                pass
+            return event.happened >= event.recorded
+
     def synchronize(self, event: FakeEvent) -> None:
         self._refuse_in_capture("the host waits for an event")
         self._synchronize(event)

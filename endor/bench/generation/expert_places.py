@@ -5,7 +5,7 @@ the constants of a machine; what experts do not cause (attention, norms, the hea
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
@@ -52,7 +52,13 @@ class Cost:
 
 
 def cost(
-    trace: RoutingTrace, way: WayName, capacity: int, expert: UnitCost, machine: Machine
+    trace: RoutingTrace,
+    way: WayName,
+    capacity: int,
+    expert: UnitCost,
+    machine: Machine,
+    *,
+    device_rate: float | None = None,
 ) -> Cost:
     """Return what experts cost a token.
 
@@ -62,6 +68,8 @@ def cost(
         capacity: Experts that VRAM holds; at least those that a layer uses.
         expert: One expert, all of one size.
         machine: The machine, with a link.
+        device_rate: How many times as fast as a dense product the device multiplies from the packed
+            form; None where it expands first, as the planner assumes.
 
     Raises:
         ConfigError: The capacity is too small, or the machine has no device.
@@ -73,23 +81,26 @@ def cost(
             f"got {capacity} places"
         )
     times, nbytes = Times.of(expert, machine, 1), expert.packed_bytes
+    if device_rate is not None:
+        here = expert.dense_bytes / machine.link.hbm_gbps / 1e9 / device_rate
+        times = replace(times, here=here)
     memory_s = nbytes / machine.read_gbps / 1e9
     place = _places(trace, way, capacity, times)
     half, spent, hits, copies = tokens // 2, 0.0, 0, 0
     for token in range(tokens):
-        here = moved = 0
+        hit = moved = 0
         for layer in range(layers):
             found, copied = place.use(token, layer)
-            here, moved = here + found, moved + copied
-        outside = layers * top_k - here
+            hit, moved = hit + found, moved + copied
+        outside = layers * top_k - hit
         copying = way in COPYING
-        seconds = here * times.here + outside * (times.copy + times.here if copying else times.host)
+        seconds = hit * times.here + outside * (times.copy + times.here if copying else times.host)
         # Both products of the host and copies read its memory.
         read = moved if copying else outside
         background = 0 if copying else place.exchange(token, seconds, nbytes, machine)
         seconds = max(seconds, (read + background) * memory_s)
         if token >= half:
-            spent, hits, copies = spent + seconds, hits + here, copies + moved + background
+            spent, hits, copies = spent + seconds, hits + hit, copies + moved + background
     counted = tokens - half
     return Cost(
         way,
@@ -195,12 +206,18 @@ def _places(trace: RoutingTrace, way: WayName, capacity: int, times: Times) -> _
 
 
 def compare_places(
-    trace: RoutingTrace, shares: Sequence[float], expert: UnitCost, machine: Machine
+    trace: RoutingTrace,
+    shares: Sequence[float],
+    expert: UnitCost,
+    machine: Machine,
+    *,
+    device_rate: float | None = None,
 ) -> Iterator[Cost]:
     """Yield what every way costs with VRAM for these shares of all experts."""
     for share in shares:
         for way in WAYS:
-            yield cost(trace, way, round(share * trace.total), expert, machine)
+            capacity = round(share * trace.total)
+            yield cost(trace, way, capacity, expert, machine, device_rate=device_rate)
 
 
 def places_table(trace: RoutingTrace, costs: Sequence[Cost]) -> str:

@@ -49,6 +49,13 @@ def test_experts_that_stay_cost_their_place():
     assert one.hit_rate == pytest.approx(1 / 3)
 
 
+def test_a_device_may_multiply_from_the_packed_form():
+    trace = random_trace(0)
+    dense_s = EXPERT.dense_bytes / MACHINE.link.hbm_gbps / 1e9
+    found = cost(trace, "layers", 24, EXPERT, MACHINE, device_rate=2.0)
+    assert found.token_s == pytest.approx(6 * dense_s / 2)
+
+
 @settings(max_examples=8, deadline=None)
 @given(st.integers(0, 1 << 30), st.integers(2, 20))
 def test_copies_are_the_misses_of_the_cache(seed, capacity):
