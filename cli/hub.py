@@ -46,7 +46,7 @@ def card_options(command: Command) -> Command:
         click.option(
             "--base",
             metavar="ORG/NAME",
-            help="The model that was packed.  [default: what its config.json says]",
+            help="The model that was packed.  [default: where it was packed from]",
         ),
     ):
         command = option(command)

@@ -82,6 +82,8 @@ def inspect_command(packed: Path, asks_model: bool, revision: str | None, as_jso
             f"packed weights: {sizes.weights:,}, density {sizes.density:.4f}, "
             f"{sizes.bits_per_weight:.3f} bits a weight with all metadata and padding"
         )
+    if found.source is not None:
+        show(f"packed from {found.source}")
     recoded_line(sizes, sizes.recoded_tensors)
     if expanded is not None:
         expanded_line(*expanded)

@@ -46,6 +46,7 @@ from endor.checkpoint.verify import check_file
 from endor.codecs import Encoded, dense
 from endor.codecs.codes import Codes
 from endor.errors import CheckpointError
+from endor.hub.origin import Origin
 from endor.storage import FileLayout, FileWriter
 from endor.storage.layout import FORMAT_VERSION
 
@@ -123,6 +124,9 @@ def convert(
         layouts = run.name_shards()
         if isinstance(source, CodedSource) and "quantize" in described:
             described["quantize"] |= source.outcome()
+        origin = Origin.of_path(source.path)
+        if origin is not None:
+            described = {**described, "source": origin.to_dict()}
         config = packed_config(source.config(), described, format_version(layouts))
         copy_companions(companions, output.folder, config)
         document = build_index(layouts, dense_files, writes.keys() - {PACKED_INDEX_NAME})

@@ -4,9 +4,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from endor.checkpoint.companions import QUANTIZATION_KEY
+from endor.checkpoint.directory import read_config
 from endor.checkpoint.index import check_shards, read_packed_index
 from endor.checkpoint.report import Sizes
 from endor.codecs import TensorSpec
+from endor.hub.origin import Origin
 from endor.storage import FileLayout
 
 
@@ -50,16 +53,19 @@ class Inspection:
         path: The directory.
         rows: Its tensors.
         sizes: Totals.
+        source: The model on the Hub that was packed, where it was one.
     """
 
     path: Path
     rows: tuple[TensorRow, ...]
     sizes: Sizes
+    source: Origin | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Return everything for JSON."""
         return {
             "path": str(self.path),
+            "source": None if self.source is None else self.source.to_dict(),
             "tensors": [row.to_dict() for row in self.rows],
             "totals": self.sizes.to_dict(),
         }
@@ -84,4 +90,6 @@ def inspect_checkpoint(packed_dir: Path | str) -> Inspection:
         for layout in layouts
         for entry in layout.tensors.values()
     )
-    return Inspection(path, rows, Sizes.of(layouts))
+    section = None if path.is_file() else (read_config(path) or {}).get(QUANTIZATION_KEY)
+    source = Origin.of_config(section) if isinstance(section, dict) else None
+    return Inspection(path, rows, Sizes.of(layouts), source)

@@ -30,6 +30,12 @@ class HubName:
         return self.repo if self.revision is None else f"{self.repo}@{self.revision}"
 
 
+def is_id(text: str) -> bool:
+    """Whether a text is the id of a model, `org/name`, as the Hub allows it."""
+    match = _ID.fullmatch(text)
+    return match is not None and match["revision"] is None and not _ODD.search(text)
+
+
 def hub_name(model: Path | str, revision: str | None = None) -> HubName | None:
     """Return the model on the Hub that `model` names; None where it is a path.
 
@@ -69,7 +75,6 @@ def repository_name(text: str) -> HubName:
     Raises:
         ConfigError: It is no id, or names a revision.
     """
-    match = _ID.fullmatch(text)
-    if match is None or match["revision"] or _ODD.search(text):
+    if not is_id(text):
         raise ConfigError(f"{text}: must be the id of a model on the Hub, ORG/NAME")
     return HubName(text)

@@ -35,7 +35,7 @@ class CardFacts:
 
     Attributes:
         repo: Where it will be on the Hub, for the example; its folder's name otherwise.
-        base: The id of the model that was packed; what its config says otherwise.
+        base: The id of the model that was packed; where it was packed from otherwise.
         evaluation: What `endor eval --json` printed about it.
     """
 
@@ -85,13 +85,16 @@ def model_card(packed: Path, facts: CardFacts | None = None) -> str:
     config = read_config(packed) or {}
     about = config.get(QUANTIZATION_KEY) or {}
     stated = config.get("_name_or_path")
-    base = facts.base or (stated if isinstance(stated, str) and _ID.fullmatch(stated) else None)
+    source = found.source
+    base = facts.base or (source.repo if source else None)
+    base = base or (stated if isinstance(stated, str) and _ID.fullmatch(stated) else None)
+    commit = f" at [{source.commit[:12]}]({source.url})" if source and source.repo == base else ""
     name = facts.repo or packed.resolve().name
     head = _front_matter(packed, base, about)
     parts = [
         MARK,
         f"# {name.rpartition('/')[2]}",
-        (f"[{base}](https://huggingface.co/{base})" if base else "A model")
+        (f"[{base}](https://huggingface.co/{base}){commit}" if base else "A model")
         + ", packed by [Endor](https://pypi.org/project/endor-sparse/) "
         + f"{__version__}: {_what(about)}.",
         _table(found, about, facts.evaluation),

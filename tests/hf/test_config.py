@@ -20,7 +20,7 @@ PAGE = Path(__file__).parents[2] / "docs" / "transformers.md"
 
 def test_the_table_is_complete():
     assert set(Loading.__annotations__) == set(OPTIONS)
-    documented = re.findall(r"^        (\w+): ", Loading.__doc__, re.MULTILINE)
+    documented = re.findall(r"^    (\w+): ", inspect.cleandoc(Loading.__doc__), re.MULTILINE)
     assert sorted(documented) == sorted(OPTIONS)
     rows = re.findall(
         r"^\| (`[^|]+`) \|", PAGE.read_text().split("## EndorConfig")[1], re.MULTILINE

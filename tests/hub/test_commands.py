@@ -41,12 +41,43 @@ def test_pack(server, model, tmp_path):
     server.add("org/name", model)
     result = run("pack", "org/name", tmp_path / "out", "--revision", first, "--json")
     assert result.exit_code == 0, result.output
-    assert json.loads((tmp_path / "out/config.json").read_text())["model_type"] == "llama"
+    config = json.loads((tmp_path / "out/config.json").read_text())
+    assert config["model_type"] == "llama"
+    assert config["quantization_config"]["source"] == {"repo": "org/name", "commit": first}
+    assert f"packed from org/name at {first}" in run("inspect", tmp_path / "out").output
+    assert (
+        f"[org/name](https://huggingface.co/org/name) at [{first[:12]}]"
+        in run("card", tmp_path / "out").output
+    )
     assert run("verify", tmp_path / "out", "--against", f"org/name@{first}").exit_code == 0
     out = run("prune", "org/name", tmp_path / "pruned", "--method", "magnitude")
     assert out.exit_code == 0, out.output
     quantized = run("quantize", "org/name", tmp_path / "q", "--bits", 4, "--calibration", "none")
     assert quantized.exit_code == 0, quantized.output
+
+
+def test_a_path_outside_of_the_cache_is_not_stored(server, model, tmp_path):
+    for folder in (model, tmp_path / "models--org--name" / "snapshots" / "main"):
+        if folder != model:
+            shutil.copytree(model, folder)
+        assert run("pack", folder, tmp_path / "out", "--overwrite").exit_code == 0
+        config = (tmp_path / "out/config.json").read_text()
+        assert "source" not in json.loads(config)["quantization_config"]
+        assert str(tmp_path) not in config
+        assert json.loads(run("inspect", tmp_path / "out", "--json").output)["source"] is None
+
+
+@pytest.mark.parametrize(
+    "said", [7, {}, {"repo": "org/name"}, {"repo": "../x", "commit": "0" * 40}, {"repo": 1}]
+)
+def test_an_origin_that_makes_no_sense_is_not_shown(llama, tmp_path, said):
+    packed = shutil.copytree(llama / "packed", tmp_path / "packed")
+    config = json.loads((packed / "config.json").read_text())
+    config["quantization_config"]["source"] = said
+    (packed / "config.json").write_text(json.dumps(config))
+    result = run("inspect", packed)
+    assert result.exit_code == 0
+    assert "packed from" not in result.output
 
 
 def test_nothing_is_fetched_where_out_exists(server, model, tmp_path):

@@ -23,6 +23,14 @@ def files(folder):
     }
 
 
+def unmarked(folder):
+    """Return the same of a packed checkpoint, without which model on the Hub it was."""
+    found = files(folder)
+    config = json.loads(found["config.json"])
+    config["quantization_config"].pop("source", None)
+    return found | {"config.json": config}
+
+
 @pytest.mark.parametrize(
     ("text", "name"),
     [

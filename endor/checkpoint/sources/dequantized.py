@@ -47,8 +47,8 @@ class DequantizedSource(WrappedSource):
         section = config.get(QUANTIZATION_KEY)
         if not isinstance(section, Mapping):
             raise ConfigError(
-                f"{stored.path}: config.json says of no quantization: there is nothing to "
-                "dequantize"
+                f"{stored.path}: its weights are not quantised (config.json has no "
+                f"{QUANTIZATION_KEY}); leave out --dequantize"
             )
         super().__init__(stored, "dequantized")
         self.quantization = quantization_name(section)
