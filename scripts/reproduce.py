@@ -44,11 +44,15 @@ def cpu(work: str) -> list[Command]:
 def experts(work: str) -> list[Command]:
     """A mixture of experts, and what caches of them would have had."""
     mixture, packed = f"{work}/mixture", f"{work}/mixture-packed"
+    machines = ("rtx4060-laptop", "rtx4090")
     return [
         smollm2(work),
         script("make_model", "moe", f"{work}/smollm2", mixture),
         endor("pack", mixture, packed, "--include", "*experts*", "--overwrite"),
         script("expert_cache.py", packed),
+        script("expert_cache.py", packed, "--places", *machines, "--device-rate", "1.7"),
+        script("expert_cache.py", packed, "--places", *machines),
+        script("expert_cache.py", packed, "--lossy", "--engine-tokens", "64"),
     ]
 
 
