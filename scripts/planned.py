@@ -18,7 +18,8 @@ from endor.hf.sketch import Sketch, plan_sketch, sketch_model
 from endor.planning.catalogue import MACHINES, Described
 from endor.planning.sketch import Method, method
 
-WAYS = [method(), method(sparsity=0.5), method(sparsity=0.7), method(bits=3.5)]
+HALF = method(sparsity=0.5)
+WAYS = [method(), HALF, method(sparsity=0.7), method(bits=3.5)]
 
 QWEN3_MOE = {
     "num_key_value_heads": 4,
@@ -113,9 +114,12 @@ HEAD = """# Predicted: large models on machines that are not at hand
 **Nothing on this page was measured.** Tokens a second of one sequence, 1024 tokens of context, from
 the cost model of `endor plan` with published constants (`endor plan --for list`; sources in
 `endor/planning/catalogue.py`); weights are expanded on the device and multiplied there. Behind an
-arrow: `--fast`, with the processor multiplying some of what lies in RAM beside the device, where
-that is more than a twentieth faster (`host`: whole weights, `both`: rows of each;
-[offload.md](../offload.md)). 50 % and 70 % are shares of zeros; what they and 3.5 bits cost in
+arrow: `--fast`, where that is more than a twentieth faster: products straight from packed weights
+on the device (rates by the model of [gpu.md](gpu.md), `stream`), and the processor multiplying some
+of what lies in RAM beside it (`host`: whole weights, `both`: rows of each, `experts`: all experts
+there; [offload.md](../offload.md)). The last row of a model is of `--fast --goal throughput`:
+tokens a second of all sequences, the batch behind the x, where keys and values are (the device
+unless said). 50 % and 70 % are shares of zeros; what they and 3.5 bits cost in
 quality is in [quality.md](quality.md). The word beside a rate is what limits the step. Sizes are of
 bf16 weights: gpt-oss and DeepSeek are published in 4 and 8 bits, and packing those losslessly saves
 less. Made by
@@ -140,9 +144,19 @@ def cell(found: Sketch, how: Method, target: Described) -> str:
         return "does not run"
     text = f"{exact.decode_tokens_per_s:.3g} {exact.decode.bound}"
     fast = plan_sketch(found, how, target=target, exact=False).plan
-    if fast.way == "stream" or fast.decode_tokens_per_s < 1.05 * exact.decode_tokens_per_s:
+    if fast.decode_tokens_per_s < 1.05 * exact.decode_tokens_per_s:
         return text
     return f"{text} → {fast.decode_tokens_per_s:.3g} {fast.way}"
+
+
+def throughput(found: Sketch, how: Method, target: Described) -> str:
+    """Return the predicted rate of as many sequences as pay, and how many these are."""
+    try:
+        best = plan_sketch(found, how, target=target, exact=False, goal="throughput").plan
+    except BudgetError:
+        return "does not run"
+    batch, kv = best.workload.batch, best.workload.kv
+    return f"{best.decode_tokens_per_s:.3g} x{batch}{'' if kv == 'device' else f' kv in {kv}'}"
 
 
 def main() -> None:
@@ -161,7 +175,9 @@ def main() -> None:
             packed = sum(matrix.numel for matrix in found.matrices) * how.bits / 8e9
             cells = " | ".join(cell(found, how, target) for target in MACHINES.values())
             lines.append(f"| {how.label}, {how.bits:.1f} bits | {packed:.0f} | {cells} |")
-        lines.append("")
+        packed = sum(matrix.numel for matrix in found.matrices) * HALF.bits / 8e9
+        cells = " | ".join(throughput(found, HALF, target) for target in MACHINES.values())
+        lines += [f"| {HALF.label}, all sequences | {packed:.0f} | {cells} |", ""]
     out.write_text("\n".join(lines), encoding="utf-8")
 
 

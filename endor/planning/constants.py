@@ -75,7 +75,7 @@ class Machine:
             unknown, and that torch's is taken.
         plain_row_cost: What each further row adds to that, as a share of the first.
         checksum_gbps: Bytes that one thread checks after reading them; 0 means unknown.
-        disturbed: Share of the processors that others had while this was measured.
+        disturbed: Share of the processors that others had in the worst part of the measurement.
         measured: When, in UTC; empty means never.
         kernel: Which CPU kernels ran.
     """
