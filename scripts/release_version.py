@@ -1,7 +1,8 @@
 """Check that the tag, the package, CITATION.cff and the changelog name one version.
 
-python scripts/release_version.py v0.2.0    exit 1, and say why, unless all four agree
-python scripts/release_version.py           the same without a tag
+python scripts/release_version.py v0.2.0    exit 1, and say why, unless all four agree, the version
+                                            has a date, and nothing is left under Unreleased
+python scripts/release_version.py           that the three agree; between releases
 """
 
 import re
@@ -32,6 +33,14 @@ def problems(tag: str | None) -> list[str]:
     changelog = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
     if f"\n## [{own}]" not in changelog:
         found.append(f"CHANGELOG.md has no section [{own}]")
+    elif tag is not None:
+        if not re.search(
+            rf"^## \[{re.escape(own)}\] - \d{{4}}-\d\d-\d\d$", changelog, re.MULTILINE
+        ):
+            found.append(f"CHANGELOG.md must give the day of [{own}], as ## [{own}] - YYYY-MM-DD")
+        _, _, waiting = changelog.partition("\n## [Unreleased]")
+        if re.search(r"^- ", waiting.partition("\n## [")[0], re.MULTILINE):
+            found.append(f"CHANGELOG.md has lines under [Unreleased]: move them to [{own}]")
     return found
 
 
