@@ -10,6 +10,7 @@ import os
 import threading
 import time
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Self
 
 import numpy as np
@@ -19,6 +20,7 @@ from endor.codecs import TILE, Encoded
 from endor.errors import IntegrityError
 from endor.offload.ledger import Ledger
 from endor.offload.state import State
+from endor.planning.machine import known_disk
 from endor.planning.tiers import Placement
 from endor.planning.units import Unit
 from endor.storage import HostBuffer, RecordReader
@@ -29,14 +31,17 @@ WORTH = 0.4
 """Most that parts may cost, of the whole: a whole record is read ahead of its use, while parts are
 waited for. With 0.8 models on a disk of 3.6 GB/s became slower."""
 
-REQUEST_BYTES = 96 << 10
-"""What a request costs besides its bytes, as bytes: 25 us, where a disk reads 3.6 GB/s."""
-
-GAP_BLOCKS = REQUEST_BYTES // ALIGN
-"""Blocks that are read though nothing needs them, rather than beginning another request."""
-
 BULK = ("bitmap", "values", "bytes", "planes")
 """Arrays of which only parts are read; the others stay in memory."""
+
+
+def request_bytes(path: Path) -> int:
+    """Return what a request to the disk of `path` costs besides its bytes, as bytes.
+
+    As many bytes are read though nothing needs them, rather than beginning another request.
+    """
+    disk = known_disk(path)
+    return int(disk.request_us * 1e3 * disk.read_gbps)
 
 
 class Parts:
@@ -46,14 +51,24 @@ class Parts:
         state: Its unit, in memory and checked.
         entry: The matrix.
         encoded: The matrix, as views of the unit's bytes.
+        request_bytes: What a request costs besides its bytes, as bytes.
         verify: Remember the sums of the blocks.
 
     Attributes:
         encoded: The matrix as views of the buffer for parts, once it was read there.
     """
 
-    def __init__(self, state: State, entry: TensorEntry, encoded: Encoded, *, verify: bool) -> None:
+    def __init__(
+        self,
+        state: State,
+        entry: TensorEntry,
+        encoded: Encoded,
+        *,
+        request_bytes: int,
+        verify: bool,
+    ) -> None:
         assert state.place is not None
+        self._request_bytes = request_bytes
         self.unit = state.unit
         self.entry = entry
         self.index = {
@@ -106,10 +121,10 @@ class Parts:
         needed = np.flatnonzero(np.cumsum(edges)[:-1])
         if not needed.size:
             return []
-        breaks = np.flatnonzero(np.diff(needed) > GAP_BLOCKS + 1)
+        breaks = np.flatnonzero(np.diff(needed) > self._request_bytes // ALIGN + 1)
         begins = needed[np.r_[0, breaks + 1]] * ALIGN
         ends = (needed[np.r_[breaks, needed.size - 1]] + 1) * ALIGN
-        cost = int((ends - begins).sum()) + REQUEST_BYTES * len(begins)
+        cost = int((ends - begins).sum()) + self._request_bytes * len(begins)
         if cost > WORTH * self.unit.nbytes:
             return None
         return list(zip(begins.tolist(), ends.tolist(), strict=True))
@@ -122,6 +137,7 @@ class NeuronReads:
         reader: The mover's.
         ledger: Where to count.
         buffer_bytes: The largest record that is read in parts.
+        request_bytes: What a request costs besides its bytes, as bytes.
         verify: Check each block that is read.
 
     Attributes:
@@ -130,13 +146,20 @@ class NeuronReads:
     """
 
     def __init__(
-        self, reader: RecordReader, ledger: Ledger, buffer_bytes: int, *, verify: bool
+        self,
+        reader: RecordReader,
+        ledger: Ledger,
+        buffer_bytes: int,
+        *,
+        request_bytes: int,
+        verify: bool,
     ) -> None:
         self.lock = threading.Lock()
         self.states: list[State] = []
         self._reader = reader
         self._ledger = ledger
         self._buffer = HostBuffer(buffer_bytes)
+        self._request_bytes = request_bytes
         self._verify = verify
         self._parts: dict[str, Parts] = {}
         self._pid = os.getpid()
@@ -152,13 +175,19 @@ class NeuronReads:
         verify: bool,
     ) -> Self:
         """Return the reads of those of `units` that lie on disk."""
-        sizes = [
-            unit.nbytes
+        found = [
+            unit
             for unit in units
             if placement.tiers[unit.name] == "disk"
             and any(unit.layout.tensors[name].spec.transposed for name in unit.tensors)
         ]
-        return cls(reader, ledger, max(sizes, default=0), verify=verify)
+        return cls(
+            reader,
+            ledger,
+            max((unit.nbytes for unit in found), default=0),
+            request_bytes=request_bytes(found[0].record.path) if found else 0,
+            verify=verify,
+        )
 
     @property
     def nbytes(self) -> int:
@@ -172,7 +201,9 @@ class NeuronReads:
     def learn(self, state: State, tensor: str, encoded: Encoded) -> None:
         """Remember where the neurons of a unit lie, which this thread holds now."""
         entry = state.unit.layout.tensors[tensor]
-        self._parts[state.unit.name] = Parts(state, entry, encoded, verify=self._verify)
+        self._parts[state.unit.name] = Parts(
+            state, entry, encoded, request_bytes=self._request_bytes, verify=self._verify
+        )
         self.states.append(state)
 
     def forget(self, state: State) -> None:

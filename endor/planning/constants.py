@@ -42,6 +42,7 @@ class Disk:
         fastest_gbps: The fastest pass.
         cpu_s_per_gb: Processor seconds that 10^9 bytes read cost.
         direct: Whether the filesystem takes O_DIRECT.
+        request_us: What a request costs besides its bytes, when a few threads make many of them.
     """
 
     read_gbps: float
@@ -49,6 +50,7 @@ class Disk:
     fastest_gbps: float
     cpu_s_per_gb: float
     direct: bool
+    request_us: float = 25.0
 
 
 @dataclass(frozen=True, slots=True)

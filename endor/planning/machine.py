@@ -28,6 +28,7 @@ __all__ = [
     "disk",
     "disturbance",
     "doubt",
+    "known_disk",
     "machine",
     "measure",
     "remembered",
@@ -150,7 +151,12 @@ def remembered(dtype: str, path: Path | str) -> tuple[Machine, Disk]:
     if dtype not in probes.TORCH_TYPES:
         dtype = "BF16"
     found = _remembered_machine(_machine_key(fingerprint_facts(), dtype))
-    return found or typical(dtype), _remembered_disk(_disk_key(Path(path))) or TYPICAL_DISK
+    return found or typical(dtype), known_disk(path)
+
+
+def known_disk(path: Path | str) -> Disk:
+    """Return what was measured of the disk that holds `path`, or a typical one; at no cost."""
+    return _remembered_disk(_disk_key(Path(path))) or TYPICAL_DISK
 
 
 def disk(path: Path | str, *, refresh: bool = False) -> Disk:

@@ -6,6 +6,7 @@ in GB/s (10^9 bytes a second). A rate over weights counts the bytes named in its
 """
 
 import os
+import random
 import resource
 import statistics
 import time
@@ -29,6 +30,8 @@ from endor.storage.checksum import checksum
 TORCH_TYPES = {name: torch_dtype(DTYPES[name]) for name in ("BF16", "F16", "F32")}
 READ_THREADS = 4
 READ_BYTES = 4 << 20
+BLOCK_BYTES = 4096
+REQUESTS = 4096
 ROWS, COLS = 4096, 4096
 DENSITY = 0.5
 WORKING_SET = 256 << 20
@@ -205,7 +208,8 @@ def linear(
 
 
 def disk(path: Path, *, limit_bytes: int = 512 << 20, passes: int = 3) -> dict[str, Any]:
-    """Return the cold read rate of the file at `path`: `read_gbps`, `cpu_s_per_gb`, `direct`.
+    """Return the cold read rate of the file at `path`: `read_gbps`, `cpu_s_per_gb`, `direct`,
+    and `request_us`, what each further request costs.
 
     Reads as the engine does: a few threads, 4 MiB each, past the page cache when the filesystem
     takes O_DIRECT. Each pass reads another stretch of the file; the median pass counts.
@@ -225,6 +229,9 @@ def disk(path: Path, *, limit_bytes: int = 512 << 20, passes: int = 3) -> dict[s
                 nbytes = _read(pool, fd, begin, stretch)
                 rates.append(nbytes / max(time.perf_counter() - start, 1e-9) / 1e9)
                 cpu.append((_cpu_seconds() - before) / max(nbytes / 1e9, 1e-9))
+            if not direct:
+                os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
+            request_s = _request_seconds(pool, fd, path.stat().st_size)
     finally:
         os.close(fd)
     return {
@@ -233,6 +240,7 @@ def disk(path: Path, *, limit_bytes: int = 512 << 20, passes: int = 3) -> dict[s
         "fastest_gbps": max(rates),
         "cpu_s_per_gb": statistics.median(cpu),
         "direct": direct,
+        "request_us": max(request_s * 1e6 - BLOCK_BYTES / statistics.median(rates) / 1e3, 0.1),
     }
 
 
@@ -272,6 +280,27 @@ def _read_stripe(fd: int, begin: int, nbytes: int, worker: int) -> int:
     for offset in range(worker * READ_BYTES, nbytes, READ_THREADS * READ_BYTES):
         done += os.preadv(fd, [block.array.data], begin + offset)
     return done
+
+
+def _request_seconds(pool: ThreadPoolExecutor, fd: int, size: int) -> float:
+    """Return the time of one of many reads of `BLOCK_BYTES`, anywhere, by `READ_THREADS` threads.
+
+    That time holds what the threads do for a request as well, and that they take turns at it.
+    """
+    end = time.perf_counter() + PROBE_S
+
+    def some(seed: int) -> int:
+        block, places = HostBuffer(BLOCK_BYTES), random.Random(seed)
+        for done in range(REQUESTS // READ_THREADS):
+            at = places.randrange(max(1, size // BLOCK_BYTES)) * BLOCK_BYTES
+            os.preadv(fd, [block.array.data], at)
+            if time.perf_counter() > end:  # a disk that turns makes a hundred a second
+                return done + 1
+        return REQUESTS // READ_THREADS
+
+    start = time.perf_counter()
+    count = sum(pool.map(some, range(READ_THREADS)))
+    return (time.perf_counter() - start) / count
 
 
 def _cpu_seconds() -> float:

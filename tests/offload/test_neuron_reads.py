@@ -16,6 +16,7 @@ from endor.errors import BackendError, EndorError, IntegrityError, ReadError, Sh
 from endor.offload import Store, neuron_reads
 from endor.offload.neuron_weight import NeuronWeight
 from endor.planning import Part, Placement, WeightSpec, collect_units
+from endor.planning.constants import Disk as Constants
 from endor.planning.products import Products
 from endor.storage import FileLayout, FileWriter, HostBuffer, header_capacity, open_reader
 from endor.storage.scattered import read_spans
@@ -23,6 +24,7 @@ from endor.storage.scattered import read_spans
 from ..support.packed_files import Disk
 
 HIDDEN, NEURONS = 640, 1200
+PRICE = neuron_reads.request_bytes
 HOW: list[tuple[CodecChoice, bool | None]] = [("raw", None), ("exp", True), ("exp", False)]
 
 
@@ -30,9 +32,8 @@ HOW: list[tuple[CodecChoice, bool | None]] = [("raw", None), ("exp", True), ("ex
 def _small() -> Iterator[None]:
     """Requests cost so little that parts of small records are worth reading."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(neuron_reads, "GAP_BLOCKS", 4)
         patch.setattr(neuron_reads, "WORTH", 0.8)
-        patch.setattr(neuron_reads, "REQUEST_BYTES", 4 << 10)
+        patch.setattr(neuron_reads, "request_bytes", lambda path: 4 << 10)
         yield
 
 
@@ -283,7 +284,7 @@ def test_a_request_has_its_price(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     """Where parts would cost more than the whole, the whole is read, and ahead of its use."""
     path = tmp_path / "w.safetensors"
     matrices = write(path, ("exp", True), count=3)
-    monkeypatch.setattr(neuron_reads, "REQUEST_BYTES", 1 << 30)
+    monkeypatch.setattr(neuron_reads, "request_bytes", lambda path: 1 << 30)
     store = opened(path)
     for turn in range(3):
         for at, matrix in enumerate(matrices):
@@ -291,4 +292,28 @@ def test_a_request_has_its_price(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     counters = store.ledger.counters
     assert counters.skipped_bytes == 0
     assert counters.hits + counters.late > 3
+    store.close()
+
+
+@pytest.mark.parametrize(("request_us", "parts"), [(2.0, True), (1e6, False)])
+def test_the_price_is_that_of_the_disk(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request_us: float, parts: bool
+) -> None:
+    path = tmp_path / "w.safetensors"
+    matrices = write(path, ("exp", True), count=3)
+    asked = []
+
+    def known(path: Path) -> Constants:
+        asked.append(path)
+        return Constants(2.0, 2.0, 2.0, 0.1, direct=True, request_us=request_us)
+
+    monkeypatch.setattr(neuron_reads, "known_disk", known)
+    monkeypatch.setattr(neuron_reads, "request_bytes", PRICE)
+    assert PRICE(path) == 2000 * request_us
+    store = opened(path)
+    for turn in range(3):
+        for at, matrix in enumerate(matrices):
+            assert_product(store, f"w{at}", matrix, inputs(0.005, turn))
+    assert (store.ledger.counters.skipped_bytes > 0) == parts
+    assert set(asked) == {path}
     store.close()

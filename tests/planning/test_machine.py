@@ -1,6 +1,8 @@
 """Machine constants are measured once, remembered, and measured again when the machine changes."""
 
 import json
+import os
+import threading
 from datetime import UTC, datetime
 
 import pytest
@@ -105,10 +107,43 @@ def test_disk_is_measured_by_the_largest_file_and_remembered(quick, tmp_path, mo
     monkeypatch.setattr(probes, "disk", lambda path: seen.append(path.name) or probe(path))
     found = hardware.disk(model)
     assert found.slowest_gbps <= found.read_gbps <= found.fastest_gbps
+    assert found.request_us > 0
     assert hardware.disk(model) == found
     assert seen == ["weights"]
     hardware.disk(model, refresh=True)
     assert len(seen) == 2
+
+
+def test_requests_are_counted_and_their_bytes_are_not_theirs(tmp_path, monkeypatch):
+    """On a clock that only reads move, each by 50 us, a request costs what a read does."""
+    path = tmp_path / "file"
+    with path.open("wb") as file:
+        file.truncate(65 << 20)
+    clock, turn, read = [0.0], threading.Lock(), os.preadv
+
+    def slow(fd, buffers, at):
+        with turn:
+            clock[0] += 50e-6 if len(buffers[0]) == probes.BLOCK_BYTES else 1e-3
+        return read(fd, buffers, at)
+
+    monkeypatch.setattr(os, "preadv", slow)
+    monkeypatch.setattr(probes.time, "perf_counter", lambda: clock[0])
+    found = probes.disk(path)
+    assert found["request_us"] == pytest.approx(50 - 4.096 / found["read_gbps"], rel=1e-3)
+
+
+def test_a_disk_remembered_without_the_price_of_a_request_is_measured_again(quick, tmp_path):
+    path = tmp_path / "file"
+    with path.open("wb") as file:
+        file.truncate(65 << 20)
+    hardware.disk(path)
+    key = hardware._disk_key(path)
+    known = hardware.load()["disks"][key]
+    assert hardware.known_disk(path).request_us == known.pop("request_us")
+    hardware.store("disks", key, known)
+    assert hardware.known_disk(path) == hardware.TYPICAL_DISK
+    assert hardware.disk(path).request_us > 0
+    assert "request_us" in hardware.load()["disks"][key]
 
 
 def test_a_directory_without_files_is_refused(quick, tmp_path):
