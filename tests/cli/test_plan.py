@@ -200,3 +200,36 @@ def test_experts_that_change_places_or_are_lossy_are_said(tmp_path):
     assert "lossy" not in found
     lossy = run(tmp_path, *words, "--experts", "lossy")
     assert "experts: lossy, replaced by others at hand" in lossy
+
+
+def test_for_throughput_the_batch_is_searched_for_and_batch_is_the_most(packed):
+    one = json.loads(run(packed, "--ram", "200MB", "--json"))
+    found = json.loads(run(packed, "--ram", "200MB", "--goal", "throughput", "--json"))
+    few = json.loads(
+        run(packed, "--ram", "200MB", "--goal", "throughput", "--batch", "2", "--json")
+    )
+    assert one["workload"]["batch"] == 1
+    assert found["workload"]["batch"] > 2
+    assert found["alternatives"][0]["batch"] == found["workload"]["batch"]
+    assert few["workload"]["batch"] <= 2
+    rates = [each["decode"]["tokens_per_s"] for each in (one, few, found)]
+    assert rates == sorted(rates)
+
+
+def test_a_sketch_for_throughput_names_the_batch_and_the_rate_of_each_sequence(tmp_path):
+    config = {
+        "model_type": "llama",
+        "architectures": ["LlamaForCausalLM"],
+        "hidden_size": 4096,
+        "intermediate_size": 16384,
+        "num_hidden_layers": 80,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "vocab_size": 1000,
+    }
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    words = ["--for", "rtx4060-laptop", "--sparsity", "0.5", "--fast", "--goal", "throughput"]
+    assert "of each sequence" in run(tmp_path, *words)
+    assert "not measured" in run(tmp_path, *words, "--explain")
+    (way,) = json.loads(run(tmp_path, *words, "--json"))["ways"]
+    assert way["batch"] > 1
