@@ -8,6 +8,7 @@ from endor.cli.tables import table
 if TYPE_CHECKING:
     from endor.hf.planned import Planned
     from endor.hf.sketch import PlannedSketch, SketchedUnit
+    from endor.planning.outcome import Alternative
     from endor.planning.plan import Plan
     from endor.planning.units import Unit
 
@@ -83,13 +84,21 @@ WAYS = {
 }
 
 
+def _way(each: "Alternative", *, on_device: bool) -> str:
+    if not on_device:
+        return "all on the processor"
+    if all(tier.startswith("vram") for tier in each.placement.tiers.values()):
+        return "all weights in VRAM"
+    return WAYS[each.way]
+
+
 def best(result: "Plan") -> list[str]:
     """Return the best ways to run the model, as a table, where there are several."""
     if len(result.alternatives) < 2:
         return []
     rows = [
         [
-            (WAYS[each.way] if result.vram_bytes else "all on the processor")
+            _way(each, on_device=result.vram_bytes > 0)
             + (f", {each.expanded:.0%} expanded" if each.expanded else ""),
             str(each.batch),
             each.kv,
