@@ -52,7 +52,7 @@ def experts(work: str) -> list[Command]:
         script("expert_cache.py", packed),
         script("expert_cache.py", packed, "--places", *machines, "--device-rate", "1.7"),
         script("expert_cache.py", packed, "--places", *machines),
-        script("expert_cache.py", packed, "--lossy", "--engine-tokens", "64"),
+        script("expert_cache.py", packed, "--lossy", "--engine-tokens", "32"),
     ]
 
 

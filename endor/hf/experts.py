@@ -196,7 +196,9 @@ class EndorExperts(nn.Module):
             return run(self, hidden_states, top_k_index, *rest)
         group, wanted = stacks[0].weights[0].states[0].unit.index, None
         router = self.__dict__.get("_endor_lossy")
-        if router is not None and len(top_k_index) <= PRODUCT_ROWS and not torch.is_grad_enabled():
+        few = len(top_k_index) <= PRODUCT_ROWS and not torch.is_grad_enabled()
+        # A module whose weights are of another shape than its choice keeps what it chose.
+        if router is not None and few and rest and rest[0].shape == top_k_index.shape:
             wanted = self._states(top_k_index)
             near = [
                 all(mover.near(state) for stack in stacks for state in stack.weights[at].states)
