@@ -179,7 +179,7 @@ class _Search:
                 break
             idle += 1
             for way, filled in self._ways(placed):
-                made = _Candidate(way, share, self._predict(filled, self.decode_step), filled)
+                made = _Candidate(way, self._predict(filled, self.decode_step), filled)
                 if made.decode.seconds < fastest:
                     fastest, idle = made.decode.seconds, 0
                 kind = way, share > 0 and not self.vram_bytes
@@ -267,7 +267,7 @@ class _Search:
                 each.way,
                 workload.batch,
                 workload.kv,
-                each.expanded,
+                _expanded_share(each.placement),
                 workload.batch / each.decode.seconds,
                 tokens / self._predict(each.placement, self.prefill_step).seconds,
                 each.decode.bound,
@@ -327,12 +327,17 @@ class _Search:
         return self._predict(Placement({cost.name: tier for cost in self.costs}, 0), step)
 
 
+def _expanded_share(placement: Placement) -> float:
+    """Return which share of the units is kept expanded."""
+    tiers = list(placement.tiers.values())
+    return sum(tier in ("dense", "vram-dense") for tier in tiers) / max(1, len(tiers))
+
+
 @dataclass(frozen=True, slots=True)
 class _Candidate:
     """One placement that was tried."""
 
     way: Way
-    expanded: float
     decode: Prediction
     placement: Placement
 
