@@ -78,7 +78,6 @@ static endor_ops ops = {
     .streaming_bytes = 16,
     .dot = endor_avx2_dot,
     .rows = endor_avx2_rows,
-    .row_ahead = endor_avx2_row_ahead,
     .row_runs = endor_avx2_row_runs,
     .rows_without_bitmap = 1,
     .arrange = endor_avx2_arrange,

@@ -122,19 +122,6 @@ typedef struct {
     uint64_t out_stride;      /* floats from the sum for one row of x to that for the next */
 } endor_span;
 
-/* A run's stored elements that come next, bf16 of an exp stream: `units` times 32, the first one's place in the planes
- * being a multiple of 8. */
-typedef struct {
-    const uint8_t *bits, *bytes; /* of the first plane; of the byte plane */
-    uint8_t *out;                /* on a multiple of 32 bytes */
-    uint64_t units;
-} endor_ahead;
-
-/* As `rows` of endor_ops for one run with a bitmap, from a buffer in L1; meanwhile decodes what `ahead` says, and moves it
- * on. Bytes of the stream are fetched ahead. */
-typedef void (*endor_row_ahead)(endor_run *run, const endor_span *span, const endor_operand *x, const endor_stream *s,
-                                endor_ahead *ahead);
-
 #define ENDOR_MAX_RUNS 4
 #define ENDOR_SUMS (ENDOR_MAX_BATCH * 2 * 16)
 
@@ -173,8 +160,6 @@ typedef struct {
      * up to ENDOR_SLACK bytes past the values used. Stops early at a row whose values could reach past `end`. Returns
      * the rows done in each run, and moves the runs on by as many. */
     uint64_t (*rows)(endor_run *runs, int n_runs, const endor_span *span, const endor_operand *x);
-    /* Optional: what multiplies a run while it decodes the next part of it; NULL where `rows` does as well. */
-    endor_row_ahead (*row_ahead)(const endor_operand *x, const endor_stream *s);
     int (*row_runs)(const endor_operand *x, int exp);
     /* Whether `rows` also multiplies runs that have no bitmap, every weight being stored; bf16, by x in the order that
      * `arrange` gives it. */

@@ -102,7 +102,7 @@ static int product_of_pieces(product_job *job, uint64_t row, uint64_t end_row) {
 typedef struct {
     uint64_t flat; /* the next weight */
     uint64_t rank; /* its stored element, or the next one */
-    uint8_t *buffer[2];
+    uint8_t *buffer;
 } source;
 
 static void start(const product_job *job, uint64_t row, endor_run *run, source *from) {
@@ -123,96 +123,49 @@ static void prefetch(const uint8_t *at, uint64_t nbytes) {
     for (uint64_t i = 0; i < nbytes; i += 64) __builtin_prefetch(at + i, 0, 2);
 }
 
-/* Fetch what the run needs some spans later, if it goes on as it does now. As much for each span of so many weights, for
- * loops whose length changes are mispredicted. */
-static void look_ahead(const product_job *job, const source *from, uint64_t weights, int with_bytes) {
+/* Fetch what the run needs some spans later, if it goes on as it does now. */
+static void look_ahead(const product_job *job, const source *from, uint64_t weights, uint64_t count) {
     const endor_stream *s = &job->stream;
-    uint64_t rank = from->rank + AHEAD, count = weights * (job->tensor->nnz / 64) / (job->tensor->numel / 64 + 1) + 1;
+    uint64_t rank = from->rank + AHEAD;
     if (job->tensor->bitmap) prefetch(job->tensor->bitmap + (from->flat + AHEAD) / 8, weights / 8);
     for (int j = 0; j < s->bit_planes; j++) prefetch(s->planes + (uint64_t)j * s->plane_stride + rank / 8, count / 8);
-    for (int j = 0; j < s->byte_planes && with_bytes; j++) prefetch(s->bytes + (uint64_t)j * s->byte_stride + rank, count);
+    for (int j = 0; j < s->byte_planes; j++) prefetch(s->bytes + (uint64_t)j * s->byte_stride + rank, count);
 }
 
-/* The stored elements of the next `weights` weights of a run, on their way to a buffer. */
-typedef struct {
-    const uint8_t *bitmap;
-    uint8_t *buffer;
-    uint64_t begin, first, last; /* what is decoded begins before the first one */
-    endor_ahead ahead;           /* exp: the part that may be decoded beforehand */
-} filling;
-
-static filling begin_filling(const product_job *job, source *from, uint64_t weights, int ahead, uint8_t *buffer) {
-    const endor_tensor *t = job->tensor;
-    const endor_stream *s = &job->stream;
-    filling f = {.buffer = buffer, .first = from->rank, .begin = from->rank / 8 * 8};
-    f.bitmap = t->bitmap ? t->bitmap + from->flat / 8 : NULL;
-    uint64_t count = t->bitmap ? job->ops->popcount(f.bitmap, weights / 64) : weights;
-    f.last = min64(from->rank + count, t->nnz);
-    if (t->codec == ENDOR_EXP) {
-        look_ahead(job, from, weights, !ahead);
-        uint64_t units = min64((f.last - f.begin + 31) / 32, (t->nnz - f.begin) / 32);
-        f.ahead = (endor_ahead){s->planes + f.begin / 8, s->bytes + f.begin, buffer, units};
-    }
-    from->flat += weights;
-    from->rank = f.last;
-    return f;
-}
-
-static void finish_filling(const product_job *job, const source *from, endor_run *run, const filling *f) {
+/* Bring the stored elements of the next `weights` weights into the buffer. */
+static void fill(const product_job *job, source *from, endor_run *run, uint64_t weights) {
     const endor_tensor *t = job->tensor;
     uint64_t itemsize = (uint64_t)t->itemsize;
-    run->bitmap = f->bitmap;
-    run->values = f->buffer;
-    if (t->codec != ENDOR_EXP) {
-        memcpy(f->buffer, t->values + f->first * itemsize, (f->last - f->first) * itemsize);
-        return;
-    }
-    uint64_t done = (uint64_t)(f->ahead.out - f->buffer) / itemsize;
-    if (!done) {
-        run->values = endor_stream_run(job->ops, t, &job->stream, f->first, f->last, f->buffer);
-    } else {
-        uint64_t next = f->begin + done;
-        if (next < f->last) endor_stream_run(job->ops, t, &job->stream, next, f->last, f->ahead.out);
-        run->values = f->buffer + (f->first - f->begin) * itemsize;
-    }
-    if (t->patches) endor_patch(t, &run->patches, tiles_of(from->flat), f->first, f->last, (uint8_t *)run->values);
-}
-
-/* Move to the next part of `count` rows that fits the buffers, beginning with a span of zeros. Returns whether there is one. */
-static int next_span(const product_job *job, uint64_t count, uint64_t *row, endor_span *span) {
-    uint64_t most = job->tensor->bitmap ? SPAN : SPAN / 2, rows = most / job->cols;
-    if (span->finishes) *row += span->rows;
-    span->column = span->finishes ? 0 : span->column + span->columns;
-    if (*row >= count) return 0;
-    span->rows = rows ? min64(rows, count - *row) : 1;
-    span->columns = min64(job->cols - span->column, most);
-    span->begins = span->column == 0;
-    span->finishes = span->column + span->columns == job->cols;
-    return 1;
-}
-
-/* The next `count` rows of each run, a span at a time; the next span is decoded while one is multiplied, where there is a
- * kernel that does both. */
-static void product_of_spans(const product_job *job, endor_run *runs, source *from, int n_runs, uint64_t count) {
-    const endor_tensor *t = job->tensor;
-    const int may = job->ops->row_ahead && t->codec == ENDOR_EXP && t->bitmap;
-    const endor_row_ahead row_ahead = may ? job->ops->row_ahead(&job->x, &job->stream) : NULL;
-    endor_span span = {.out_stride = job->rows}, next = span;
-    filling fillings[ENDOR_MAX_RUNS];
-    uint64_t row = 0;
-    int more = next_span(job, count, &row, &next);
-    for (int turn = 0, begun = 0; more || begun; turn++) {
-        for (int r = 0; r < n_runs; r++) {
-            uint8_t *buffer = from[r].buffer[row_ahead ? turn & 1 : 0];
-            if (more) fillings[r] = begin_filling(job, from + r, next.rows * next.columns, row_ahead != NULL, buffer);
-            else fillings[r].ahead.units = 0;
-            if (begun && row_ahead) row_ahead(runs + r, &span, &job->x, &job->stream, &fillings[r].ahead);
+    run->bitmap = t->bitmap ? t->bitmap + from->flat / 8 : NULL;
+    uint64_t count = t->bitmap ? job->ops->popcount(run->bitmap, weights / 64) : weights;
+    uint64_t last = min64(from->rank + count, t->nnz);
+    from->flat += weights;
+    run->values = from->buffer;
+    if (t->codec == ENDOR_EXP) {
+        look_ahead(job, from, weights, count);
+        run->values = endor_stream_run(job->ops, t, &job->stream, from->rank, last, from->buffer);
+        if (t->patches) {
+            endor_patch(t, &run->patches, tiles_of(from->flat), from->rank, last, (uint8_t *)run->values);
         }
-        if (begun && !row_ahead) job->ops->rows(runs, n_runs, &span, &job->x);
-        for (int r = 0; r < n_runs && more; r++) finish_filling(job, from + r, runs + r, fillings + r);
-        begun = more;
-        span = next;
-        more = more && next_span(job, count, &row, &next);
+    } else {
+        memcpy(from->buffer, t->values + from->rank * itemsize, (last - from->rank) * itemsize);
+    }
+    from->rank = last;
+}
+
+/* The next `count` rows of each run, a span at a time. */
+static void product_of_spans(const product_job *job, endor_run *runs, source *from, int n_runs, uint64_t count) {
+    uint64_t most = job->tensor->bitmap ? SPAN : SPAN / 2, rows = most / job->cols;
+    endor_span span = {.out_stride = job->rows};
+    for (uint64_t row = 0; row < count; row += span.rows) {
+        span.rows = rows ? min64(rows, count - row) : 1;
+        for (span.column = 0; span.column < job->cols; span.column += span.columns) {
+            span.columns = min64(job->cols - span.column, most);
+            span.begins = span.column == 0;
+            span.finishes = span.column + span.columns == job->cols;
+            for (int r = 0; r < n_runs; r++) fill(job, from + r, runs + r, span.rows * span.columns);
+            job->ops->rows(runs, n_runs, &span, &job->x);
+        }
     }
 }
 
@@ -238,13 +191,13 @@ static uint64_t product_in_place(const product_job *job, endor_run *runs, source
 /* `each` rows of n_runs runs that follow each other from `row` on. Whether a row is read in place rests on where it
  * is alone. */
 static void product_of_runs(const product_job *job, uint64_t row, int n_runs, uint64_t each) {
-    ENDOR_ALIGNED uint8_t buffers[ENDOR_MAX_RUNS][2][SPAN_BYTES];
+    ENDOR_ALIGNED uint8_t buffers[ENDOR_MAX_RUNS][SPAN_BYTES];
     ENDOR_ALIGNED float sums[ENDOR_MAX_RUNS][ENDOR_SUMS];
     endor_run runs[ENDOR_MAX_RUNS];
     source from[ENDOR_MAX_RUNS];
     for (int i = 0; i < n_runs; i++) {
         runs[i].sums = sums[i];
-        from[i].buffer[0] = buffers[i][0], from[i].buffer[1] = buffers[i][1];
+        from[i].buffer = buffers[i];
         start(job, row + (uint64_t)i * each, runs + i, from + i);
     }
     uint64_t done = product_in_place(job, runs, from, n_runs, each);
