@@ -1,4 +1,4 @@
-/* AVX2: the exp stream, 32 stored elements at a time.
+/* AVX2: the exp stream, 32 stored elements at a time, of bf16 64.
  *
  * A plane's 32 bits are broadcast, each byte of the vector takes the byte of bits it belongs to, and a comparison with
  * its own bit makes it 0 or 0xff. Sign and exponent are joined as bytes, in half the registers that 16-bit arithmetic
@@ -32,23 +32,36 @@ typedef struct {
     }
 #define QUADS_FROM(p) _mm256_permutevar8x32_epi32(load256(p), _mm256_setr_epi32(0, 2, 4, 6, 1, 3, 5, 7))
 
-INLINE TARGET __m256i spread(const uint8_t *bits, const spreading *how) {
-    __m256i x = _mm256_shuffle_epi8(_mm256_set1_epi32((int)load32(bits)), how->which);
+/* A plane's bits, in every 32 or 64 of the vector. */
+INLINE TARGET __m256i plane32(const uint8_t *bits) { return _mm256_set1_epi32((int)load32(bits)); }
+INLINE TARGET __m256i plane64(const uint8_t *bits) { return _mm256_set1_epi64x((long long)load64(bits)); }
+
+INLINE TARGET __m256i spread_of(__m256i plane, const spreading *how) {
+    __m256i x = _mm256_shuffle_epi8(plane, how->which);
     return _mm256_cmpeq_epi8(_mm256_and_si256(x, how->bit), how->bit);
+}
+INLINE TARGET __m256i spread(const uint8_t *bits, const spreading *how) { return spread_of(plane32(bits), how); }
+
+#define AHEAD 2048 /* stored elements that are fetched beforehand */
+
+INLINE void fetch(const uint8_t *bytes, uint64_t byte_stride, int byte_planes, const uint8_t *bits, uint64_t stride,
+                  int planes) {
+    for (int j = 0; j < byte_planes; j++) _mm_prefetch((const char *)bytes + (uint64_t)j * byte_stride + AHEAD, _MM_HINT_T0);
+    for (int j = 0; j < planes; j++) _mm_prefetch((const char *)bits + (uint64_t)j * stride + AHEAD / 8, _MM_HINT_T0);
 }
 
 /* bf16, and the upper half of a float: the lower byte is the lowest exponent bit and the mantissa, the upper one the
  * sign and the rest of the exponent. The exponent is base + code: plane 0 alone decides its lowest bit; above stand half
  * the base, a carry where the base is odd, and the other planes. `wraps`: the sum may pass the largest exponent. */
-INLINE TARGET void join(const uint8_t *bits, uint64_t stride, __m256i half, __m256i rest, const spreading *how,
-                        int planes, int odd, int wraps, __m256i *low, __m256i *high) {
+INLINE TARGET void join(const __m256i *plane, __m256i half, __m256i rest, const spreading *how, int planes, int odd,
+                        int wraps, __m256i *low, __m256i *high) {
     const __m256i seven = _mm256_set1_epi8(0x7f), top = _mm256_set1_epi8((char)0x80);
-    __m256i lowest = spread(bits, how);
+    __m256i lowest = spread_of(plane[0], how);
     __m256i bit = odd ? _mm256_andnot_si256(lowest, top) : _mm256_and_si256(lowest, top);
     *low = _mm256_or_si256(_mm256_and_si256(rest, seven), bit);
     if (odd) half = _mm256_sub_epi8(half, lowest);
     for (int j = 1; j < planes; j++) {
-        __m256i m = spread(bits + (uint64_t)j * stride, how);
+        __m256i m = spread_of(plane[j], how);
         if (j == 1) half = _mm256_sub_epi8(half, m);
         else half = _mm256_add_epi8(half, _mm256_and_si256(m, _mm256_set1_epi8((char)(1 << (j - 1)))));
     }
@@ -56,17 +69,30 @@ INLINE TARGET void join(const uint8_t *bits, uint64_t stride, __m256i half, __m2
     *high = _mm256_or_si256(_mm256_and_si256(rest, top), half);
 }
 
+INLINE TARGET void put_pairs(const __m256i *plane, __m256i half, const uint8_t *bytes, const spreading *how, int planes,
+                             int odd, int wraps, uint8_t *out) {
+    __m256i low, high;
+    join(plane, half, PAIRS_FROM(bytes), how, planes, odd, wraps, &low, &high);
+    _mm256_store_si256((__m256i *)out, _mm256_unpacklo_epi8(low, high));
+    _mm256_store_si256((__m256i *)(out + 32), _mm256_unpackhi_epi8(low, high));
+}
+
 INLINE TARGET void stream_bf16(const endor_stream *s, uint64_t first, uint64_t n, uint8_t *out, int planes, int odd,
                                int wraps) {
-    const spreading how = SPREAD_PAIRS;
+    const spreading how = SPREAD_PAIRS, upper = {_mm256_add_epi8(how.which, _mm256_set1_epi8(4)), how.bit};
     const uint8_t *bits = s->planes + first / 8, *bytes = s->bytes + first;
     const uint64_t stride = s->plane_stride;
     const __m256i half = _mm256_set1_epi8((char)(s->base >> 1));
-    for (; n; n -= 32, bits += 4, bytes += 32, out += 64) {
-        __m256i low, high;
-        join(bits, stride, half, PAIRS_FROM(bytes), &how, planes, odd, wraps, &low, &high);
-        _mm256_store_si256((__m256i *)out, _mm256_unpacklo_epi8(low, high));
-        _mm256_store_si256((__m256i *)(out + 32), _mm256_unpackhi_epi8(low, high));
+    __m256i plane[8];
+    for (; n >= 64; n -= 64, bits += 8, bytes += 64, out += 128) {
+        fetch(bytes, 0, 1, bits, stride, planes);
+        for (int j = 0; j < planes; j++) plane[j] = plane64(bits + (uint64_t)j * stride);
+        put_pairs(plane, half, bytes, &how, planes, odd, wraps, out);
+        put_pairs(plane, half, bytes + 32, &upper, planes, odd, wraps, out + 64);
+    }
+    if (n) {
+        for (int j = 0; j < planes; j++) plane[j] = plane32(bits + (uint64_t)j * stride);
+        put_pairs(plane, half, bytes, &how, planes, odd, wraps, out);
     }
 }
 
@@ -78,8 +104,10 @@ INLINE TARGET void stream_f32(const endor_stream *s, uint64_t first, uint64_t n,
     const uint64_t stride = s->plane_stride;
     const __m256i half = _mm256_set1_epi8((char)(s->base >> 1));
     for (; n; n -= 32, bits += 4, bytes += 32, out += 128) {
-        __m256i lowest = QUADS_FROM(bytes), lower = QUADS_FROM(bytes + step), low, high;
-        join(bits, stride, half, QUADS_FROM(bytes + 2 * step), &how, planes, odd, wraps, &low, &high);
+        fetch(bytes, step, 3, bits, stride, planes);
+        __m256i lowest = QUADS_FROM(bytes), lower = QUADS_FROM(bytes + step), low, high, plane[8];
+        for (int j = 0; j < planes; j++) plane[j] = plane32(bits + (uint64_t)j * stride);
+        join(plane, half, QUADS_FROM(bytes + 2 * step), &how, planes, odd, wraps, &low, &high);
         __m256i a = _mm256_unpacklo_epi8(lowest, lower), b = _mm256_unpackhi_epi8(lowest, lower);
         __m256i c = _mm256_unpacklo_epi8(low, high), d = _mm256_unpackhi_epi8(low, high);
         _mm256_store_si256((__m256i *)out, _mm256_unpacklo_epi16(a, c));
@@ -158,6 +186,7 @@ INLINE TARGET void stream_tops(const endor_stream *s, uint64_t first, uint64_t n
     const uint8_t *bits = s->planes + first / 8, *bytes = s->bytes + first;
     __m256i top[2];
     for (; n >= 64; n -= 64, bits += 8, bytes += 64, out += 64 * itemsize) {
+        fetch(bytes, 0, itemsize == 2, bits, stride, w.rests + w.codes);
         top_bytes(bits, stride, &w, &how, 1, top);
         store_top(bytes, top[0], itemsize, out);
         store_top(bytes + 32, top[1], itemsize, out + 32 * itemsize);

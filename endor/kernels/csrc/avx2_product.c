@@ -70,7 +70,7 @@ INLINE TARGET float total(__m256 x) {
 }
 
 /* As many runs as keep all sums in registers, and sums of a row, which must not depend on the number of runs. */
-#define RUNS(batch) ((batch) <= 4 ? 2 : 1)
+#define RUNS(batch) ((batch) == 1 ? 4 : (batch) <= 4 ? 2 : 1)
 #define SUMS(batch) ((batch) == 1 ? 2 : 1)
 
 typedef struct {
@@ -225,9 +225,13 @@ void endor_avx2_arrange(void *x, uint64_t cols, int itemsize) {
 }
 
 TARGET uint64_t endor_avx2_popcount(const uint8_t *bitmap, uint64_t words) {
-    uint64_t total = 0;
-    for (uint64_t i = 0; i < words; i++) total += count(load64(bitmap + 8 * i));
-    return total;
+    uint64_t a = 0, b = 0, c = 0, d = 0, i = 0;
+    for (; i + 4 <= words; i += 4) {
+        a += count(load64(bitmap + 8 * i)), b += count(load64(bitmap + 8 * i + 8));
+        c += count(load64(bitmap + 8 * i + 16)), d += count(load64(bitmap + 8 * i + 24));
+    }
+    for (; i < words; i++) a += count(load64(bitmap + 8 * i));
+    return a + b + c + d;
 }
 
 #endif

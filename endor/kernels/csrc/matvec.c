@@ -123,11 +123,12 @@ static void prefetch(const uint8_t *at, uint64_t nbytes) {
     for (uint64_t i = 0; i < nbytes; i += 64) __builtin_prefetch(at + i, 0, 2);
 }
 
-/* Fetch what the run needs some spans later, if it goes on as it does now. */
+/* Fetch what the run needs some spans later, if it goes on as it does now. A decoder of any elements fetches its own. */
 static void look_ahead(const product_job *job, const source *from, uint64_t weights, uint64_t count) {
     const endor_stream *s = &job->stream;
     uint64_t rank = from->rank + AHEAD;
     if (job->tensor->bitmap) prefetch(job->tensor->bitmap + (from->flat + AHEAD) / 8, weights / 8);
+    if (job->ops->stream_from) return;
     for (int j = 0; j < s->bit_planes; j++) prefetch(s->planes + (uint64_t)j * s->plane_stride + rank / 8, count / 8);
     for (int j = 0; j < s->byte_planes; j++) prefetch(s->bytes + (uint64_t)j * s->byte_stride + rank, count);
 }
