@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from endor import codecs, kernels
 from endor.codecs import DTYPES, DType
 from endor.errors import DTypeError, FormatError, ShapeError
+from endor.kernels import native
 
 from ..conftest import KERNELS, need
 
@@ -156,6 +157,29 @@ def test_every_exp_stream(
                 for threads in (1, 3)
             ]
             assert np.array_equal(outs[0], outs[1])
+
+
+@pytest.mark.parametrize("cols", [64, 192, 1024, 2048, 2112, 4224])
+@pytest.mark.parametrize("density", [0.02, 0.3, 0.5, 0.9])
+@pytest.mark.parametrize(("code_bits", "base"), [(1, 126), (2, 124), (3, 121), (4, 112)])
+def test_avx2_decodes_ahead_what_raw_stores(
+    code_bits: int, base: int, density: float, cols: int
+) -> None:
+    """Several rows in a span and several spans in a row: the sums of `raw` to the bit."""
+    if "avx2" not in native.available():
+        pytest.skip("this CPU does not run avx2")
+    rng = np.random.default_rng(cols + code_bits)
+    rows = 8192 // cols + 37
+    weight = weights(rng, DTYPES["BF16"], rows, cols, density)
+    weight[rows // 2 :] = weights(rng, DTYPES["BF16"], rows - rows // 2, cols, density / 2)
+    x = rng.standard_normal((1, cols)).astype(np.float32)
+    coded = codecs.exp.encode(weight.ravel(), DTYPES["BF16"], bitmap=True, k=code_bits, base=base)
+    exp = codecs.Encoded(dataclasses.replace(coded.spec, shape=(rows, cols)), coded.arrays)
+    raw = codecs.encode(weight, DTYPES["BF16"], codec="raw", bitmap=True)
+    expected = assert_product(raw, weight, x, kernel="avx2")
+    for threads in (1, 3):
+        found = assert_product(exp, weight, x, threads=threads, kernel="avx2")
+        assert np.array_equal(found.view(np.uint32), expected.view(np.uint32))
 
 
 def test_infinities_stay_in_their_row(compiled: str) -> None:

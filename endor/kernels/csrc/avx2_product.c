@@ -70,7 +70,7 @@ INLINE TARGET float total(__m256 x) {
 }
 
 /* As many runs as keep all sums in registers, and sums of a row, which must not depend on the number of runs. */
-#define RUNS(batch) ((batch) == 1 ? 4 : (batch) <= 4 ? 2 : 1)
+#define RUNS(batch) ((batch) <= 4 ? 2 : 1)
 #define SUMS(batch) ((batch) == 1 ? 2 : 1)
 
 typedef struct {
