@@ -159,6 +159,8 @@ class HotExperts:
         join_all(self._threads)
         with self._lock:
             self._at.clear()
+            for home in self._homes:
+                home.held = None  # it refers back to its home, whose memory shall go now
             self._homes.clear()
 
     # ---- under the lock ------------------------------------------------------------------------
