@@ -220,8 +220,7 @@ class NeuronReads:
         unit, data = parts.unit, self._buffer.array
         start = time.perf_counter()
         stat = read_spans(self._reader, unit.record, spans, self._buffer)
-        stop = time.perf_counter()
-        checked = 0.0
+        stop = end = time.perf_counter()
         if parts.sums is not None:
             starts = np.concatenate(
                 [np.arange(a, b, ALIGN) for a, b in spans] or [np.zeros(0, int)]
@@ -234,18 +233,9 @@ class NeuronReads:
                     f"{unit.record.offset + int(starts[wrong[0]])} since it was first read; "
                     "something writes to the file: load the model again"
                 )
-            checked = time.perf_counter() - stop
-        counters = self._ledger.counters
-        counters.reads += 1
-        counters.read_bytes += stat.nbytes
-        counters.read_s += stop - start
-        counters.retries += stat.retries
-        counters.checks += checked > 0
-        counters.check_s += checked
-        counters.stalls += 1
-        counters.stall_s += stop - start + checked
-        self._ledger.note("read", unit.name, start, stop, stat.nbytes)
-        self._ledger.note("stall", unit.name, start, stop + checked, stat.nbytes)
+            end = time.perf_counter()
+        self._ledger.note_read(unit.name, start, stop, end, stat)
+        self._ledger.note_stall(unit.name, start, stat.nbytes)
         if parts.encoded is None:
             whole = unit.layout.bind(parts.entry.name, data[: unit.nbytes])
             parts.encoded = Encoded(whole.spec, {**whole.arrays, **parts.index})
