@@ -152,6 +152,11 @@ def _bind(library: ctypes.CDLL) -> ctypes.CDLL:
         ("exp_free", None, (pointer,)),
         ("matvec", i32, (i32, pointer, i32, u64, u64, pointer, i32, u64, pointer, i32)),
         ("matvec_rows", i32, (i32, pointer, i32, u64, u64, u64, pointer, i32, u64, pointer, i32)),
+        (
+            "matvec_chosen",
+            i32,
+            (i32, pointer, i32, u64, u64, pointer, u64, pointer, i32, u64, pointer, i32),
+        ),
         ("int_decode", i32, (i32, pointer, pointer, u64, u64, i32, i32, i32)),
         (
             "int_encode",

@@ -56,6 +56,22 @@ uint8_t *endor_stream_run(const endor_ops *ops, const endor_tensor *t, const end
     return buf + (first - begin) * itemsize;
 }
 
+/* Fetch whole tiles around the elements [flat, end). */
+void endor_fetch(const endor_tensor *t, const endor_stream *s, uint64_t flat, uint64_t end) {
+    uint64_t first = flat / ENDOR_TILE, last = tiles_of(end);
+    uint64_t rank = endor_rank_of_tile(t, first), stop = endor_rank_of_tile(t, last);
+    if (stop < rank || stop - rank > (last - first) * ENDOR_TILE) return;
+    if (t->bitmap) endor_prefetch(t->bitmap + first * (ENDOR_TILE / 8), (last - first) * (ENDOR_TILE / 8));
+    if (t->codec != ENDOR_EXP) {
+        endor_prefetch(t->values + rank * (uint64_t)t->itemsize, (stop - rank) * (uint64_t)t->itemsize);
+        return;
+    }
+    for (int j = 0; j < s->byte_planes; j++) endor_prefetch(s->bytes + (uint64_t)j * s->byte_stride + rank, stop - rank);
+    for (int j = 0; j < s->bit_planes; j++) {
+        endor_prefetch(s->planes + (uint64_t)j * s->plane_stride + rank / 8, (stop - rank) / 8 + 1);
+    }
+}
+
 /* The patches from stored element `rank` on, which tile `tile` holds. */
 endor_patches endor_patches_at(const endor_tensor *t, uint64_t tile, uint64_t rank) {
     endor_patches cursor = {0};

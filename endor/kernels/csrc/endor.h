@@ -192,6 +192,7 @@ void endor_parallel(int threads, uint64_t nbytes, void (*fn)(void *), void *cont
 void endor_stream_of(const endor_tensor *t, endor_stream *s);
 uint8_t *endor_stream_run(const endor_ops *ops, const endor_tensor *t, const endor_stream *s, uint64_t first,
                           uint64_t last, uint8_t *buf);
+void endor_fetch(const endor_tensor *t, const endor_stream *s, uint64_t flat, uint64_t end);
 endor_patches endor_patches_at(const endor_tensor *t, uint64_t tile, uint64_t rank);
 void endor_patch(const endor_tensor *t, endor_patches *cursor, uint64_t tile_end, uint64_t first, uint64_t last,
                  uint8_t *elements);
@@ -207,6 +208,11 @@ ENDOR_INLINE void store32(uint8_t *p, uint32_t v) { memcpy(p, &v, 4); }
 ENDOR_INLINE uint64_t min64(uint64_t a, uint64_t b) { return a < b ? a : b; }
 ENDOR_INLINE int log2_itemsize(int itemsize) { return itemsize == 4 ? 2 : itemsize - 1; }
 ENDOR_INLINE uint64_t tiles_of(uint64_t n) { return (n + ENDOR_TILE - 1) / ENDOR_TILE; }
+
+/* Into the second cache. */
+ENDOR_INLINE void endor_prefetch(const uint8_t *at, uint64_t nbytes) {
+    for (uint64_t i = 0; i < nbytes; i += 64) __builtin_prefetch(at + i, 0, 2);
+}
 
 /* The stored elements before a tile. */
 ENDOR_INLINE uint64_t endor_rank_of_tile(const endor_tensor *t, uint64_t tile) {

@@ -23,6 +23,8 @@ typedef struct {
     endor_operand x;
     endor_operand arranged; /* x for `exp_rows`; NULL where they do not apply */
     uint64_t first, rows, cols, chunk; /* rows [first, first + rows) */
+    const uint32_t *chosen;            /* NULL, or `count` rows, rising: these alone */
+    uint64_t count;                    /* of rows that are multiplied */
     int by_rows; /* not by tiles */
     float *out;  /* (batch, rows), moved back by `first`: row r of the weight is at out[r] */
     atomic_uint_fast64_t next;
@@ -119,18 +121,22 @@ static void start(const product_job *job, uint64_t row, endor_run *run, source *
     run->out = job->out + row;
 }
 
-static void prefetch(const uint8_t *at, uint64_t nbytes) {
-    for (uint64_t i = 0; i < nbytes; i += 64) __builtin_prefetch(at + i, 0, 2);
-}
-
 /* Fetch what the run needs some spans later, if it goes on as it does now. A decoder of any elements fetches its own. */
 static void look_ahead(const product_job *job, const source *from, uint64_t weights, uint64_t count) {
     const endor_stream *s = &job->stream;
     uint64_t rank = from->rank + AHEAD;
-    if (job->tensor->bitmap) prefetch(job->tensor->bitmap + (from->flat + AHEAD) / 8, weights / 8);
+    if (job->tensor->bitmap) endor_prefetch(job->tensor->bitmap + (from->flat + AHEAD) / 8, weights / 8);
     if (job->ops->stream_from) return;
-    for (int j = 0; j < s->bit_planes; j++) prefetch(s->planes + (uint64_t)j * s->plane_stride + rank / 8, count / 8);
-    for (int j = 0; j < s->byte_planes; j++) prefetch(s->bytes + (uint64_t)j * s->byte_stride + rank, count);
+    for (int j = 0; j < s->bit_planes; j++) endor_prefetch(s->planes + (uint64_t)j * s->plane_stride + rank / 8, count / 8);
+    for (int j = 0; j < s->byte_planes; j++) endor_prefetch(s->bytes + (uint64_t)j * s->byte_stride + rank, count);
+}
+
+/* Fetch what rows chosen[at] to chosen[end - 1] need: rows follow in no order that the hardware could see. */
+static void fetch_chosen(const product_job *job, uint64_t at, uint64_t end) {
+    for (; at < end; at++) {
+        uint64_t flat = job->chosen[at] * job->cols;
+        endor_fetch(job->tensor, &job->stream, flat, flat + job->cols);
+    }
 }
 
 /* Bring the stored elements of the next `weights` weights into the buffer. */
@@ -189,9 +195,8 @@ static uint64_t product_in_place(const product_job *job, endor_run *runs, source
     return done;
 }
 
-/* `each` rows of n_runs runs that follow each other from `row` on. Whether a row is read in place rests on where it
- * is alone. */
-static void product_of_runs(const product_job *job, uint64_t row, int n_runs, uint64_t each) {
+/* `each` rows from firsts[i] on, for n_runs of these. Whether a row is read in place rests on where it is alone. */
+static void product_of_runs(const product_job *job, const uint64_t *firsts, int n_runs, uint64_t each) {
     ENDOR_ALIGNED uint8_t buffers[ENDOR_MAX_RUNS][SPAN_BYTES];
     ENDOR_ALIGNED float sums[ENDOR_MAX_RUNS][ENDOR_SUMS];
     endor_run runs[ENDOR_MAX_RUNS];
@@ -199,7 +204,7 @@ static void product_of_runs(const product_job *job, uint64_t row, int n_runs, ui
     for (int i = 0; i < n_runs; i++) {
         runs[i].sums = sums[i];
         from[i].buffer = buffers[i];
-        start(job, row + (uint64_t)i * each, runs + i, from + i);
+        start(job, firsts[i], runs + i, from + i);
     }
     uint64_t done = product_in_place(job, runs, from, n_runs, each);
     for (int i = 0; i < n_runs && done < each && (job->arranged.x || job->tensor->codec != ENDOR_EXP); i++) {
@@ -213,21 +218,40 @@ static void product_of_runs(const product_job *job, uint64_t row, int n_runs, ui
 /* Several runs of rows in lockstep share the loads of x, which streaming the values drives out of L1. */
 static void product_of_rows(const product_job *job, uint64_t row, uint64_t end_row) {
     int n_runs = job->ops->row_runs(&job->x, job->arranged.x != NULL);
-    uint64_t each = (end_row - row) / (uint64_t)n_runs;
-    if (each) product_of_runs(job, row, n_runs, each);
-    row += (uint64_t)n_runs * each;
-    if (row < end_row) product_of_runs(job, row, 1, end_row - row);
+    uint64_t each = (end_row - row) / (uint64_t)n_runs, firsts[ENDOR_MAX_RUNS];
+    for (int i = 0; i < n_runs; i++, row += each) firsts[i] = row;
+    if (each) product_of_runs(job, firsts, n_runs, each);
+    if (row < end_row) product_of_runs(job, &row, 1, end_row - row);
+}
+
+/* Rows chosen[at] to chosen[end - 1], which lie anywhere: as many in lockstep, one row a run. The same sums, since the sum
+ * of a row does not depend on those beside it. */
+static int product_of_chosen(product_job *job, uint64_t at, uint64_t end) {
+    int n_runs = job->by_rows ? job->ops->row_runs(&job->x, job->arranged.x != NULL) : 1;
+    for (uint64_t rows[ENDOR_MAX_RUNS]; at < end; at += (uint64_t)n_runs) {
+        if (end - at < (uint64_t)n_runs) n_runs = 1;
+        for (int i = 0; i < n_runs; i++) rows[i] = job->chosen[at + (uint64_t)i];
+        fetch_chosen(job, at + (uint64_t)n_runs, min64(at + 2 * (uint64_t)n_runs, end));
+        if (job->by_rows) {
+            product_of_runs(job, rows, n_runs, 1);
+            continue;
+        }
+        int status = product_of_tiles(job, rows[0], rows[0] + 1);
+        if (status != ENDOR_OK) return status;
+    }
+    return ENDOR_OK;
 }
 
 static void product_chunks(void *context) {
     product_job *job = context;
     for (;;) {
         uint64_t row = atomic_fetch_add_explicit(&job->next, job->chunk, memory_order_relaxed);
-        if (row >= job->rows || atomic_load_explicit(&job->status, memory_order_relaxed)) return;
-        uint64_t end = job->first + min64(row + job->chunk, job->rows);
+        if (row >= job->count || atomic_load_explicit(&job->status, memory_order_relaxed)) return;
+        uint64_t end = job->first + min64(row + job->chunk, job->count);
         row += job->first;
         int status = ENDOR_OK;
-        if (job->integer) status = product_of_pieces(job, row, end);
+        if (job->chosen) status = product_of_chosen(job, row, end);
+        else if (job->integer) status = product_of_pieces(job, row, end);
         else if (job->by_rows) product_of_rows(job, row, end);
         else status = product_of_tiles(job, row, end);
         if (status != ENDOR_OK) atomic_store(&job->status, status);
@@ -281,7 +305,8 @@ static int multiply(product_job *job, int reorder, int in_place, const void *x, 
     }
     /* a share of codec int begins by passing over what lies before it in a chunk: few shares */
     uint64_t shares = (job->integer ? 1 : 8) * (uint64_t)(threads > 0 ? threads : 1);
-    job->chunk = job->integer ? (job->rows + shares - 1) / shares : job->rows / shares;
+    if (!job->chosen) job->count = job->rows;
+    job->chunk = job->integer ? (job->count + shares - 1) / shares : job->count / shares;
     if (job->chunk < 1) job->chunk = 1;
     atomic_init(&job->status, ENDOR_OK);
     for (uint64_t b = 0; b < batch && atomic_load(&job->status) == ENDOR_OK; b += ENDOR_MAX_BATCH) {
@@ -292,7 +317,7 @@ static int multiply(product_job *job, int reorder, int in_place, const void *x, 
         job->arranged.x = in_place ? arranged + offset : NULL;
         job->out = (float *)((uintptr_t)(out + b * job->rows) - job->first * sizeof *out);
         atomic_init(&job->next, 0);
-        endor_parallel(threads, 2 * job->rows * job->cols, product_chunks, job);
+        endor_parallel(threads, 2 * job->count * job->cols, product_chunks, job);
     }
     free(operand);
     free(arranged);
@@ -303,25 +328,45 @@ static int outside(uint64_t numel, uint64_t first, uint64_t rows, uint64_t cols)
     return cols && (first > numel / cols || rows > numel / cols - first);
 }
 
+/* The rows that the job names, of a tensor that is not of codec int. */
+static int multiply_tensor(product_job *job, int weight_kind, const void *x, int x_kind, uint64_t batch, float *out,
+                           int threads) {
+    const endor_tensor *tensor = job->tensor;
+    if (!job->rows || !batch) return ENDOR_OK;
+    if (!job->cols) {
+        memset(out, 0, job->rows * batch * sizeof *out);
+        return ENDOR_OK;
+    }
+    if (tensor->codec == ENDOR_EXP) endor_stream_of(tensor, &job->stream);
+    job->x.weight = weight_kind;
+    job->x.bf16_pairs = job->ops->bf16_pairs && weight_kind == ENDOR_X_BF16 && x_kind == ENDOR_X_BF16;
+    int whole = job->cols % 64 == 0;
+    int in_place = job->ops->exp_rows && tensor->codec == ENDOR_EXP && weight_kind == ENDOR_X_BF16 && tensor->bitmap &&
+                   whole && tensor->patches <= tensor->nnz / RARE && tensor->nnz / 13 <= tensor->numel / 16;
+    job->by_rows = job->ops->rows && (tensor->bitmap || job->ops->rows_without_bitmap) && whole;
+    int reorder = job->by_rows && !tensor->bitmap && weight_kind == ENDOR_X_BF16;
+    return multiply(job, reorder, in_place, x, x_kind, batch, out, threads);
+}
+
 /* Rows [first, first + rows) alone: x: (batch, cols), contiguous, of kind x_kind; out: float (batch, rows).
  * weight_kind says how W's bits are read. */
 ENDOR_API int endor_matvec_rows(int kernel, const endor_tensor *tensor, int weight_kind, uint64_t first, uint64_t rows,
                                 uint64_t cols, const void *x, int x_kind, uint64_t batch, float *out, int threads) {
     product_job job = {.ops = endor_ops_of(kernel), .tensor = tensor, .first = first, .rows = rows, .cols = cols};
     if (!job.ops || outside(tensor->numel, first, rows, cols)) return ENDOR_UNSUPPORTED;
-    if (!rows || !batch) return ENDOR_OK;
-    if (!cols) {
-        memset(out, 0, rows * batch * sizeof *out);
-        return ENDOR_OK;
-    }
-    if (tensor->codec == ENDOR_EXP) endor_stream_of(tensor, &job.stream);
-    job.x.weight = weight_kind;
-    job.x.bf16_pairs = job.ops->bf16_pairs && weight_kind == ENDOR_X_BF16 && x_kind == ENDOR_X_BF16;
-    int in_place = job.ops->exp_rows && tensor->codec == ENDOR_EXP && weight_kind == ENDOR_X_BF16 && tensor->bitmap &&
-                   cols % 64 == 0 && tensor->patches <= tensor->nnz / RARE && tensor->nnz / 13 <= tensor->numel / 16;
-    job.by_rows = job.ops->rows && (tensor->bitmap || job.ops->rows_without_bitmap) && cols % 64 == 0;
-    int reorder = job.by_rows && !tensor->bitmap && weight_kind == ENDOR_X_BF16;
-    return multiply(&job, reorder, in_place, x, x_kind, batch, out, threads);
+    return multiply_tensor(&job, weight_kind, x, x_kind, batch, out, threads);
+}
+
+/* `count` rows alone, in rising order; out: float (batch, rows), of which nothing else is written. */
+ENDOR_API int endor_matvec_chosen(int kernel, const endor_tensor *tensor, int weight_kind, uint64_t rows, uint64_t cols,
+                                  const uint32_t *chosen, uint64_t count, const void *x, int x_kind, uint64_t batch,
+                                  float *out, int threads) {
+    product_job job = {.ops = endor_ops_of(kernel), .tensor = tensor, .rows = rows, .cols = cols, .chosen = chosen,
+                       .count = count};
+    if (!job.ops || outside(tensor->numel, 0, rows, cols)) return ENDOR_UNSUPPORTED;
+    if (count && chosen[count - 1] >= rows) return ENDOR_UNSUPPORTED;
+    if (!count || !cols) return ENDOR_OK;
+    return multiply_tensor(&job, weight_kind, x, x_kind, batch, out, threads);
 }
 
 /* All rows. */

@@ -26,28 +26,6 @@ typedef struct {
     atomic_int status;
 } neuron_job;
 
-static void prefetch(const uint8_t *at, uint64_t nbytes) {
-    for (uint64_t i = 0; i < nbytes; i += 64) __builtin_prefetch(at + i, 0, 2);
-}
-
-/* Fetch what the elements [flat, end) need: rows follow in no order that the hardware could see. */
-static void look_ahead(const neuron_job *job, uint64_t flat, uint64_t end) {
-    const endor_tensor *t = job->tensor;
-    const endor_stream *s = &job->stream;
-    uint64_t first = flat / ENDOR_TILE, last = tiles_of(end);
-    uint64_t rank = endor_rank_of_tile(t, first), stop = endor_rank_of_tile(t, last);
-    if (stop < rank || stop - rank > (last - first) * ENDOR_TILE) return;
-    if (t->bitmap) prefetch(t->bitmap + first * (ENDOR_TILE / 8), (last - first) * (ENDOR_TILE / 8));
-    if (t->codec != ENDOR_EXP) {
-        prefetch(t->values + rank * (uint64_t)t->itemsize, (stop - rank) * (uint64_t)t->itemsize);
-        return;
-    }
-    for (int j = 0; j < s->byte_planes; j++) prefetch(s->bytes + (uint64_t)j * s->byte_stride + rank, stop - rank);
-    for (int j = 0; j < s->bit_planes; j++) {
-        prefetch(s->planes + (uint64_t)j * s->plane_stride + rank / 8, (stop - rank) / 8 + 1);
-    }
-}
-
 /* Columns [begin, end) of all sums. */
 static int add_columns(neuron_job *job, uint64_t begin, uint64_t end) {
     ENDOR_ALIGNED uint8_t weights[ENDOR_TILE * 4 + ENDOR_SLACK];
@@ -59,7 +37,8 @@ static int add_columns(neuron_job *job, uint64_t begin, uint64_t end) {
         uint64_t first = job->active[a] * job->cols, flat = first + begin, stop = first + end;
         if (a + 1 < job->n_active) {
             uint64_t next = job->active[a + 1] * job->cols;
-            look_ahead(job, next + begin, next + end);
+            /* rows follow in no order that the hardware could see */
+            endor_fetch(t, &job->stream, next + begin, next + end);
         }
         while (flat < stop) {
             uint64_t tile = flat / ENDOR_TILE, len = min64((tile + 1) * ENDOR_TILE, stop) - flat;
