@@ -82,6 +82,13 @@ def inspect_command(packed: Path, asks_model: bool, revision: str | None, as_jso
             f"packed weights: {sizes.weights:,}, density {sizes.density:.4f}, "
             f"{sizes.bits_per_weight:.3f} bits a weight with all metadata and padding"
         )
+    if found.neurons is not None and found.neurons.active:
+        counts = found.neurons
+        texts = ", ".join(map(str, counts.calibration.get("texts", ["calibration text"])))
+        show(
+            f"neurons: {counts.zeros:.1%} of the activations are zero over {counts.tokens:,} "
+            f"tokens of {texts}; {counts.makers(0.8):.0%} of the neurons make 80 % of the others"
+        )
     if found.source is not None:
         show(f"packed from {found.source}")
     recoded_line(sizes, sizes.recoded_tensors)

@@ -22,7 +22,9 @@ from endor.cli.common import (
 from endor.cli.hub import at_hand, revision_option
 from endor.cli.progress import calibration_progress, progress_bar
 from endor.cli.pruning import (
+    COUNTING,
     calibration_options,
+    counts_neurons,
     dequantize_option,
     method_help,
     quantize_options,
@@ -69,7 +71,8 @@ count; of smaller ones `endor inspect --model` tells."""
     "--neurons",
     is_flag=True,
     help="Where the activation is exactly zero for many neurons (ReLU, its square), store second "
-    "matrices of feed-forward blocks by neuron, so that products skip those that are zero.",
+    "matrices of feed-forward blocks by neuron, so that products skip those that are zero. With "
+    "--calibration, also count how often each is active: the busiest then stay in memory.",
 )
 @selection_options
 @click.option(
@@ -127,8 +130,11 @@ def pack_command(
     if out is None:
         raise click.UsageError("Missing argument 'OUT'.")
     quantizes = options["bits"] is not None or options["quality"] is not None
+    context = click.get_current_context()
+    count = counts_neurons(context, neurons)
     if prune == "none" and not quantizes:
-        refuse_idle(click.get_current_context(), "--prune METHOD or --bits")
+        used = COUNTING if count else frozenset[str]()
+        refuse_idle(context, "--prune METHOD or --bits", used)
     if neurons and (quantizes or codec == "dense"):
         raise click.UsageError("--neurons takes codecs raw and exp: leave out one of the options")
     if codec != "auto" and (quantizes or dequantize):
@@ -143,6 +149,7 @@ def pack_command(
         "codec": codec,
         "dequantize": dequantize,
         "neurons": neurons,
+        "count": count,
         "include": include,
         "exclude": exclude,
         "max_shard_bytes": max_shard_size,

@@ -193,8 +193,13 @@ def _texts(
     return None
 
 
-def refuse_idle(ctx: click.Context, needed: str) -> None:
+def refuse_idle(ctx: click.Context, needed: str, used: frozenset[str] = frozenset()) -> None:
     """Raise where an option for pruning was given and nothing is pruned.
+
+    Args:
+        ctx: Of the command.
+        needed: The option that is missing.
+        used: Options that something else than pruning needs.
 
     Raises:
         UsageError: Such an option is on the command line.
@@ -202,8 +207,20 @@ def refuse_idle(ctx: click.Context, needed: str) -> None:
     idle = {field.name for field in fields(PruneOptions)} | {"scratch"}
     for option in ctx.command.params:
         given = ctx.get_parameter_source(option.name or "") is ParameterSource.COMMANDLINE
-        if given and option.name in idle - {"method", "device", "trust_remote_code"}:
+        if given and option.name in idle - {"method", "device", "trust_remote_code"} - used:
             raise click.UsageError(f"{option.opts[0]} does nothing without {needed}", ctx)
+
+
+COUNTING = frozenset(
+    {"calibration", "samples", "seq_len", "seed", "chat_template", "memory_bytes", "scratch"}
+)
+"""What a calibration is told that changes nothing."""
+
+
+def counts_neurons(ctx: click.Context, neurons: bool) -> bool:
+    """Whether neurons are to be counted: a calibration text was named."""
+    given = ctx.get_parameter_source("calibration") is ParameterSource.COMMANDLINE
+    return neurons and given and ctx.params["calibration"] is not None
 
 
 def _count(name: str, default: int, help: str) -> Callable[[Command], Command]:

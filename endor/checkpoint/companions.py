@@ -26,6 +26,9 @@ from endor.errors import CheckpointError, EndorError
 from endor.jsontext import parse
 from endor.storage.layout import FORMAT_VERSION
 
+OF_SHARDS = frozenset({"endor.neurons.safetensors"})
+"""Files that say something of the shards beside them, and of no others."""
+
 QUANTIZATION_KEY = "quantization_config"
 SOURCE_QUANTIZATION_KEY = "source_quantization_config"
 TEMPLATE_DIRECTORY = "additional_chat_templates"
@@ -219,6 +222,7 @@ def _weight_files(source: CheckpointSource) -> set[str]:
     assert source.directory is not None
     names = {path.name for path in source.directory.iterdir()}
     packed = {name for name in names if SHARD_NAME.fullmatch(name)}
+    packed |= names & OF_SHARDS if packed else set()
     dense = {tensor.file for tensor in source.tensors.values()}
     if packed or dense & names:
         return packed or dense

@@ -34,7 +34,7 @@ from endor.checkpoint.index import (
 from endor.checkpoint.manifest import Writes
 from endor.checkpoint.neurons import encode_turned
 from endor.checkpoint.output import OutputDirectory
-from endor.checkpoint.pack_options import PackOptions, Part
+from endor.checkpoint.pack_options import Made, PackOptions, Part
 from endor.checkpoint.pipeline import OrderedWork, ScratchPool
 from endor.checkpoint.plan import Unit, plan_units
 from endor.checkpoint.reading import TensorLoader, WeightPruner
@@ -105,8 +105,8 @@ def convert(
     described = options.describe()
     dense_files = dense_file_names(source.tensors.values())
     companions = find_companions(source)
-    more = part.files() if part is not None else {}
-    writes = {**_writes(companions, source.config()), **dict.fromkeys(more)}
+    made: dict[str, bytes | Made] = {**options.made, **(part.files() if part is not None else {})}
+    writes = {**_writes(companions, source.config()), **dict.fromkeys(made)}
     with OutputDirectory(
         out,
         identity=identity,
@@ -130,10 +130,11 @@ def convert(
         config = packed_config(source.config(), described, format_version(layouts))
         copy_companions(companions, output.folder, config)
         document = build_index(layouts, dense_files, writes.keys() - {PACKED_INDEX_NAME})
-        for name, content in more.items():
-            (output.folder / name).write_bytes(content)
         for name in _index_names(source.config()):
             (output.folder / name).write_bytes(index_text(document))
+        for name, content in made.items():
+            bits = content if isinstance(content, bytes) else content(output.folder)
+            (output.folder / name).write_bytes(bits)
         output.publish([*writes, *(layout.path.name for layout in layouts)])
     return PackReport(
         path=output.out,

@@ -7,6 +7,7 @@ from typing import Any
 from endor.checkpoint.companions import QUANTIZATION_KEY
 from endor.checkpoint.directory import read_config
 from endor.checkpoint.index import check_shards, read_packed_index
+from endor.checkpoint.neuron_counts import NeuronCounts, read_neuron_counts
 from endor.checkpoint.report import Sizes
 from endor.codecs import TensorSpec
 from endor.hub.origin import Origin
@@ -54,12 +55,14 @@ class Inspection:
         rows: Its tensors.
         sizes: Totals.
         source: The model on the Hub that was packed, where it was one.
+        neurons: How often neurons were active in calibration text, where they were counted.
     """
 
     path: Path
     rows: tuple[TensorRow, ...]
     sizes: Sizes
     source: Origin | None = None
+    neurons: NeuronCounts | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Return everything for JSON."""
@@ -68,6 +71,7 @@ class Inspection:
             "source": None if self.source is None else self.source.to_dict(),
             "tensors": [row.to_dict() for row in self.rows],
             "totals": self.sizes.to_dict(),
+            "neurons": None if self.neurons is None else self.neurons.to_dict(),
         }
 
 
@@ -76,15 +80,16 @@ def inspect_checkpoint(packed_dir: Path | str) -> Inspection:
 
     Raises:
         CheckpointError: `packed_dir` is no packed checkpoint, or lacks a shard.
-        FormatError: the index or a header is damaged.
+        FormatError: the index, a header or the counts of neurons are damaged.
     """
     path = Path(packed_dir)
     if path.is_file():
-        layouts = [FileLayout.read(path)]
+        layouts, neurons = [FileLayout.read(path)], None
     else:
         index = read_packed_index(path)
         layouts = [FileLayout.read(path / file) for file in index.files]
         check_shards(path, index, layouts)
+        neurons = read_neuron_counts(path, layouts)
     rows = tuple(
         TensorRow(entry.name, entry.spec, entry.record, layout.path.name)
         for layout in layouts
@@ -92,4 +97,4 @@ def inspect_checkpoint(packed_dir: Path | str) -> Inspection:
     )
     section = None if path.is_file() else (read_config(path) or {}).get(QUANTIZATION_KEY)
     source = Origin.of_config(section) if isinstance(section, dict) else None
-    return Inspection(path, rows, Sizes.of(layouts), source)
+    return Inspection(path, rows, Sizes.of(layouts), source, neurons)

@@ -90,6 +90,13 @@ def find_neurons(source: CheckpointSource, selected: frozenset[str]) -> Neurons:
     return Neurons(matrices, zero[0])
 
 
+def first_matrices(name: str) -> tuple[str, ...]:
+    """Return what the first matrices of a block may be called whose second one is `name`."""
+    module = name.removesuffix(".weight")
+    block, dot, own = module.rpartition(".")
+    return tuple(f"{block}{dot}{first}.weight" for first in _FIRST_OF.get(own, ()))
+
+
 def encode_turned(
     name: str,
     bits: np.ndarray,
@@ -140,8 +147,7 @@ def _is_second(tensor: SourceTensor, tensors: Mapping[str, SourceTensor], sizes:
     hidden, neurons = tensor.shape
     if tensor.dtype.name not in ("BF16", "F16", "F32") or (sizes and hidden not in sizes):
         return False
-    beside = (f"{block}.{first}.weight" for first in _FIRST_OF.get(own, ()))
-    shapes = [tensors[name].shape for name in beside if name in tensors]
+    shapes = [tensors[first].shape for first in first_matrices(tensor.name) if first in tensors]
     # GPT-2 stores its matrices the other way round, which looks the same where both are square
     square = hidden == neurons and own == "c_proj"
     return not square and any(shape == (neurons, hidden) for shape in shapes)

@@ -1,12 +1,16 @@
 """What the bytes of a packed checkpoint depend on besides its source."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Protocol
 
 from endor.checkpoint.neurons import Neurons
 from endor.checkpoint.plan import Unit
 from endor.codecs import CodecChoice, Encoded
+
+Made = Callable[[Path], bytes]
+"""Makes the content of a file, given the directory with all that a packed checkpoint holds."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,6 +25,7 @@ class PackOptions:
         dequantized: Format that they were quantised in before, where the source reads them out of
             it; else empty.
         neurons: What is stored by neuron.
+        made: Files that are made last, by name.
     """
 
     codec: CodecChoice
@@ -29,6 +34,7 @@ class PackOptions:
     quantize: Mapping[str, Any] = field(default_factory=dict)
     dequantized: str = ""
     neurons: Neurons = field(default_factory=Neurons)
+    made: Mapping[str, Made] = field(default_factory=dict)
 
     def describe(self) -> dict[str, Any]:
         """Return what config.json says of it."""

@@ -16,7 +16,7 @@ from endor.checkpoint.located import located
 from endor.checkpoint.manifest import Writes
 from endor.checkpoint.neurons import Neurons, find_neurons
 from endor.checkpoint.output import check_output
-from endor.checkpoint.pack_options import PackOptions, Part
+from endor.checkpoint.pack_options import Made, PackOptions, Part
 from endor.checkpoint.recode import FieldedSource, recodable
 from endor.checkpoint.report import PackReport, Progress
 from endor.checkpoint.select import select
@@ -26,8 +26,10 @@ from endor.checkpoint.sources.dequantized import DequantizedSource
 from endor.checkpoint.targets import output_path
 from endor.codecs import CodecChoice
 from endor.errors import ConfigError
+from endor.packing.neurons import counting
 from endor.packing.prepared import opened, prepared
 from endor.pruning.contract import Progress as LayerProgress
+from endor.pruning.contract import PruneOptions
 from endor.pruning.run import Prune, is_calibrated, resolved
 from endor.quantization.contract import QuantizeOptions
 
@@ -50,6 +52,7 @@ def pack_checkpoint(
     dequantize: bool = False,
     codec: CodecChoice = "auto",
     neurons: bool = False,
+    count: bool = False,
     include: Sequence[str] = (),
     exclude: Sequence[str] = (),
     max_shard_bytes: int = DEFAULT_SHARD_BYTES,
@@ -95,6 +98,8 @@ def pack_checkpoint(
         codec: For the packed tensors: "auto", "raw", "exp" or "dense".
         neurons: Store the second matrices of feed-forward blocks by neuron, where the activation is
             exactly zero for many: their product then skips those.
+        count: Count in how many tokens of the calibration text of `prune` each such neuron is
+            active, and store that: it says which are worth keeping in memory.
         include: Patterns (globs, or `re:` and a regular expression) of tensors to pack besides the
             matrices of the layers.
         exclude: Patterns of tensors to leave as they are.
@@ -125,6 +130,11 @@ def pack_checkpoint(
         raise ConfigError(f"codec: quantised tensors take codec int, not {codec!r}; leave it out")
     if neurons and (quantizes or dequantize or codec == "dense"):
         raise ConfigError("neurons: stores codecs raw and exp by neuron, no integers; leave it out")
+    if count and (not neurons or stream or part is not None):
+        raise ConfigError(
+            "count: goes with neurons, of a model that is packed by one process and not streamed; "
+            "leave it out"
+        )
     out, how = output_path(out_dir), resolved(prune, sparsity, pattern)
     if stream and (is_calibrated(how) or (quantizes and calibrate) or dequantize):
         raise ConfigError(
@@ -165,10 +175,14 @@ def pack_checkpoint(
     where = out if stream else None
     with opened(model, check, revision, stream_into=where, dequantize=dequantize) as source:
         selected = select(source.tensors.values(), include=include, exclude=exclude)
-        if quantizes or is_calibrated(how):
+        if quantizes or count or is_calibrated(how):
             check(source.path, pack_writes(source))
         stored = (source.config() or {}).get(QUANTIZATION_KEY)
         by_neuron = find_neurons(source, selected) if neurons else Neurons()
+        made: Mapping[str, Made] = {}
+        if count and by_neuron.matrices:
+            asked = how if isinstance(how, PruneOptions) else PruneOptions()
+            made = counting(source, asked, by_neuron.matrices, layers)
         with prepared(source, how, selected, quantize, quality, calibrate, layers) as found:
             lossless = not (quantizes or found.pruner or is_calibrated(how))
             recoded = recodable(source, exclude) if lossless and codec == "auto" else {}
@@ -195,6 +209,7 @@ def pack_checkpoint(
                 quantized or found.quantized,
                 source.quantization if isinstance(source, DequantizedSource) else "",
                 by_neuron,
+                made,
             )
             report = convert(
                 found.source,

@@ -59,7 +59,7 @@ class PrunedSource(WrappedSource):
             folder = options.scratch
             folder.mkdir(parents=True, exist_ok=True)
         try:
-            with _explained(source.path):
+            with explained(source.path):
                 self._stream = LayerStream(source, options, selected, folder, progress, quantizer)
         except BaseException:
             self._drop_scratch()
@@ -85,7 +85,7 @@ class PrunedSource(WrappedSource):
     def _tensor(self, index: int, name: str) -> torch.Tensor:
         """Return what the stream made for a layer."""
         while self._stream.done <= index:
-            with _explained(self._source.path):
+            with explained(self._source.path):
                 self._layer = self._stream.next_layer()
         tensor = self._layer.get(name)
         if tensor is None:
@@ -120,7 +120,7 @@ class PrunedSource(WrappedSource):
 
 
 @contextmanager
-def _explained(path: Path) -> Iterator[None]:
+def explained(path: Path) -> Iterator[None]:
     """Turn what a model's own code raises when it is run layer by layer into a `PruningError`."""
     try:
         yield

@@ -35,13 +35,11 @@ from endor.pruning.finetune import Schedule, autocast, finetune
 from endor.pruning.finished import FinishedLayers, fingerprint
 from endor.pruning.heap import reused_blocks
 from endor.pruning.layer import LayerMatrices
+from endor.pruning.passes import batch_windows, embedded
 from endor.pruning.renewed import renewed
 from endor.pruning.sensitivity import probe
 from endor.pruning.skeleton import Call, Skeleton
 from endor.pruning.statistics import collect
-
-BATCH_TOKENS = 2048
-"""Tokens of the windows that pass through a layer together."""
 
 
 class LayerStream:
@@ -95,7 +93,7 @@ class LayerStream:
                 check_codable(matrices)
         ids, self._held_ids = calibration_and_held_out(source.directory, options, held_out)
         self.windows, self._tokens = ids.shape
-        self._batch = max(1, BATCH_TOKENS // self._tokens)
+        self._batch = batch_windows(self._tokens)
         identity = "" if quantizer is None else quantizer.identity
         self.fingerprint = fingerprint(options, source.fingerprint(), ids, self._names, identity)
         self._finished = FinishedLayers(scratch, self.fingerprint)
@@ -298,17 +296,8 @@ class LayerStream:
     # ---- before the first ----------------------------------------------------------------------
 
     def _embed(self, ids: torch.Tensor) -> tuple[Activations, list[Call]]:
-        stored: list[Activations] = []
-
-        def sink(start: int, hidden: torch.Tensor) -> None:
-            if not stored:
-                budget = self._options.memory_bytes // (2 if self._method.finetune else 1)
-                shape = (len(ids), self._tokens, hidden.shape[-1])
-                stored.append(Activations(shape, budget, self._scratch))
-            stored[0].write(start, hidden)
-
-        calls = self._skeleton.trace(ids, self._batch, sink)
-        return stored[0], calls
+        budget = self._options.memory_bytes // (2 if self._method.finetune else 1)
+        return embedded(self._skeleton, ids, budget, self._scratch)
 
     def _room(self, features: int) -> Activations:
         """Return room for what a module of every token is given, batch by batch."""
