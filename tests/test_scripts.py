@@ -64,3 +64,10 @@ def test_a_random_model_is_the_same_every_time(tmp_path):
         assert (tmp_path / "a" / file).read_bytes() == (tmp_path / "b" / file).read_bytes()
     layer = load_file(tmp_path / "a" / files[1])
     assert layer["model.layers.0.mlp.up_proj.weight"].shape == (48, 32)
+
+
+def test_the_bench_of_chosen_rows_at_toy_size():
+    size = ["--rows", "64", "--cols", "128", "--turns", "1"]
+    lines = run(SCRIPTS / "chosen_rows_bench.py", *size).splitlines()
+    assert [line.count(" ms") for line in lines] == [1, 1]
+    assert all("all " in line and "80% " in line for line in lines)

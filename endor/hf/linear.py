@@ -9,6 +9,7 @@ from torch import nn
 from endor import kernels
 from endor.hf.compiling import outside_graphs
 from endor.hf.packed_layer import PackedLayer, refuse_write
+from endor.hf.row_choice import RowChoice, chosen_product
 from endor.offload.weight import Weight
 from endor.packed import bits_of, plain_matrix
 
@@ -33,9 +34,13 @@ class EndorLinear(PackedLayer, nn.Linear):
         bias: Its bias, or None.
         dtype: Element type that the weight has for callers.
         exact: See above.
+
+    Attributes:
+        choice: Says which rows of a product from the packed form are worth computing; None: all.
     """
 
     bias: nn.Parameter | None  # type: ignore[assignment]
+    choice: RowChoice | None
 
     def __init__(
         self,
@@ -51,6 +56,7 @@ class EndorLinear(PackedLayer, nn.Linear):
         self.out_features = out_features
         self.hold((out_features, in_features), dtype)
         self.exact = exact
+        self.choice = None
         self.register_parameter("bias", bias)
 
     def reset_parameters(self) -> None:
@@ -71,10 +77,14 @@ class EndorLinear(PackedLayer, nn.Linear):
             out: torch.Tensor = _Linear.apply(input, bias, source)  # type: ignore[no-untyped-call]
             return out
         if not self.exact and input.dtype == self.weight_dtype:
-            found = fast_product(input, source)
-            if found is not None:
-                if bias is not None:
+            found = (
+                None if self.choice is None else chosen_product(self.choice, input, source, bias)
+            )
+            if found is None:
+                found = fast_product(input, source)
+                if found is not None and bias is not None:
                     found += bias
+            if found is not None:
                 return found.to(input.dtype).view(*input.shape[:-1], self.out_features)
         return F.linear(input, source.dense(), bias)
 

@@ -23,6 +23,7 @@ from endor.hf.experts import (
     pack_experts,
     routes_tokens,
 )
+from endor.hf.gated import skip_gated
 from endor.hf.generation_cache import keep_kv
 from endor.hf.linear import FastHead, pack_linear
 from endor.hf.loading import PlainFile, check_taken, plain_file
@@ -197,6 +198,7 @@ class EndorQuantizer(HfQuantizer):  # type: ignore[misc]
         pipelines.watch.install()
         if isinstance(store, Store) and not config.exact:
             FastHead.adopt(model.get_output_embeddings(), store.products.head_rows)
+        skip_gated(model)
         link_experts(model, lossy=config.experts == "lossy")
         store.experts = config.experts
         stay_on_device(model)

@@ -10,7 +10,7 @@ import torch
 
 from endor import kernels
 from endor.dtypes import torch_dtype
-from endor.kernels import Prepared
+from endor.kernels import Prepared, chosen, select, thread_count
 from endor.offload.mover import Mover
 from endor.offload.state import Bound, State
 from endor.offload.weight import Matrix, Weight, panel_rows, spec_of
@@ -82,6 +82,8 @@ class HostWeight(Weight):
         self._pieces = tuple(
             (part, state, Prepared(spec_of(part, state))) for part, state in self.parts
         )
+        specs = [kernel.spec for _, _, kernel in self._pieces]
+        self.takes_rows = self.multiplies and len(specs) == 1 and chosen.takes_rows(specs[0])
 
     @property
     def device(self) -> torch.device:
@@ -119,6 +121,31 @@ class HostWeight(Weight):
         counters.packed_bytes += self.packed_nbytes
         counters.product_s += stop - start
         ledger.note("product", self.name, start, stop, self.packed_nbytes)
+        return out
+
+    def product_of(
+        self, inputs: torch.Tensor, rows: np.ndarray, *, hold: bool = False
+    ) -> torch.Tensor:
+        out = torch.zeros((inputs.shape[0], self.shape[0]), dtype=torch.float32)
+        start = time.perf_counter()
+        part, state, _ = self._pieces[0]
+        bound = self.mover.take(state) if state.fixed is None else state.fixed
+        try:
+            x = bits_of(inputs)
+            chosen.product(bound[part.tensor], x, rows, out.numpy(), thread_count(), select())
+        finally:
+            if state.fixed is None:
+                self.mover.release(bound, hold=hold)
+        stop = time.perf_counter()
+        touched = self.packed_nbytes * rows.size // max(1, self.shape[0])
+        ledger = self.mover.ledger
+        counters = ledger.counters
+        counters.products += 1
+        counters.packed_bytes += touched
+        counters.product_s += stop - start
+        counters.rows += self.shape[0]
+        counters.chosen_rows += rows.size
+        ledger.note("product", self.name, start, stop, touched)
         return out
 
     def wide(self, inputs: torch.Tensor, *, hold: bool = False) -> torch.Tensor:

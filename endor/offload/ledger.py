@@ -64,6 +64,8 @@ class Counters:
         neurons: Inputs of products with matrices that are stored by neuron.
         active_neurons: Of these, those that were not zero for all rows.
         skipped_bytes: What was not read from disk for those that were.
+        rows: Rows of first matrices of feed-forward blocks, where some were multiplied alone.
+        chosen_rows: Of these, those that were.
         hits: Streamed units that were in memory when they were needed.
         late: Streamed units that were on their way.
         misses: Streamed units that nobody had asked for.
@@ -117,6 +119,8 @@ class Counters:
     neurons: int = 0
     active_neurons: int = 0
     skipped_bytes: int = 0
+    rows: int = 0
+    chosen_rows: int = 0
     hits: int = 0
     late: int = 0
     misses: int = 0

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
+import numpy as np
 import torch
 
 from endor.codecs import DType, TensorSpec
@@ -72,7 +73,10 @@ class Weight(ABC):
             type that the processor's products take.
         product_rows: Input rows up to which `product` is to be used; 0 where it cannot be.
         wide_rows: Input rows from which `wide` is to be used.
+        takes_rows: Whether `product_of` applies.
     """
+
+    takes_rows = False
 
     def __init__(self, mover: Mover[Any], matrix: Matrix) -> None:
         spec, products = matrix.spec, matrix.products
@@ -136,6 +140,21 @@ class Weight(ABC):
         Returns:
             `(batch, rows)`, float32, new.
         """
+
+    def product_of(
+        self, inputs: torch.Tensor, rows: np.ndarray, *, hold: bool = False
+    ) -> torch.Tensor:
+        """Return `product` with some rows of the matrix, where `takes_rows`; 0 for the others.
+
+        Args:
+            inputs: As for `product`.
+            rows: Rows of the matrix, rising, u32.
+            hold: As for `dense`.
+
+        Returns:
+            `(batch, rows of the matrix)`, float32, new: where asked for, the bits of `product`.
+        """
+        raise AssertionError(f"{self.name}: takes all rows")
 
     def wide(self, inputs: torch.Tensor, *, hold: bool = False) -> torch.Tensor:
         """Return `inputs @ matrix.T` computed in float32, for CPUs that emulate the weight's type.
