@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from importlib import import_module
 from pathlib import Path
 
-from endor.checkpoint.companions import MAX_COMPANION_BYTES, is_weights
+from endor.checkpoint.companions import MAX_COMPANION_BYTES, OF_SHARDS, is_weights
 from endor.checkpoint.composite import is_composite
 from endor.checkpoint.directory import (
     DIFFUSION_NAMES,
@@ -95,7 +95,7 @@ def companion_files(repository: Repository) -> list[str]:
         file.name
         for file in repository.files.values()
         if file.nbytes <= MAX_COMPANION_BYTES
-        and not is_weights(file.name)
+        and (not is_weights(file.name) or file.name in OF_SHARDS)
         and not any(part.startswith(".") for part in file.name.split("/"))
     ]
 

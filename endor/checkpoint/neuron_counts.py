@@ -115,6 +115,11 @@ def read_neuron_counts(packed: Path, layouts: Sequence[FileLayout]) -> NeuronCou
     return parse_neuron_counts(path, layouts)
 
 
+def counted(layouts: Sequence[FileLayout]) -> NeuronCounts | None:
+    """Return the counts of the packed checkpoint of these shards; as `read_neuron_counts`."""
+    return read_neuron_counts(layouts[0].path.parent, layouts) if layouts else None
+
+
 def parse_neuron_counts(path: Path, layouts: Sequence[FileLayout]) -> NeuronCounts:
     """Return the counts in a file, checked; errors as for `read_neuron_counts`."""
     header = Header.read(path)

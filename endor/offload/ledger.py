@@ -66,6 +66,8 @@ class Counters:
         skipped_bytes: What was not read from disk for those that were.
         rows: Rows of first matrices of feed-forward blocks, where some were multiplied alone.
         chosen_rows: Of these, those that were.
+        neuron_bytes: Bytes of blocks that active neurons of matrices on disk needed.
+        neuron_hit_bytes: Of these, in memory.
         hits: Streamed units that were in memory when they were needed.
         late: Streamed units that were on their way.
         misses: Streamed units that nobody had asked for.
@@ -121,6 +123,8 @@ class Counters:
     skipped_bytes: int = 0
     rows: int = 0
     chosen_rows: int = 0
+    neuron_bytes: int = 0
+    neuron_hit_bytes: int = 0
     hits: int = 0
     late: int = 0
     misses: int = 0

@@ -97,20 +97,21 @@ class NeuronWeight(HostWeight):
         hold: bool,
     ) -> None:
         """Multiply by the matrix with its active neurons read, or with all of it."""
-        parts = self._reads.known(state)
-        spans = parts.spans(active) if parts is not None else None
-        if parts is None or spans is None:
-            bound = self.mover.take(state)
-            try:
-                multiply(bound[part.tensor])
-                if parts is None:
-                    self._reads.learn(state, part.tensor, bound[part.tensor])
-            finally:
-                self.mover.release(bound, hold=hold)
-            return
-        if state.phase is not Phase.ABSENT:
-            self.mover.forget(self._reads.states)
-        with self._reads.lock:
-            encoded, nbytes = self._reads.read(parts, spans)
-            multiply(encoded)
-        self.mover.ledger.counters.skipped_bytes += state.unit.nbytes - nbytes
+        reads = self._reads
+        parts = reads.known(state)
+        if parts is not None:
+            with reads.lock:
+                encoded = reads.read(parts, active)
+                if encoded is not None:
+                    multiply(encoded)
+            if encoded is not None:
+                if state.phase is not Phase.ABSENT:
+                    self.mover.forget(reads.states)
+                return
+        bound = self.mover.take(state)
+        try:
+            multiply(bound[part.tensor])
+            if parts is None:
+                reads.learn(state, part.tensor, bound[part.tensor])
+        finally:
+            self.mover.release(bound, hold=hold)

@@ -6,6 +6,7 @@ from typing import Any, NoReturn, Self
 
 import torch
 
+from endor.checkpoint.neuron_counts import counted
 from endor.offload.beside_weight import BesideWeight
 from endor.offload.device import Device
 from endor.offload.device_mover import DeviceMover
@@ -106,7 +107,8 @@ def open_share(
     if device is None:
         scratch = Scratch(nbytes)
         mover = HostMover(units, placement, reader, verify=verify, threads=threads, ledger=ledger)
-        reads = NeuronReads.of(units, placement, reader, mover.ledger, verify=verify)
+        counts = counted(layouts) if placement.kept_bytes else None
+        reads = NeuronReads.of(units, placement, reader, mover.ledger, verify=verify, counts=counts)
     else:
         device_scratch = DeviceScratch(device, nbytes)
         nbytes = device_scratch.nbytes

@@ -82,6 +82,8 @@ class Placement:
             there while the others are copied; all of them where it is not said.
         exchanges: When experts packed in VRAM change places with those packed in RAM; None where
             all stay. Their tiers are then where they begin, and RAM holds all of them.
+        kept_bytes: Of units on disk that are stored by neuron, the memory in which what busy
+            neurons need stays; none where it is not said.
     """
 
     tiers: Mapping[str, Tier]
@@ -89,6 +91,7 @@ class Placement:
     slots: int = 0
     host_shares: Mapping[str, float] = field(default_factory=dict)
     exchanges: Exchanges | None = None
+    kept_bytes: Mapping[str, int] = field(default_factory=dict)
 
     def pool(self, units: Sequence[Item]) -> list[Item]:
         """Return the experts that change places: all packed in VRAM or RAM, where none is on disk.
@@ -146,6 +149,11 @@ class Placement:
             if not 0.0 <= share <= 1.0:
                 raise ConfigError(
                     f"placement: the host's share of unit {unit.name} must lie in 0..1, got {share}"
+                )
+            if not 0 <= self.kept_bytes.get(unit.name, 0) <= unit.nbytes:
+                raise ConfigError(
+                    f"placement: what is kept of unit {unit.name} must be 0 to {unit.nbytes} "
+                    f"bytes, got {self.kept_bytes[unit.name]}"
                 )
         if on_device and self.outside(units) and self.slots < 1:
             raise ConfigError("placement: units outside VRAM need at least one device slot, got 0")

@@ -111,6 +111,15 @@ def test_without_weights(server, model):
     assert (folder / "config.json").is_file()
 
 
+def test_counts_of_neurons_come_along(server, model):
+    """A small file that the index of a packed checkpoint names, though it ends as weights do."""
+    (model / "endor.neurons.safetensors").write_bytes(b"counts")
+    server.add("org/name", model)
+    for weights in (False, True):
+        folder = located("org/name", weights=weights)
+        assert (folder / "endor.neurons.safetensors").read_bytes() == b"counts"
+
+
 def test_revisions(server, model):
     repository = server.add("org/name", model)
     first = repository.branches["main"]

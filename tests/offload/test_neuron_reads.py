@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from endor import codecs
 from endor.codecs import DTYPES, CodecChoice, Encoded
 from endor.errors import BackendError, EndorError, IntegrityError, ReadError, ShapeError
-from endor.offload import Store, neuron_reads
+from endor.offload import Store, neuron_parts, neuron_reads
 from endor.offload.neuron_weight import NeuronWeight
 from endor.planning import Part, Placement, WeightSpec, collect_units
 from endor.planning.constants import Disk as Constants
@@ -32,7 +32,7 @@ HOW: list[tuple[CodecChoice, bool | None]] = [("raw", None), ("exp", True), ("ex
 def _small() -> Iterator[None]:
     """Requests cost so little that parts of small records are worth reading."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(neuron_reads, "WORTH", 0.8)
+        patch.setattr(neuron_parts, "WORTH", 0.8)
         patch.setattr(neuron_reads, "request_bytes", lambda path: 4 << 10)
         yield
 
@@ -197,7 +197,8 @@ def test_a_block_that_changed_is_found(tmp_path: Path) -> None:
     with path.open("r+b") as file:  # in place: a new file would be refused for that
         file.write(raw)
     with pytest.raises(IntegrityError, match="changed at offset"):
-        store.weights["w0"].product(x)
+        store.weights["w0"].product(inputs(0.005, 2))
+    assert_product(store, "w0", matrices[0], x)  # in memory since before
     store.close()
 
 
