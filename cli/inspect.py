@@ -57,7 +57,7 @@ def inspect_command(packed: Path, asks_model: bool, revision: str | None, as_jso
         if spec.codec == "exp":
             codec = f"exp-{spec.k}" + ("" if spec.bitmap else ", no bitmap")
         if spec.transposed:
-            codec += ", by neuron"
+            codec += ", neurons in bundles" if spec.bundles else ", by neuron"
         rows.append(
             [
                 row.name,

@@ -74,6 +74,12 @@ count; of smaller ones `endor inspect --model` tells."""
     "matrices of feed-forward blocks by neuron, so that products skip those that are zero. With "
     "--calibration, also count how often each is active: the busiest then stay in memory.",
 )
+@click.option(
+    "--bundle-neurons",
+    is_flag=True,
+    help="As --neurons, and all of a neuron lies together, for models that are read from a disk "
+    "by a processor; where a device computes, these matrices are expanded at load.",
+)
 @selection_options
 @click.option(
     "--max-shard-size",
@@ -99,6 +105,7 @@ def pack_command(
     codec: CodecChoice,
     dequantize: bool,
     neurons: bool,
+    bundle_neurons: bool,
     include: tuple[str, ...],
     exclude: tuple[str, ...],
     max_shard_size: int,
@@ -131,11 +138,11 @@ def pack_command(
         raise click.UsageError("Missing argument 'OUT'.")
     quantizes = options["bits"] is not None or options["quality"] is not None
     context = click.get_current_context()
-    count = counts_neurons(context, neurons)
+    count = counts_neurons(context, neurons or bundle_neurons)
     if prune == "none" and not quantizes:
         used = COUNTING if count else frozenset[str]()
         refuse_idle(context, "--prune METHOD or --bits", used)
-    if neurons and (quantizes or codec == "dense"):
+    if (neurons or bundle_neurons) and (quantizes or codec == "dense"):
         raise click.UsageError("--neurons takes codecs raw and exp: leave out one of the options")
     if codec != "auto" and (quantizes or dequantize):
         raise click.UsageError(
@@ -150,6 +157,7 @@ def pack_command(
         "dequantize": dequantize,
         "neurons": neurons,
         "count": count,
+        "bundle_neurons": bundle_neurons,
         "include": include,
         "exclude": exclude,
         "max_shard_bytes": max_shard_size,

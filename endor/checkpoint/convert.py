@@ -100,6 +100,7 @@ def convert(
         identity["recoded"] = hashlib.sha256(text.encode()).hexdigest()
     if options.neurons.matrices:
         identity["neurons"] = sorted(options.neurons.matrices)
+        identity["neuron_bundles"] = options.neurons.bundled
     if part is not None:
         units, identity = tuple(part.units(units)), part.identify(identity)
     described = options.describe()
@@ -208,7 +209,7 @@ class _Run:
             options.codec,
             options.max_shard_bytes,
             coded=self.coded is not None,
-            turned=options.neurons.matrices,
+            turned=options.neurons,
         )
         self.loader = TensorLoader(source, pruner, selected)
         self.scratches = ScratchPool(self.loader.budget_bytes)
@@ -300,8 +301,9 @@ class _Run:
             plain = dense.encode_as(loaded.bits, tensor.dtype, tensor.shape)
             return _Encoded(plain, lambda: self.loader.pool.give(loaded.buffer))
         scratch = self.scratches.take()
-        turns = tensor.name in self.options.neurons.matrices
-        encoded = (partial(encode_turned, tensor.name) if turns else kernels.encode)(
+        neurons = self.options.neurons
+        turn = partial(encode_turned, tensor.name, bundled=neurons.bundled)
+        encoded = (turn if tensor.name in neurons.matrices else kernels.encode)(
             loaded.bits,
             tensor.dtype,
             codec=self.options.codec if tensor.name in self.selected else "dense",

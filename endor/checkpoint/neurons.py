@@ -2,7 +2,8 @@
 
 `relu` and its square are exactly 0 for every neuron below its threshold, so that the second matrix
 of a feed-forward block need not be read where they are (PowerInfer, arXiv 2312.12456). Stored
-transposed, what belongs to one neuron lies together.
+transposed, what belongs to one neuron lies together: in each of a few arrays, or, in bundles, in
+one run of bytes, which a disk reads at once.
 """
 
 import re
@@ -15,6 +16,7 @@ import numpy as np
 from endor import kernels
 from endor.checkpoint.sources.contract import CheckpointSource, SourceTensor
 from endor.codecs import CodecChoice, DType, Encoded
+from endor.codecs.bundled import rows_together
 from endor.errors import CheckpointError, ConfigError
 from endor.kernels import Scratch
 
@@ -51,16 +53,20 @@ class Neurons:
     Attributes:
         matrices: Names of the second matrices of feed-forward blocks.
         activation: What the config calls the function before them.
+        bundled: Whether they are stored in bundles.
         unused: Why there are none, in one sentence; empty where there are, or none were asked for.
     """
 
     matrices: frozenset[str] = frozenset()
     activation: str = ""
     unused: str = ""
+    bundled: bool = False
 
 
-def find_neurons(source: CheckpointSource, selected: frozenset[str]) -> Neurons:
-    """Return which of the `selected` tensors are to be stored by neuron.
+def find_neurons(
+    source: CheckpointSource, selected: frozenset[str], *, bundled: bool = False
+) -> Neurons:
+    """Return which of the `selected` tensors are to be stored by neuron, maybe in bundles.
 
     Raises:
         ConfigError: No config says what the activation is.
@@ -87,7 +93,7 @@ def find_neurons(source: CheckpointSource, selected: frozenset[str]) -> Neurons:
             unused=f"the activation is {zero[0]}, but no second matrix of a feed-forward block is "
             "among the packed tensors: --neurons changes nothing"
         )
-    return Neurons(matrices, zero[0])
+    return Neurons(matrices, zero[0], bundled=bundled)
 
 
 def first_matrices(name: str) -> tuple[str, ...]:
@@ -105,6 +111,7 @@ def encode_turned(
     codec: CodecChoice,
     threads: int,
     scratch: Scratch,
+    bundled: bool = False,
 ) -> Encoded:
     """Return a matrix stored by neuron: transposed; as it is where it is stored dense.
 
@@ -115,6 +122,7 @@ def encode_turned(
         codec: As for `kernels.encode`, as the rest.
         threads: As there.
         scratch: As there.
+        bundled: In bundles of about 4 KiB.
 
     Raises:
         CheckpointError: It holds NaN or infinities: skipping a zero would change the product.
@@ -129,6 +137,9 @@ def encode_turned(
     found = kernels.encode(stored, dtype, codec=codec, threads=threads, scratch=scratch)
     if found.spec.codec == "dense":
         return kernels.encode(bits, dtype, codec="dense", threads=threads)
+    if bundled:
+        rows = rows_together(found.spec)
+        return kernels.bundles.encode(stored, found.spec, rows, threads, kernels.select())
     return Encoded(found.spec.turned(), found.arrays)
 
 

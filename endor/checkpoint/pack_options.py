@@ -43,6 +43,7 @@ class PackOptions:
             "quantize": dict(self.quantize),
             "dequantized": self.dequantized,
             "neurons": self.neurons.activation,
+            "neuron_bundles": self.neurons.bundled,
         }
         return {"codec": self.codec} | {key: about for key, about in said.items() if about}
 

@@ -1,12 +1,14 @@
 """How large records and their header may become, before anything is encoded."""
 
-from collections.abc import Container, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 
+from endor.checkpoint.neurons import Neurons
 from endor.checkpoint.plan import Unit
 from endor.checkpoint.recode import Layouts, largest_fields_spec
 from endor.checkpoint.sources.contract import SourceTensor
 from endor.codecs import CodecChoice, TensorSpec
+from endor.codecs.bundles import MAX_NBYTES, Bundles
 from endor.storage import header_capacity, largest_spec
 from endor.storage.layout import ALIGN
 from endor.storage.writer import largest_int_spec
@@ -18,6 +20,10 @@ ENTRY_ROOM = 2048
 """More than a tensor's part of a header takes besides its name, which is there once per array."""
 
 
+BUNDLE_ROOM = 64
+"""More than a bundle takes besides what its rows take in whole arrays."""
+
+
 class RecordSizes:
     """Bounds on what a conversion writes.
 
@@ -27,7 +33,7 @@ class RecordSizes:
         codec: What is asked for.
         max_shard_bytes: A shard ends before it would be larger.
         coded: Whether the source has integer codes for the selected ones.
-        turned: Names of matrices that are stored transposed.
+        turned: Matrices that are stored transposed.
     """
 
     def __init__(
@@ -38,14 +44,14 @@ class RecordSizes:
         max_shard_bytes: int,
         *,
         coded: bool,
-        turned: Container[str] = (),
+        turned: Neurons | None = None,
     ) -> None:
         self.selected = selected
         self.recoded = recoded
         self.codec = codec
         self.max_shard_bytes = max_shard_bytes
         self.coded = coded
-        self.turned = turned
+        self.turned = turned or Neurons()
 
     def header_room(self, units: Sequence[Unit]) -> tuple[int, int]:
         """Return bytes to reserve for the next header, and how many units its shard takes at most.
@@ -77,7 +83,11 @@ class RecordSizes:
         found = largest_spec(tensor.shape, tensor.dtype)
         if self.codec == "raw":
             found = TensorSpec(tensor.shape, tensor.dtype, "raw", True, tensor.numel)
-        return replace(found, transposed=tensor.name in self.turned)
+        turned = self.turned
+        if tensor.name not in turned.matrices:
+            return found
+        bundles = Bundles(tensor.shape[1], MAX_NBYTES) if turned.bundled else None
+        return replace(found, transposed=True, bundles=bundles)
 
     def least(self, tensor: SourceTensor) -> int:
         """Return bytes that the stored tensor needs at least: its bitmap, or all of it."""
@@ -88,4 +98,7 @@ class RecordSizes:
     def most(self, unit: Unit) -> int:
         """Return bytes that the record needs at most; a forced codec may exceed the dense size."""
         size = unit.nbytes + 2 * ALIGN * len(unit.tensors)
+        if self.turned.bundled:  # heads, and gaps between the arrays of each bundle
+            turned = [one for one in unit.tensors if one.name in self.turned.matrices]
+            size += sum(BUNDLE_ROOM * tensor.shape[1] for tensor in turned)
         return size if self.codec == "auto" else size + unit.nbytes // 2

@@ -8,7 +8,7 @@ from typing import cast
 
 import numpy as np
 
-from endor.codecs import dense, exp, fields, integer, raw
+from endor.codecs import bundled, dense, exp, fields, integer, raw
 from endor.codecs.choice import Plan, choose
 from endor.codecs.dtypes import DTYPES, DType, dtype
 from endor.codecs.spec import (
@@ -36,6 +36,7 @@ __all__ = [
     "Encoded",
     "Plan",
     "TensorSpec",
+    "bundled",
     "check_bits",
     "choose",
     "decode",
@@ -111,7 +112,7 @@ def decode(encoded: Encoded, out: np.ndarray | None = None) -> np.ndarray:
     """
     spec = encoded.spec
     module = {"dense": dense, "raw": raw, "exp": exp, "int": integer, "fields": fields}[spec.codec]
-    flat = cast(np.ndarray, module.decode(encoded))
+    flat = cast(np.ndarray, (bundled if spec.bundles else module).decode(encoded))
     if spec.transposed:
         flat = np.ascontiguousarray(flat.reshape(spec.shape[::-1]).T)
     if out is None:

@@ -8,6 +8,7 @@ from typing import Any, Literal, get_args
 import numpy as np
 
 from endor.codecs import layout
+from endor.codecs.bundles import Bundles
 from endor.codecs.coding import Coding, array_shapes
 from endor.codecs.dtypes import DTYPES, DType, dtype
 from endor.codecs.layout import Fields
@@ -71,6 +72,7 @@ class TensorSpec:
         fields: Where the symbols lie (`fields` only).
         transposed: Whether what is stored is the transposed matrix, so that a column lies together
             (`raw` and `exp` only). `shape` is that of the tensor all the same.
+        bundles: How the rows of the transposed matrix are bundled; None where each array is whole.
     """
 
     shape: tuple[int, ...]
@@ -84,13 +86,14 @@ class TensorSpec:
     coding: Coding | None = None
     fields: Fields | None = None
     transposed: bool = False
+    bundles: Bundles | None = None
 
     @property
     def stored(self) -> "TensorSpec":
         """The spec of the matrix whose elements the arrays hold in row-major order."""
         if not self.transposed:
             return self
-        return replace(self, shape=self.shape[::-1], transposed=False)
+        return replace(self, shape=self.shape[::-1], transposed=False, bundles=None)
 
     def turned(self) -> "TensorSpec":
         """Return the spec of the transposed matrix, in the same arrays."""
@@ -135,6 +138,10 @@ class TensorSpec:
         if self.fields is not None:
             shapes = layout.array_shapes(self.fields, self.dense_nbytes)
             return tuple(ArraySpec(suffix, DTYPES[code], shape) for suffix, code, shape in shapes)
+        if self.bundles is not None:
+            count = self.bundles.count(self.shape[1])
+            offsets = ArraySpec("bundle_offsets", u32, (count + 1,))
+            return offsets, ArraySpec("bundles", u8, (self.bundles.nbytes,))
         out: list[ArraySpec] = []
         if self.bitmap:
             out.append(ArraySpec("tile_offsets", u32, (self.n_tiles + 1,)))
@@ -192,6 +199,8 @@ class TensorSpec:
             out |= {"k": self.k, "base": self.base, "patches": self.patches}
         if self.transposed:
             out["transposed"] = True
+        if self.bundles is not None:
+            out["bundles"] = self.bundles.to_dict()
         return out
 
     @classmethod
@@ -236,7 +245,9 @@ class TensorSpec:
         for key, value in counts.items():
             if not _is_count(value):
                 raise FormatError(f"{key} must be a non-negative integer, got {value!r}")
-        spec = cls(tuple(shape), dtype(name), codec, bitmap, **counts, transposed=transposed)
+        bundles = Bundles.from_dict(fields["bundles"]) if "bundles" in fields else None
+        form = tuple(shape), dtype(name), codec, bitmap
+        spec = cls(*form, **counts, transposed=transposed, bundles=bundles)
         spec.check()
         return spec
 
@@ -268,6 +279,10 @@ class TensorSpec:
                 f"only a matrix in codec raw or exp is stored transposed, got {self.codec} of "
                 f"shape {list(self.shape)}"
             )
+        if self.bundles is not None:
+            if not self.transposed:
+                raise FormatError("only a matrix that is stored transposed takes bundles")
+            self.bundles.check(self.shape[1])
         if not self.dtype.packable and self.codec != "dense":
             raise FormatError(f"dtype {self.dtype.name} takes only the dense codec")
         if self.nnz > self.numel or (not self.bitmap and self.nnz != self.numel):

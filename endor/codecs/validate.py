@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from endor.codecs import fields, integer
+from endor.codecs import bundled, fields, integer
 from endor.codecs.bitmap import tile_offsets
 from endor.codecs.exp import group_starts
 from endor.codecs.spec import Encoded
@@ -29,6 +29,9 @@ def validate(encoded: Encoded) -> None:
         if not found.flags.c_contiguous:
             raise FormatError(f"array {suffix!r} must be C-contiguous")
     if spec.codec == "dense":
+        return
+    if spec.bundles is not None:
+        bundled.check(encoded)
         return
     if spec.bitmap:
         _validate_bitmap(encoded)

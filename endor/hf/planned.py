@@ -60,7 +60,8 @@ def plan_checkpoint(
     """
     given, purpose = settled(options), workload(options)
     ram, vram = given["ram"], given["vram"]
-    found = outline(packed_dir, trust_remote_code=trust_remote_code)
+    on_device = bool(vram or (target is not None and vram is None and target.vram_bytes))
+    found = outline(packed_dir, trust_remote_code=trust_remote_code, on_device=on_device)
     if target is None:
         machine = hardware.machine(found.dtype, refresh=remeasure)
         disk = hardware.disk(disk_file or packed_dir, refresh=remeasure)

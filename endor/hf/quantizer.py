@@ -134,7 +134,8 @@ class EndorQuantizer(HfQuantizer):  # type: ignore[misc]
         if not checkpoint_files:
             raise ConfigError("a packed checkpoint is loaded from its files, not from a state dict")
         self._layouts = open_layouts(checkpoint_files)
-        plan = self._assignment = assign(model, self._layouts, self)
+        on_device = bool(self.device_map.devices())
+        plan = self._assignment = assign(model, self._layouts, self, on_device=on_device)
         self._dtypes = _weight_dtypes(model, plan, self._dtype)
         for name, spec in plan.linears.items():
             pack_linear(

@@ -13,7 +13,7 @@ from endor import codecs
 from endor.codecs import CodecChoice, DType, Encoded
 from endor.codecs.spec import MAX_NNZ
 from endor.errors import DTypeError, ShapeError
-from endor.kernels import chosen, fields, integer, native, neurons
+from endor.kernels import bundles, chosen, fields, integer, native, neurons
 from endor.kernels.dispatch import CHOICES, describe, select, thread_count
 from endor.kernels.expand import decode
 from endor.kernels.packing import Packer
@@ -24,6 +24,7 @@ __all__ = [
     "CHOICES",
     "Prepared",
     "Scratch",
+    "bundles",
     "chosen",
     "decode",
     "describe",

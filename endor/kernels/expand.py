@@ -7,7 +7,7 @@ import numpy as np
 from endor import codecs
 from endor.codecs import Encoded
 from endor.errors import DTypeError, ShapeError
-from endor.kernels import fields, integer, native, neurons
+from endor.kernels import bundles, fields, integer, native, neurons
 from endor.kernels.dispatch import select, thread_count
 
 
@@ -78,16 +78,18 @@ def _decode_turned(
     encoded: Encoded, out: np.ndarray, start: int, threads: int, kernel: str | None
 ) -> None:
     """Write elements of a matrix that is stored transposed, which is decoded whole beside."""
-    spec = encoded.spec.stored
-    stored = np.empty(spec.numel, dtype=spec.dtype.uint)
-    decode(Encoded(spec, encoded.arrays), stored, threads=threads, streaming=False, kernel=kernel)
-    rows, cols = spec.shape
+    spec, number = encoded.spec.stored, select(kernel)
+    rows = spec.shape[0]
+    if encoded.spec.bundles is not None:
+        stored = bundles.decode(encoded, threads, number)
+    else:
+        stored, turned = np.empty(spec.shape, dtype=spec.dtype.uint), Encoded(spec, encoded.arrays)
+        decode(turned, stored.reshape(-1), threads=threads, streaming=False, kernel=kernel)
     if not out.size:
         return
     first, last = start // rows, -(-(start + out.size) // rows)
     exact = (start, out.size) == (first * rows, (last - first) * rows)
     whole = out if exact else np.empty((last - first) * rows, dtype=out.dtype)
-    number = select(kernel)
-    neurons.turn(stored.reshape(rows, cols), whole, first, last, threads, number)
+    neurons.turn(stored, whole, first, last, threads, number)
     if not exact:
         out[...] = whole[start - first * rows :][: out.size]

@@ -13,7 +13,7 @@ import torch
 
 from endor.codecs import Encoded, TensorSpec
 from endor.dtypes import torch_dtype
-from endor.errors import DTypeError, ShapeError
+from endor.errors import BackendError, DTypeError, ShapeError
 from endor.kernels import gpu_device, gpu_plan, gpu_product
 from endor.kernels.gpu_device import require
 from endor.kernels.gpu_launch import Launch, Part
@@ -134,7 +134,16 @@ def decode(packed: DeviceEncoded, out: torch.Tensor | None = None) -> torch.Tens
 
 
 def as_stored(packed: DeviceEncoded) -> DeviceEncoded:
-    """Return the matrix whose elements the arrays hold in order, maybe the transposed one."""
+    """Return the matrix whose elements the arrays hold in order, maybe the transposed one.
+
+    Raises:
+        BackendError: It is in bundles, which no device expands.
+    """
+    if packed.spec.bundles is not None:
+        raise BackendError(
+            "no device expands a matrix in bundles: decompress it on the processor, or pack with "
+            "--neurons instead of --bundle-neurons"
+        )
     return replace(packed, spec=packed.spec.stored)
 
 

@@ -176,6 +176,14 @@ def _bind(library: ctypes.CDLL) -> ctypes.CDLL:
             i32,
             (i32, pointer, i32, u64, u64, pointer, u64, pointer, u64, pointer, i32),
         ),
+        ("bundles_count", i32, (pointer, pointer, pointer, i32)),
+        ("bundles_pack", i32, (i32, pointer, pointer, pointer, i32)),
+        ("bundles_decode", i32, (i32, pointer, pointer, i32, i32)),
+        (
+            "bundles_neurons",
+            i32,
+            (i32, pointer, i32, pointer, u64, pointer, u64, pointer, i32),
+        ),
         ("turn", None, (pointer, pointer, u64, u64, u64, u64, i32, i32)),
         ("probe", u64, (i32, pointer, pointer, u64, i32)),
         ("count16", i32, (pointer, u64, ctypes.c_uint32, pointer)),
@@ -248,7 +256,7 @@ def tensor(spec: TensorSpec, arrays: dict[str, np.ndarray]) -> Tensor | IntTenso
 
 def form(spec: TensorSpec) -> Tensor | IntTensor:
     """Return the library's view of a tensor that is stored so, its arrays yet unknown."""
-    return _tensor(spec) if spec.coding is None else _int_tensor(spec, spec.coding)
+    return element_form(spec) if spec.coding is None else _int_tensor(spec, spec.coding)
 
 
 def _int_tensor(spec: TensorSpec, coding: Coding) -> IntTensor:
@@ -270,7 +278,8 @@ def _int_tensor(spec: TensorSpec, coding: Coding) -> IntTensor:
     )
 
 
-def _tensor(spec: TensorSpec) -> Tensor:
+def element_form(spec: TensorSpec) -> Tensor:
+    """Return the library's view of a tensor in codec `dense`, `raw` or `exp`, without arrays."""
     return Tensor(
         numel=spec.numel,
         nnz=spec.nnz,

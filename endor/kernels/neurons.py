@@ -12,7 +12,7 @@ import numpy as np
 from endor import codecs
 from endor.codecs import DType, Encoded
 from endor.errors import DTypeError, ShapeError
-from endor.kernels import native
+from endor.kernels import bundles, native
 
 
 def active_neurons(x: np.ndarray) -> np.ndarray:
@@ -56,8 +56,15 @@ def product(
     assert (x.shape[1], out.shape) == (cols, (len(x), rows))
     h = np.ascontiguousarray(floats(x[:, active], spec.dtype))
     if number is None:
-        stored = codecs.decode(Encoded(spec.stored, encoded.arrays))[active]
-        np.matmul(h, floats(stored, spec.dtype), out=out)
+        np.matmul(h, floats(_rows(encoded, active), spec.dtype), out=out)
+        return out
+    if spec.bundles is not None:
+        made = bundles.view(encoded)
+        status = native.library().endor_bundles_neurons(
+            *(number, ctypes.byref(made), native.WEIGHT_KINDS[spec.dtype.name]),
+            *(active.ctypes.data, active.size, h.ctypes.data, len(x), out.ctypes.data, threads),
+        )
+        native.check(status)
         return out
     view = native.view(encoded)
     status = native.library().endor_neurons(
@@ -66,6 +73,21 @@ def product(
         *(out.ctypes.data, threads),
     )
     native.check(status)
+    return out
+
+
+def _rows(encoded: Encoded, active: np.ndarray) -> np.ndarray:
+    """Return rows of the stored matrix; of bundles, those that hold no such row are not read."""
+    spec = encoded.spec
+    if spec.bundles is None:
+        whole: np.ndarray = codecs.decode(Encoded(spec.stored, encoded.arrays))[active]
+        return whole
+    out = np.empty((active.size, spec.shape[0]), dtype=spec.dtype.uint)
+    index = active // spec.bundles.rows
+    for one in np.unique(index).tolist():
+        part = codecs.bundled.part(encoded, one)
+        here = np.flatnonzero(index == one)
+        out[here] = codecs.decode(part)[active[here] % spec.bundles.rows]
     return out
 
 

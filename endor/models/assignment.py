@@ -59,11 +59,23 @@ class Assignment:
         self.claimed.add(target)
 
 
-def assign(model: nn.Module, layouts: Sequence[FileLayout], quantizer: Any = None) -> Assignment:
+def assign(
+    model: nn.Module,
+    layouts: Sequence[FileLayout],
+    quantizer: Any = None,
+    *,
+    on_device: bool = False,
+) -> Assignment:
     """Return where each packed tensor of `layouts` goes in `model`, which is on the meta device.
 
     Ranges of rows, concatenations, stacks of experts and their transposes stay packed. What
     reaches its parameter in another way is expanded when the model is loaded.
+
+    Args:
+        model: Without weights.
+        layouts: The files.
+        quantizer: That of transformers, where it loads the model.
+        on_device: A device computes, which takes no matrices in bundles: they are expanded, too.
 
     Raises:
         ShapeError: Stored and expected shapes differ.
@@ -81,7 +93,9 @@ def assign(model: nn.Module, layouts: Sequence[FileLayout], quantizer: Any = Non
             continue
         if any(name not in parameters for name in source.targets):
             extra.append(packed[0])
-        elif not _claim(out, model, source, parameters, shapes):
+        elif (on_device and any(specs[name].bundles for name in packed)) or not _claim(
+            out, model, source, parameters, shapes
+        ):
             out.dense += packed
     _share(model, parameters, out)
     missing = _missing(model, parameters, found)

@@ -44,13 +44,16 @@ class Outline:
     expanded_nbytes: int = 0
 
 
-def outline(packed_dir: Path | str, *, trust_remote_code: bool = False) -> Outline:
+def outline(
+    packed_dir: Path | str, *, trust_remote_code: bool = False, on_device: bool = False
+) -> Outline:
     """Return the outline of a packed checkpoint, from its headers and an empty model.
 
     Args:
         packed_dir: The checkpoint.
         trust_remote_code: Run Python code that comes with it; without, one that needs that is
             refused.
+        on_device: A device is to compute.
 
     Raises:
         ConfigError: The directory holds no packed checkpoint.
@@ -68,7 +71,7 @@ def outline(packed_dir: Path | str, *, trust_remote_code: bool = False) -> Outli
     maker = model_class(config, trust_remote_code=trust_remote_code)
     model = empty_model(maker, config, path, trust_remote_code=trust_remote_code)
     layouts = open_layouts(sorted(path.glob("endor-*.safetensors")))
-    assignment = assign(model, layouts, None)
+    assignment = assign(model, layouts, None, on_device=on_device)
     units = collect_units(layouts, assignment.weights)
     item = most_common(units)
     dtype = torch_dtype(DTYPES[item])

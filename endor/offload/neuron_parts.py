@@ -6,6 +6,7 @@ import numpy as np
 import xxhash
 
 from endor.codecs import TILE, Encoded
+from endor.codecs.bundles import UNIT
 from endor.offload.neuron_blocks import Blocks
 from endor.offload.state import State
 from endor.storage.layout import ALIGN, TensorEntry
@@ -15,7 +16,7 @@ WORTH = 0.4
 """Most that parts may cost, of the whole: a whole record is read ahead of its use, while parts are
 waited for. With 0.8 models on a disk of 3.6 GB/s became slower."""
 
-BULK = ("bitmap", "values", "bytes", "planes")
+BULK = ("bitmap", "values", "bytes", "planes", "bundles")
 """Arrays of which only parts are read; the others stay in memory."""
 
 
@@ -104,6 +105,12 @@ class Parts:
         What has no bytes in an array begins and ends with the same block.
         """
         spec = self.entry.spec
+        if spec.bundles is not None:
+            (bulk,) = (array for array in self.entry.arrays if array.suffix == "bundles")
+            offsets = bulk.start + UNIT * self.index["bundle_offsets"].astype(np.int64)
+            found = neurons // spec.bundles.rows
+            yield offsets[found] // ALIGN, -(-offsets[found + 1] // ALIGN)
+            return
         cols = spec.shape[0]  # of the stored matrix: a row is a neuron
         rows = neurons.astype(np.int64)
         first, last = rows * cols // TILE, -(-(rows + 1) * cols // TILE)

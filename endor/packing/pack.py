@@ -53,6 +53,7 @@ def pack_checkpoint(
     codec: CodecChoice = "auto",
     neurons: bool = False,
     count: bool = False,
+    bundle_neurons: bool = False,
     include: Sequence[str] = (),
     exclude: Sequence[str] = (),
     max_shard_bytes: int = DEFAULT_SHARD_BYTES,
@@ -100,6 +101,7 @@ def pack_checkpoint(
             exactly zero for many: their product then skips those.
         count: Count in how many tokens of the calibration text of `prune` each such neuron is
             active, and store that: it says which are worth keeping in memory.
+        bundle_neurons: As `neurons`, each neuron in one run of bytes: for disks and processors.
         include: Patterns (globs, or `re:` and a regular expression) of tensors to pack besides the
             matrices of the layers.
         exclude: Patterns of tensors to leave as they are.
@@ -128,6 +130,7 @@ def pack_checkpoint(
     quantizes = quantize is not None or quality is not None
     if (quantizes or dequantize) and codec != "auto":
         raise ConfigError(f"codec: quantised tensors take codec int, not {codec!r}; leave it out")
+    neurons = neurons or bundle_neurons
     if neurons and (quantizes or dequantize or codec == "dense"):
         raise ConfigError("neurons: stores codecs raw and exp by neuron, no integers; leave it out")
     if count and (not neurons or stream or part is not None):
@@ -178,7 +181,9 @@ def pack_checkpoint(
         if quantizes or count or is_calibrated(how):
             check(source.path, pack_writes(source))
         stored = (source.config() or {}).get(QUANTIZATION_KEY)
-        by_neuron = find_neurons(source, selected) if neurons else Neurons()
+        by_neuron = Neurons()
+        if neurons:
+            by_neuron = find_neurons(source, selected, bundled=bundle_neurons)
         made: Mapping[str, Made] = {}
         if count and by_neuron.matrices:
             asked = how if isinstance(how, PruneOptions) else PruneOptions()

@@ -37,7 +37,10 @@ LEVELS_VERSION = 4
 TRANSPOSED_VERSION = 5
 """What is written where a matrix is stored transposed."""
 
-VERSIONS = (FORMAT_VERSION, INT_VERSION, FIELDS_VERSION, LEVELS_VERSION, TRANSPOSED_VERSION)
+BUNDLES_VERSION = 6
+"""What is written where the rows of a transposed matrix are bundled."""
+
+VERSIONS = tuple(range(FORMAT_VERSION, BUNDLES_VERSION + 1))
 """What this library reads."""
 
 ALIGN = 4096
@@ -62,6 +65,8 @@ _SINCE: dict[str, int] = {"int": INT_VERSION, "fields": FIELDS_VERSION}
 def _since(spec: TensorSpec) -> int:
     if spec.coding is not None and spec.coding.levels:
         return LEVELS_VERSION
+    if spec.bundles is not None:
+        return BUNDLES_VERSION
     if spec.transposed:
         return TRANSPOSED_VERSION
     return _SINCE.get(spec.codec, FORMAT_VERSION)
@@ -256,7 +261,9 @@ class Directory:
             since, version = version_of([spec]), self.directory["version"]
             if version < since:
                 what = "a transposed matrix" if spec.transposed else f"codec {spec.codec}"
-                how = " with levels" if since == LEVELS_VERSION else ""
+                how = {LEVELS_VERSION: " with levels", BUNDLES_VERSION: " in bundles"}.get(
+                    since, ""
+                )
                 raise self.wrong(f"{name}: {what}{how} needs format version {since}, not {version}")
             out[name] = TensorEntry(name, spec, record, self.arrays(name, spec, record))
         return dict(sorted(out.items(), key=lambda item: self.position(item[1])))

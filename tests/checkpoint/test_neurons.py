@@ -46,11 +46,14 @@ def opt(path: Path, state: State | None = None, config: dict[str, Any] | None = 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 @pytest.mark.parametrize("codec", ["auto", "raw", "exp"])
-def test_round_trip(tmp_path: Path, dtype: torch.dtype, codec: Any) -> None:
+@pytest.mark.parametrize("bundled", [False, True])
+def test_round_trip(tmp_path: Path, dtype: torch.dtype, codec: Any, bundled: bool) -> None:
     state = opt_state(dtype)
     model = opt(tmp_path / "model", state)
     packed, back = tmp_path / "packed", tmp_path / "back"
-    report = pack_checkpoint(model, packed, codec=codec, neurons=True)
+    report = pack_checkpoint(
+        model, packed, codec=codec, neurons=not bundled, bundle_neurons=bundled
+    )
     assert report.sizes.neuron_tensors == 2
     assert not report.neurons_unused
     assert verify_checkpoint(packed, against=model).problems == ()
@@ -65,12 +68,15 @@ def test_round_trip(tmp_path: Path, dtype: torch.dtype, codec: Any) -> None:
         assert_same_tensors(source, state)
     assert json.loads((back / "config.json").read_text()) == OPT
     said = json.loads((packed / "config.json").read_text())["quantization_config"]
-    assert (said["neurons"], said["format_version"]) == ("relu", 5)
+    assert (said["neurons"], said["format_version"]) == ("relu", 5 + bundled)
+    assert all((rows[name].bundles is not None) == bundled for name in second)
 
 
-def test_a_packed_file_gives_the_tensor_as_it_is_named(tmp_path: Path) -> None:
+@pytest.mark.parametrize("bundled", [False, True])
+def test_a_packed_file_gives_the_tensor_as_it_is_named(tmp_path: Path, bundled: bool) -> None:
     state = opt_state()
-    pack_checkpoint(opt(tmp_path / "model", state), tmp_path / "packed", neurons=True)
+    model = opt(tmp_path / "model", state)
+    pack_checkpoint(model, tmp_path / "packed", neurons=True, bundle_neurons=bundled)
     file = next((tmp_path / "packed").glob("endor-*.safetensors"))
     name = "model.decoder.layers.1.fc2.weight"
     with endor.safe_open(file) as found:
@@ -84,7 +90,7 @@ def test_a_packed_file_gives_the_tensor_as_it_is_named(tmp_path: Path) -> None:
     again = endor.load_file(tmp_path / "again.safetensors")["again"]
     assert torch.equal(again.view(torch.int16), state[name].view(torch.int16))
     with stock_open(file, "np") as stock:
-        assert f"{name}_planes" in stock.keys()  # noqa: SIM118 - it is no dict
+        assert f"{name}_{'bundles' if bundled else 'planes'}" in stock.keys()  # noqa: SIM118 - it is no dict
 
 
 def test_resumes_only_what_was_begun_so(tmp_path: Path) -> None:
@@ -96,8 +102,9 @@ def test_resumes_only_what_was_begun_so(tmp_path: Path) -> None:
         patch.setattr(_Run, "name_shards", lambda self: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             pack_checkpoint(model, packed, neurons=True)
-    with pytest.raises(CheckpointError):
-        pack_checkpoint(model, packed, resume=True)
+    for other in ({}, {"bundle_neurons": True}):
+        with pytest.raises(CheckpointError):
+            pack_checkpoint(model, packed, resume=True, **other)
     pack_checkpoint(model, packed, neurons=True, resume=True)
     for file in (tmp_path / "whole").glob("*.*"):
         assert file.read_bytes() == (packed / file.name).read_bytes(), file.name

@@ -128,10 +128,10 @@ def test_an_edited_index(packed):
 
 def test_another_version(packed):
     document = json.loads((packed / INDEX).read_text())
-    document["metadata"]["endor"]["format_version"] = 6
+    document["metadata"]["endor"]["format_version"] = 7
     (packed / INDEX).write_text(json.dumps(document))
     (problem,) = verify_checkpoint(packed).problems
-    assert "format version must be 1 to 5, got 6; upgrade endor" in problem
+    assert "format version must be 1 to 6, got 7; upgrade endor" in problem
 
 
 def test_against(tmp_path, state, rng):

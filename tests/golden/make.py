@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from endor import codecs
-from endor.codecs import DTYPES, DType, Encoded, exp, fields, integer
+from endor.codecs import DTYPES, DType, Encoded, bundled, exp, fields, integer
 from endor.codecs.layout import Layout, Part
 from endor.storage import FileWriter, header_capacity
 
@@ -165,7 +165,31 @@ def records_v5() -> dict[str, dict[str, Encoded]]:
     return {"turned": out}
 
 
-RECORDS = {"v1": records, "v2": records_v2, "v3": records_v3, "v4": records_v4, "v5": records_v5}
+def records_v6() -> dict[str, dict[str, Encoded]]:
+    """Return matrices of four neurons, in bundles of 1 and 3, in codecs `raw` and `exp`."""
+    out: dict[str, Encoded] = {}
+    for dtype in (DTYPES["BF16"], DTYPES["F16"], DTYPES["F32"], DTYPES["F8_E4M3"]):
+        base = (1 << (dtype.exponent_bits - 1)) - 3
+        stored = elements(dtype)
+        forms = {
+            "raw": codecs.encode(stored, dtype, codec="raw").spec,
+            "exp": exp.encode(stored, dtype, bitmap=True, k=2, base=base).spec,
+            "full": exp.encode(stored, dtype, bitmap=False, k=2, base=base).spec,
+        }
+        for form, spec in forms.items():
+            for rows in (1, 3):
+                out[f"{form}.{rows}.{dtype.name}"] = bundled.encode(stored, spec, rows)
+    return {"bundles": out}
+
+
+RECORDS = {
+    "v1": records,
+    "v2": records_v2,
+    "v3": records_v3,
+    "v4": records_v4,
+    "v5": records_v5,
+    "v6": records_v6,
+}
 
 
 def write(path: Path, version: str = "v1") -> dict[str, str]:

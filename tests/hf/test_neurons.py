@@ -39,11 +39,18 @@ CASES = [
 @pytest.mark.parametrize(("kind", "changes"), CASES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("tier", ["resident", "disk", "dense"])
+@pytest.mark.parametrize("bundled", [False, True])
 def test_the_model_is_the_same(
-    tmp_path: Path, kind: str, changes: dict[str, Any], dtype: torch.dtype, tier: Any
+    tmp_path: Path,
+    kind: str,
+    changes: dict[str, Any],
+    dtype: torch.dtype,
+    tier: Any,
+    bundled: bool,
 ) -> None:
     dense = saved(tmp_path, kind, dtype, **changes)
-    pack_checkpoint(tmp_path / "dense", tmp_path / "packed", neurons=True)
+    dense_path, packed = tmp_path / "dense", tmp_path / "packed"
+    pack_checkpoint(dense_path, packed, neurons=True, bundle_neurons=bundled)
     exact = endor.load_model(tmp_path / "packed", exact=True)
     turned = [
         name
@@ -71,10 +78,14 @@ def test_the_model_is_the_same(
 
 
 @pytest.mark.parametrize("exact", [True, False])
-def test_on_a_device(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, exact: bool) -> None:
+@pytest.mark.parametrize("bundled", [False, True])
+def test_on_a_device(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, exact: bool, bundled: bool
+) -> None:
     """The device expands what is stored by neuron: the bits of the dense model."""
     dense = saved(tmp_path, "opt", torch.bfloat16)
-    pack_checkpoint(tmp_path / "dense", tmp_path / "packed", neurons=True)
+    dense_path, packed = tmp_path / "dense", tmp_path / "packed"
+    pack_checkpoint(dense_path, packed, neurons=True, bundle_neurons=bundled)
     monkeypatch.setattr(places, "open_device", lambda name: FakeDevice(total_bytes=1 << 30))
     monkeypatch.setattr(places, "refuse", lambda device: None)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))

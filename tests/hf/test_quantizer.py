@@ -373,9 +373,9 @@ def test_a_file_that_shrinks_mid_run_is_an_error(pair, tmp_path):
 def test_an_unknown_version_is_refused(pair, tmp_path):
     folder = copy_of(pair, tmp_path / "newer")
     config = json.loads((folder / "config.json").read_text())
-    config["quantization_config"]["format_version"] = 6
+    config["quantization_config"]["format_version"] = 7
     (folder / "config.json").write_text(json.dumps(config))
-    with pytest.raises(FormatError, match="format_version must be 1 to 5, got 6"):
+    with pytest.raises(FormatError, match="format_version must be 1 to 6, got 7"):
         AutoModelForCausalLM.from_pretrained(folder)
 
 

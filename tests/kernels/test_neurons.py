@@ -18,9 +18,18 @@ KINDS = ["BF16", "F16", "F32"]
 HOW: list[tuple[codecs.CodecChoice, bool | None]] = [("raw", None), ("exp", True), ("exp", False)]
 
 
-def turned(weight: np.ndarray, item: DType, how: tuple[codecs.CodecChoice, bool | None]) -> Encoded:
-    """Return `weight` stored transposed."""
-    stored = codecs.encode(np.ascontiguousarray(weight.T), item, codec=how[0], bitmap=how[1])
+def turned(
+    weight: np.ndarray,
+    item: DType,
+    how: tuple[codecs.CodecChoice, bool | None],
+    together: int = 0,
+) -> Encoded:
+    """Return `weight` stored transposed, in bundles of `together` neurons where that is not 0."""
+    bits = np.ascontiguousarray(weight.T)
+    stored = codecs.encode(bits, item, codec=how[0], bitmap=how[1])
+    if together:
+        rows = min(together, max(len(bits), 1))
+        return kernels.bundles.encode(bits, stored.spec, rows, 1, kernels.select())
     return Encoded(stored.spec.turned(), stored.arrays)
 
 
@@ -36,6 +45,7 @@ def turned(weight: np.ndarray, item: DType, how: tuple[codecs.CodecChoice, bool 
     style=st.sampled_from(STYLES),
     cut=st.tuples(st.floats(0, 1), st.floats(0, 1)),
     threads=st.integers(1, 3),
+    together=st.sampled_from([0, 0, 1, 3]),
 )
 def test_elements_keep_their_bits_and_their_places(
     kernel: str,
@@ -48,11 +58,12 @@ def test_elements_keep_their_bits_and_their_places(
     style: str,
     cut: tuple[float, float],
     threads: int,
+    together: int,
 ) -> None:
     need(kernel)
     item, rng = DTYPES[name], np.random.default_rng(seed)
     weight = elements(rng, item, rows * cols, density, style).reshape(rows, cols)
-    encoded = turned(weight, item, how)
+    encoded = turned(weight, item, how, together)
     codecs.validate(encoded)
     assert np.array_equal(codecs.decode(encoded), weight)
     start, stop = sorted(round(at * weight.size) for at in cut)
@@ -75,6 +86,7 @@ def test_elements_keep_their_bits_and_their_places(
     zeros=st.sampled_from([0.0, 0.5, 0.95, 1.0]),
     single=st.booleans(),
     threads=st.integers(1, 4),
+    together=st.sampled_from([0, 1, 3]),
 )
 def test_products_against_float64(
     kernel: str,
@@ -88,6 +100,7 @@ def test_products_against_float64(
     zeros: float,
     single: bool,
     threads: int,
+    together: int,
 ) -> None:
     need(kernel)
     item, rng = DTYPES[name], np.random.default_rng(seed)
@@ -96,10 +109,8 @@ def test_products_against_float64(
     x[:, rng.random(cols) < zeros] = -0.0
     given_x = x if single else rounded(x, item)
     out = np.full((batch, rows), np.nan, dtype=np.float32)
-    assert (
-        kernels.matvec(turned(weight, item, how), given_x, out, threads=threads, kernel=kernel)
-        is out
-    )
+    encoded = turned(weight, item, how, together)
+    assert kernels.matvec(encoded, given_x, out, threads=threads, kernel=kernel) is out
     wide = floats(given_x, item)
     exact = wide @ floats(weight, item).T
     bound = np.abs(wide) @ np.abs(floats(weight, item)).T * 2.0**-24 * (cols + 1)
@@ -108,16 +119,18 @@ def test_products_against_float64(
 
 @pytest.mark.parametrize("how", HOW)
 @pytest.mark.parametrize("rows", [320, 1024, 1300])
-def test_threads_do_not_change_the_sum(
+def test_threads_and_bundles_do_not_change_the_sum(
     compiled: str, how: tuple[codecs.CodecChoice, bool | None], rows: int, rng: np.random.Generator
 ) -> None:
     item = DTYPES["BF16"]
-    encoded = turned(weights(rng, item, rows, 700, 0.5), item, how)
+    weight = weights(rng, item, rows, 700, 0.5)
     x = rounded(rng.standard_normal((3, 700)) * (rng.random(700) < 0.5), item)
     outs = []
-    for threads in (1, 2, 3, 7):
-        out = np.empty((3, rows), dtype=np.float32)
-        outs.append(kernels.matvec(encoded, x, out, threads=threads, kernel=compiled))
+    for together in (0, 1, 4):
+        encoded = turned(weight, item, how, together)
+        for threads in (1, 2, 3, 7):
+            out = np.empty((3, rows), dtype=np.float32)
+            outs.append(kernels.matvec(encoded, x, out, threads=threads, kernel=compiled))
     assert all(np.array_equal(outs[0].view(np.uint32), out.view(np.uint32)) for out in outs)
 
 
@@ -147,6 +160,27 @@ def test_rows_of_idle_neurons_are_not_read(
                 flat[:, first:last] = 255
     out = np.empty((1, rows), np.float32)
     kernels.matvec(Encoded(encoded.spec, spoiled), x, out, kernel=compiled)
+    assert np.array_equal(out.view(np.uint32), whole.view(np.uint32))
+
+
+@pytest.mark.parametrize("how", HOW)
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_bundles_of_idle_neurons_are_not_read(
+    kernel: str, how: tuple[codecs.CodecChoice, bool | None], rng: np.random.Generator
+) -> None:
+    need(kernel)
+    item, rows, cols, together = DTYPES["BF16"], 1024, 64, 2
+    encoded = turned(weights(rng, item, rows, cols, 0.5), item, how, together)
+    x = np.zeros((1, cols), dtype=np.float32)
+    x[0, [3, 4, 40]] = rng.standard_normal(3)
+    whole = kernels.matvec(encoded, x, np.empty((1, rows), np.float32), kernel=kernel)
+    offsets = 8 * encoded.arrays["bundle_offsets"].astype(np.int64)
+    spoiled = encoded.arrays["bundles"].copy()
+    for one in set(range(cols // together)) - {3 // 2, 4 // 2, 40 // 2}:
+        spoiled[offsets[one] : offsets[one + 1]] = 255
+    out = np.empty((1, rows), np.float32)
+    arrays = {**encoded.arrays, "bundles": spoiled}
+    kernels.matvec(Encoded(encoded.spec, arrays), x, out, kernel=kernel)
     assert np.array_equal(out.view(np.uint32), whole.view(np.uint32))
 
 

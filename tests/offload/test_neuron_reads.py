@@ -25,7 +25,17 @@ from ..support.packed_files import Disk
 
 HIDDEN, NEURONS = 640, 1200
 PRICE = neuron_reads.request_bytes
-HOW: list[tuple[CodecChoice, bool | None]] = [("raw", None), ("exp", True), ("exp", False)]
+How = tuple[CodecChoice, bool | None, int]
+"""Codec, bitmap, and how many neurons are bundled; 0 for none."""
+
+HOW: list[How] = [
+    ("raw", None, 0),
+    ("exp", True, 0),
+    ("exp", False, 0),
+    ("raw", None, 7),
+    ("exp", True, 1),
+    ("exp", False, 2),
+]
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -46,17 +56,16 @@ def elements(rows: int, cols: int, density: float, seed: int) -> np.ndarray:
     return single.astype(np.uint16)
 
 
-def write(
-    path: Path, how: tuple[CodecChoice, bool | None], *, count: int = 2, density: float = 0.5
-) -> list[np.ndarray]:
+def write(path: Path, how: How, *, count: int = 2, density: float = 0.5) -> list[np.ndarray]:
     """Write matrices `w0`, `w1`, ..., each stored by neuron in a record of its own."""
     matrices = [elements(HIDDEN, NEURONS, density, seed) for seed in range(count)]
     stored = {}
     for at, matrix in enumerate(matrices):
-        made = codecs.encode(
-            np.ascontiguousarray(matrix.T), DTYPES["BF16"], codec=how[0], bitmap=how[1]
-        )
+        bits = np.ascontiguousarray(matrix.T)
+        made = codecs.encode(bits, DTYPES["BF16"], codec=how[0], bitmap=how[1])
         stored[f"w{at}"] = Encoded(made.spec.turned(), made.arrays)
+        if how[2]:
+            stored[f"w{at}"] = codecs.bundled.encode(bits, made.spec, how[2])
     plan = {name: {name: made.spec} for name, made in stored.items()}
     with FileWriter(path, header_capacity=header_capacity(plan)) as writer:
         for name, made in stored.items():
@@ -114,7 +123,7 @@ def assert_product(store: Store, name: str, matrix: np.ndarray, x: torch.Tensor)
 )
 def test_any_steps_give_the_sums_of_the_whole(
     tmp_path_factory: pytest.TempPathFactory,
-    how: tuple[CodecChoice, bool | None],
+    how: How,
     verify: bool,
     steps: list[tuple[float, int, int, str]],
 ) -> None:
@@ -132,7 +141,7 @@ def test_any_steps_give_the_sums_of_the_whole(
 
 
 @pytest.mark.parametrize("how", HOW)
-def test_few_neurons_read_few_bytes(tmp_path: Path, how: tuple[CodecChoice, bool | None]) -> None:
+def test_few_neurons_read_few_bytes(tmp_path: Path, how: How) -> None:
     path = tmp_path / "w.safetensors"
     matrices = write(path, how)
     store = opened(path)
@@ -158,7 +167,7 @@ def test_few_neurons_read_few_bytes(tmp_path: Path, how: tuple[CodecChoice, bool
 
 def test_nothing_active_reads_nothing(tmp_path: Path) -> None:
     path = tmp_path / "w.safetensors"
-    write(path, ("exp", True))
+    write(path, ("exp", True, 0))
     store = opened(path)
     for _ in range(2):
         store.weights["w0"].product(inputs(0.01, 1))
@@ -170,7 +179,7 @@ def test_nothing_active_reads_nothing(tmp_path: Path) -> None:
 
 def test_in_memory_nothing_is_read(tmp_path: Path) -> None:
     path = tmp_path / "w.safetensors"
-    matrices = write(path, ("exp", True))
+    matrices = write(path, ("exp", True, 0))
     store = opened(path, tier="resident")
     store.preload()
     before = store.ledger.snapshot()
@@ -182,7 +191,7 @@ def test_in_memory_nothing_is_read(tmp_path: Path) -> None:
 
 def test_a_block_that_changed_is_found(tmp_path: Path) -> None:
     path = tmp_path / "w.safetensors"
-    matrices = write(path, ("raw", None))
+    matrices = write(path, ("raw", None, 0))
     store = opened(path)
     x = inputs(0.005, 1)
     for _ in range(3):
@@ -205,7 +214,7 @@ def test_a_block_that_changed_is_found(tmp_path: Path) -> None:
 def test_an_error_of_the_disk_ends_there(tmp_path: Path) -> None:
     path = tmp_path / "w.safetensors"
     disk = Disk()
-    matrices = write(path, ("exp", True))
+    matrices = write(path, ("exp", True, 0))
     store = opened(path, disk=disk)
     for _ in range(3):
         for at, matrix in enumerate(matrices):
@@ -221,7 +230,7 @@ def test_an_error_of_the_disk_ends_there(tmp_path: Path) -> None:
 
 def test_threads_share_a_model(tmp_path: Path) -> None:
     path = tmp_path / "w.safetensors"
-    matrices = write(path, ("exp", True))
+    matrices = write(path, ("exp", True, 0))
     store = opened(path)
     errors: list[BaseException] = []
 
@@ -249,7 +258,7 @@ def test_spans_come_to_their_places(
     tmp_path_factory: pytest.TempPathFactory, data: st.DataObject
 ) -> None:
     path = tmp_path_factory.mktemp("spans") / "w.safetensors"
-    write(path, ("raw", None), count=1)
+    write(path, ("raw", None, 0), count=1)
     layout = FileLayout.read(path)
     record = layout.records["w0"]
     blocks = record.nbytes // 4096
@@ -271,7 +280,7 @@ def test_spans_come_to_their_places(
 @pytest.mark.parametrize("spans", [[(1, 4096)], [(4096, 4096)], [(8192, 12288), (0, 4096)]])
 def test_spans_that_are_none(tmp_path: Path, spans: list[tuple[int, int]]) -> None:
     path = tmp_path / "w.safetensors"
-    write(path, ("raw", None), count=1)
+    write(path, ("raw", None, 0), count=1)
     record = FileLayout.read(path).records["w0"]
     reader = open_reader()
     with pytest.raises(ShapeError, match="ascending blocks"):
@@ -284,7 +293,7 @@ def test_spans_that_are_none(tmp_path: Path, spans: list[tuple[int, int]]) -> No
 def test_a_request_has_its_price(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where parts would cost more than the whole, the whole is read, and ahead of its use."""
     path = tmp_path / "w.safetensors"
-    matrices = write(path, ("exp", True), count=3)
+    matrices = write(path, ("exp", True, 0), count=3)
     monkeypatch.setattr(neuron_reads, "request_bytes", lambda path: 1 << 30)
     store = opened(path)
     for turn in range(3):
@@ -301,7 +310,7 @@ def test_the_price_is_that_of_the_disk(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request_us: float, parts: bool
 ) -> None:
     path = tmp_path / "w.safetensors"
-    matrices = write(path, ("exp", True), count=3)
+    matrices = write(path, ("exp", True, 0), count=3)
     asked = []
 
     def known(path: Path) -> Constants:

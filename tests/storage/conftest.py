@@ -57,6 +57,8 @@ def sample_tensors(shape: tuple[int, ...] = (3, 700)) -> dict[str, Encoded]:
     if len(shape) == 2:
         out["BF16.turned"] = sample_turned(DTYPES["BF16"], shape, "raw")
         out["F32.turned"] = sample_turned(DTYPES["F32"], shape, "exp")
+        for name, codec in (("BF16", "raw"), ("F16", "exp")):
+            out[f"{name}.bundles"] = sample_bundles(DTYPES[name], shape, codec)
     return out
 
 
@@ -64,6 +66,13 @@ def sample_turned(dtype: DType, shape: tuple[int, ...], codec: CodecChoice) -> E
     """Return a matrix that is stored transposed."""
     stored = codecs.encode(sample_bits(dtype, shape[::-1]), dtype, codec=codec)
     return Encoded(stored.spec.turned(), stored.arrays)
+
+
+def sample_bundles(dtype: DType, shape: tuple[int, ...], codec: CodecChoice) -> Encoded:
+    """Return a matrix in bundles of two rows of the transposed one."""
+    stored = sample_bits(dtype, shape[::-1])
+    form = codecs.encode(stored, dtype, codec=codec).spec
+    return codecs.bundled.encode(stored, form, min(2, max(len(stored), 1)))
 
 
 def sample_fields(dtype: DType, shape: tuple[int, ...]) -> Encoded:

@@ -23,7 +23,7 @@ def digests(version: str) -> dict[str, str]:
     return loaded
 
 
-@pytest.mark.parametrize("version", ["v1", "v2", "v3", "v4", "v5"])
+@pytest.mark.parametrize("version", ["v1", "v2", "v3", "v4", "v5", "v6"])
 def test_every_tensor_decodes_to_the_recorded_elements(version: str) -> None:
     layout = FileLayout.read(GOLDEN / f"{version}.safetensors")
     found = {}
@@ -65,7 +65,7 @@ def test_the_second_version_holds_every_form_of_int() -> None:
     assert {"dense", "int"} == {entry.spec.codec for entry in layout.tensors.values()}
 
 
-@pytest.mark.parametrize("version", ["v1", "v2", "v3", "v4", "v5"])
+@pytest.mark.parametrize("version", ["v1", "v2", "v3", "v4", "v5", "v6"])
 def test_writer_still_gives_the_same_bytes(tmp_path: Path, version: str) -> None:
     again = tmp_path / "again.safetensors"
     make = runpy.run_path(str(GOLDEN / "make.py"))
@@ -88,6 +88,16 @@ def test_the_fifth_version_holds_transposed_matrices() -> None:
     specs = [entry.spec for entry in verify_file(GOLDEN / "v5.safetensors").tensors.values()]
     assert all(spec.transposed and spec.shape == (4, 300) for spec in specs)
     assert {(spec.codec, spec.bitmap) for spec in specs} == {
+        ("raw", True),
+        ("exp", True),
+        ("exp", False),
+    }
+
+
+def test_the_sixth_version_holds_bundles() -> None:
+    specs = [entry.spec for entry in verify_file(GOLDEN / "v6.safetensors").tensors.values()]
+    assert {spec.bundles.rows for spec in specs if spec.bundles} == {1, 3}
+    assert {(spec.codec, spec.bitmap) for spec in specs if spec.bundles and spec.transposed} == {
         ("raw", True),
         ("exp", True),
         ("exp", False),

@@ -25,7 +25,7 @@ from endor.storage import ALIGN, FileLayout, HostBuffer, align_up, open_reader
 from endor.storage.directory import ARRAY_ALIGN, TAIL_BYTES
 from endor.storage.writer import largest_int_spec
 
-from .conftest import sample_codes, sample_turned
+from .conftest import sample_bundles, sample_codes, sample_turned
 
 Doc = dict[str, Any]
 Edit = Callable[[Doc, Doc], object]
@@ -245,7 +245,7 @@ BAD: dict[str, tuple[Edit, str]] = {
     "version-text": (set_directory(version="1"), "version must be a positive integer"),
     "version-0": (set_directory(version=0), "version must be a positive integer"),
     "version-true": (set_directory(version=True), "version must be a positive integer"),
-    "version-6": (set_directory(version=6), "must be 1 to 5, got 6; upgrade endor"),
+    "version-7": (set_directory(version=7), "must be 1 to 6, got 7; upgrade endor"),
     "align": (set_directory(align=512), "align must be 4096, got 512"),
     "records-missing": (lambda _, d: d.pop("records"), "'records' must be an object"),
     "records-list": (set_directory(records=[]), "'records' must be an object"),
@@ -479,6 +479,23 @@ def test_a_transposed_matrix_needs_the_fifth_version(write: Write, tamper: Tampe
     assert FileLayout.read(path).version == 5
     tamper(path, set_directory(version=4))
     with pytest.raises(FormatError, match="x: a transposed matrix needs format version 5, not 4"):
+        FileLayout.read(path)
+
+
+def test_bundles_need_the_sixth_version(write: Write, tamper: Tamper) -> None:
+    path = write({"x": {"x": sample_bundles(DTYPES["BF16"], (30, 70), "raw")}})
+    assert FileLayout.read(path).version == 6
+    tamper(path, set_directory(version=5))
+    said = "x: a transposed matrix in bundles needs format version 6, not 5"
+    with pytest.raises(FormatError, match=said):
+        FileLayout.read(path)
+
+
+@pytest.mark.parametrize("suffix", ["bundles", "bundle_offsets"])
+def test_arrays_of_bundles_are_those_of_its_spec(write: Write, tamper: Tamper, suffix: str) -> None:
+    path = write({"x": {"x": sample_bundles(DTYPES["BF16"], (30, 70), "exp")}})
+    tamper(path, lambda document, _: document[f"x_{suffix}"].update(shape=[1]))
+    with pytest.raises(FormatError, match=f"x_{suffix}"):
         FileLayout.read(path)
 
 

@@ -6,14 +6,15 @@
  *
  * A tile that holds a piece of an active row is decoded into L1; the pieces in it are added to out, which stays in L1 or
  * L2. Reads per active row: the bitmap and the stored elements of its tiles. */
-#include "endor.h"
+#include "bundles.h"
 
 #include <stdatomic.h>
 
 typedef struct {
     const endor_ops *ops;
     endor_axpy axpy;
-    const endor_tensor *tensor;
+    const endor_tensor *tensor;   /* the matrix, */
+    const endor_bundles *bundles; /* or its bundles */
     endor_stream stream;
     int kind; /* of the elements, ENDOR_X_* */
     uint64_t cols, share;
@@ -26,34 +27,74 @@ typedef struct {
     atomic_int status;
 } neuron_job;
 
+/* Where a row lies. */
+typedef struct {
+    const endor_tensor *tensor; /* what it is a row of: the matrix, or `bundle` */
+    endor_tensor bundle;
+    endor_stream stream;
+    uint64_t first; /* its first element in there */
+} row_place;
+
+static int find_row(const neuron_job *job, uint64_t a, row_place *place) {
+    const uint64_t row = job->active[a];
+    if (!job->bundles) {
+        place->tensor = job->tensor;
+        place->first = row * job->cols;
+        return ENDOR_OK;
+    }
+    const uint64_t together = job->bundles->bundle_rows;
+    int status = endor_bundle_at(job->bundles, row / together, &place->bundle);
+    place->tensor = &place->bundle;
+    place->first = row % together * job->cols;
+    place->stream.bytes = place->bundle.bytes;
+    place->stream.planes = place->bundle.planes;
+    place->stream.byte_stride = place->bundle.nnz;
+    place->stream.plane_stride = (place->bundle.nnz + 63) / 64 * 8;
+    return status;
+}
+
+/* The head of the bundle that a row is in: what lies behind it cannot be found without it. */
+static void fetch_head(const neuron_job *job, uint64_t a) {
+    if (!job->bundles || a >= job->n_active) return;
+    uint64_t at = load32(job->bundles->offsets + 4 * (job->active[a] / job->bundles->bundle_rows));
+    if (at < job->bundles->units) __builtin_prefetch(job->bundles->data + at * BUNDLE_UNIT, 0, 2);
+}
+
 /* Columns [begin, end) of all sums. */
 static int add_columns(neuron_job *job, uint64_t begin, uint64_t end) {
     ENDOR_ALIGNED uint8_t weights[ENDOR_TILE * 4 + ENDOR_SLACK];
-    const endor_tensor *t = job->tensor;
-    uint64_t size = (uint64_t)t->itemsize;
+    row_place places[2] = {{.stream = job->stream}, {.stream = job->stream}};
+    uint64_t size = job->kind == ENDOR_X_F32 ? 4 : 2;
     memset(weights + ENDOR_TILE * size, 0, ENDOR_SLACK);
     for (uint64_t b = 0; b < job->batch; b++) memset(job->out + b * job->cols + begin, 0, (end - begin) * sizeof(float));
-    for (uint64_t a = 0; a < job->n_active; a++) {
-        uint64_t first = job->active[a] * job->cols, flat = first + begin, stop = first + end;
+    int status = job->n_active ? find_row(job, 0, &places[0]) : ENDOR_OK;
+    for (uint64_t a = 0; a < job->n_active && status == ENDOR_OK; a++) {
+        const row_place *place = &places[a & 1];
+        fetch_head(job, a + 3);
         if (a + 1 < job->n_active) {
-            uint64_t next = job->active[a + 1] * job->cols;
-            /* rows follow in no order that the hardware could see */
-            endor_fetch(t, &job->stream, next + begin, next + end);
+            status = find_row(job, a + 1, &places[(a + 1) & 1]);
+            if (status == ENDOR_OK) { /* rows follow in no order that the hardware could see */
+                const row_place *next = &places[(a + 1) & 1];
+                endor_fetch(next->tensor, &next->stream, next->first + begin, next->first + end);
+            }
         }
-        while (flat < stop) {
+        const endor_tensor *t = place->tensor;
+        uint64_t flat = place->first + begin, stop = place->first + end;
+        while (flat < stop && status == ENDOR_OK) {
             uint64_t tile = flat / ENDOR_TILE, len = min64((tile + 1) * ENDOR_TILE, stop) - flat;
             endor_patches cursor = endor_patches_at(t, tile, endor_rank_of_tile(t, tile));
-            int status = endor_decode_tile(job->ops, t, &job->stream, &cursor, tile, weights);
+            status = endor_decode_tile(job->ops, t, &place->stream, &cursor, tile, weights);
             if (status != ENDOR_OK) return status;
             for (uint64_t b = 0; b < job->batch; b++) {
                 float h = job->h[b * job->n_active + a];
                 if (h == 0) continue;
-                job->axpy(weights + flat % ENDOR_TILE * size, job->kind, len, h, job->out + b * job->cols + (flat - first));
+                job->axpy(weights + flat % ENDOR_TILE * size, job->kind, len, h,
+                          job->out + b * job->cols + (flat - place->first));
             }
             flat += len;
         }
     }
-    return ENDOR_OK;
+    return status;
 }
 
 static void add_shares(void *context) {
@@ -66,6 +107,18 @@ static void add_shares(void *context) {
     }
 }
 
+static int multiply(neuron_job *job, int threads) {
+    if (!job->cols || !job->batch) return ENDOR_OK;
+    /* whole tiles where rows are some: a tile that two shares hold is decoded twice */
+    uint64_t each = (job->cols + (uint64_t)(threads > 0 ? threads : 1) - 1) / (uint64_t)(threads > 0 ? threads : 1);
+    uint64_t unit = job->cols % ENDOR_TILE ? 64 : ENDOR_TILE;
+    job->share = (each + unit - 1) / unit * unit;
+    atomic_init(&job->next, 0);
+    atomic_init(&job->status, ENDOR_OK);
+    endor_parallel(threads, 2 * job->n_active * job->cols, add_shares, job);
+    return atomic_load(&job->status);
+}
+
 /* h: float (batch, n_active), the inputs of the active rows, which are in rising order; out: float (batch, cols). */
 ENDOR_API int endor_neurons(int kernel, const endor_tensor *tensor, int kind, uint64_t rows, uint64_t cols,
                             const uint32_t *active, uint64_t n_active, const float *h, uint64_t batch, float *out,
@@ -74,16 +127,18 @@ ENDOR_API int endor_neurons(int kernel, const endor_tensor *tensor, int kind, ui
                       .cols = cols, .active = active, .n_active = n_active, .h = h, .batch = batch, .out = out};
     if (!job.ops || (cols && rows > tensor->numel / cols)) return ENDOR_UNSUPPORTED;
     if (n_active && active[n_active - 1] >= rows) return ENDOR_UNSUPPORTED;
-    if (!cols || !batch) return ENDOR_OK;
     if (tensor->codec == ENDOR_EXP) endor_stream_of(tensor, &job.stream);
-    /* whole tiles where rows are some: a tile that two shares hold is decoded twice */
-    uint64_t each = (cols + (uint64_t)(threads > 0 ? threads : 1) - 1) / (uint64_t)(threads > 0 ? threads : 1);
-    uint64_t unit = cols % ENDOR_TILE ? 64 : ENDOR_TILE;
-    job.share = (each + unit - 1) / unit * unit;
-    atomic_init(&job.next, 0);
-    atomic_init(&job.status, ENDOR_OK);
-    endor_parallel(threads, 2 * n_active * cols, add_shares, &job);
-    return atomic_load(&job.status);
+    return multiply(&job, threads);
+}
+
+/* The same, of a matrix in bundles. */
+ENDOR_API int endor_bundles_neurons(int kernel, const endor_bundles *bundles, int kind, const uint32_t *active,
+                                    uint64_t n_active, const float *h, uint64_t batch, float *out, int threads) {
+    neuron_job job = {.ops = endor_ops_of(kernel), .axpy = endor_axpy_of(kernel), .bundles = bundles, .kind = kind,
+                      .cols = bundles->cols, .active = active, .n_active = n_active, .h = h, .batch = batch, .out = out};
+    if (!job.ops || (n_active && active[n_active - 1] >= bundles->rows)) return ENDOR_UNSUPPORTED;
+    if (bundles->form.codec == ENDOR_EXP) endor_stream_of(&bundles->form, &job.stream);
+    return multiply(&job, threads);
 }
 
 typedef struct {
