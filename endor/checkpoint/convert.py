@@ -98,9 +98,7 @@ def convert(
     if recoded:
         text = "\0".join(f"{name}\0{recoded[name]}" for name in sorted(recoded))
         identity["recoded"] = hashlib.sha256(text.encode()).hexdigest()
-    if options.neurons.matrices:
-        identity["neurons"] = sorted(options.neurons.matrices)
-        identity["neuron_bundles"] = options.neurons.bundled
+    identity |= options.neurons.identity()
     if part is not None:
         units, identity = tuple(part.units(units)), part.identify(identity)
     described = options.describe()

@@ -62,6 +62,11 @@ class Neurons:
     unused: str = ""
     bundled: bool = False
 
+    def identity(self) -> dict[str, Any]:
+        """Return what the bytes of a packed checkpoint depend on."""
+        found: dict[str, Any] = {"neurons": sorted(self.matrices)} if self.matrices else {}
+        return found | ({"neuron_bundles": True} if self.matrices and self.bundled else {})
+
 
 def find_neurons(
     source: CheckpointSource, selected: frozenset[str], *, bundled: bool = False
