@@ -4,6 +4,7 @@
     python scripts/make_model random OUT       Llama-2-7B's layers, ten of them, random weights
     python scripts/make_model relu OUT         OPT-6.7B's layers, four of them, most neurons at 0
     python scripts/make_model moe DENSE OUT    a mixture of experts made of a small dense model
+    python scripts/make_model relufied DENSE OUT   a small Llama with thresholds and ReLU
 
 Each takes options of its own: `python scripts/make_model random --help`.
 """
@@ -11,7 +12,13 @@ Each takes options of its own: `python scripts/make_model random --help`.
 import argparse
 from importlib import import_module
 
-KINDS = {"smollm2": "smollm2", "random": "random_llama", "relu": "relu_opt", "moe": "mixture"}
+KINDS = {
+    "smollm2": "smollm2",
+    "random": "random_llama",
+    "relu": "relu_opt",
+    "moe": "mixture",
+    "relufied": "relu_fied",
+}
 
 
 def main() -> None:
