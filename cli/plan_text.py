@@ -197,6 +197,15 @@ def arithmetic(planned: "Planned | PlannedSketch") -> str:
             f"the host multiplies {max(shares):.0%} of the rows of {len(hosted)} units, up to "
             f"{max(result.products.packed_rows.values())} rows of input",
         ]
+    if result.kept_bytes:
+        decode = result.decode
+        lines += [
+            "",
+            f"of {len(result.kept_bytes)} matrices stored by neuron, on disk, "
+            f"{sum(result.kept_bytes.values()) / 1e6:.0f} MB stay in RAM: the blocks of their "
+            "busiest neurons, by the counts of the checkpoint; a step reads "
+            f"{decode.disk_bytes / 1e6:.1f} MB in all",
+        ]
     if result.exchanges is not None:
         lines += [
             "",

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from endor.checkpoint.neuron_counts import counted
 from endor.errors import ConfigError
 from endor.hf import device_map as places
 from endor.hf import ranges
@@ -114,6 +115,7 @@ class Placing:
                 ram_bytes=self._ram(room),
                 workload=self.workload,
                 wishes=self._wishes(units, self.specs),
+                counts=counted(self.layouts),
             )
             named = [spec for spec, _ in self.specs]
             placement = whole_weights(planned.placement, units, named)

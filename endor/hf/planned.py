@@ -70,7 +70,7 @@ def plan_checkpoint(
         ram = target.ram_bytes if ram is None else ram
         vram = target.vram_bytes if vram is None else vram
     chosen = search(
-        unit_costs(found.units, machine, found.shape),
+        unit_costs(found.units, machine, found.shape, found.counts),
         found.shape,
         machine,
         disk,

@@ -9,6 +9,7 @@ import torch
 
 from endor.checkpoint.index import read_packed_index
 from endor.checkpoint.loadable import is_packed, open_layouts, read_config, refuse_quantized
+from endor.checkpoint.neuron_counts import NeuronCounts, counted
 from endor.codecs import DTYPES
 from endor.dtypes import torch_dtype
 from endor.errors import ConfigError
@@ -33,6 +34,7 @@ class Outline:
         dtype: Safetensors code of the element type that most packed weights have.
         expanded: Packed tensors that the model uses in a way that needs them dense.
         expanded_nbytes: What they take when expanded.
+        counts: How often neurons are active, where the checkpoint says so.
     """
 
     path: Path
@@ -42,6 +44,7 @@ class Outline:
     dtype: str
     expanded: tuple[str, ...] = ()
     expanded_nbytes: int = 0
+    counts: NeuronCounts | None = None
 
 
 def outline(
@@ -92,6 +95,7 @@ def outline(
         item,
         expanded,
         sum(stored[name].dense_nbytes for name in expanded),
+        counted(layouts),
     )
 
 

@@ -178,6 +178,7 @@ class Store:
             {name: tier for each in placements for name, tier in each.tiers.items()},
             sum(each.staging_bytes for each in placements),
             sum(each.slots for each in placements),
+            kept_bytes={name: n for each in placements for name, n in each.kept_bytes.items()},
         )
 
     @classmethod

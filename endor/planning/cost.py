@@ -136,6 +136,7 @@ class _Sums:
     multiply: float = 0.0
     disk_bytes: float = 0.0
     routed_bytes: float = 0.0
+    requests: float = 0.0
     link_bytes: float = 0.0
     copies: float = 0.0
     moved: float = 0.0
@@ -154,20 +155,22 @@ def predict(
     step: Step,
     *,
     host_shares: Mapping[str, float] | None = None,
+    kept_bytes: Mapping[str, int] | None = None,
     kinds: Sequence[int] | None = None,
 ) -> Prediction:
     """Return the predicted time of `step` with the units placed as `tiers` says.
 
     The device computes when `machine` has a link; pass it without one to predict the processor.
-    `host_shares` is that of a `Placement`, `kinds` what `kinds_of(costs)` gives, where it is known.
+    `host_shares` and `kept_bytes` are those of a `Placement`, `kinds` what `kinds_of(costs)` gives,
+    where it is known.
     """
     on_device = machine.link is not None
     sums = _Sums()
     flops = (machine.link.gemm_gflops if machine.link else machine.gemm_gflops) * 1e9
     weight_gbps = machine.link.hbm_gbps if machine.link else machine.linear_gbps
-    direct, shares = step.product == "direct", host_shares or {}
+    direct, shares, keeps = step.product == "direct", host_shares or {}, kept_bytes or {}
     beside = direct and step.rows <= PRODUCT_ROWS
-    for cost, tier, share, count in _alike(costs, tiers, shares, kinds):
+    for cost, tier, share, kept, count in _alike(costs, tiers, shares, keeps, kinds):
         use = count * _use(cost, step)
         sums.calls += use
         # Of experts, each multiplies the rows that were routed to it.
@@ -198,8 +201,13 @@ def predict(
             sums.expand += 0.0 if tier == "dense" else use * cost.expand_s
             sums.multiply += use * multiply_s(cost, machine, rows, wide=direct)
         if tier == "disk":
-            part = NEURONS_READ if cost.by_neuron and beside and not on_device else 1.0
-            sums.disk_bytes += use * part * cost.packed_bytes
+            by_neuron = cost.by_neuron and beside and not on_device
+            nbytes = cost.packed_bytes * (NEURONS_READ if by_neuron else 1.0)
+            if by_neuron and cost.activity is not None:
+                share = kept / cost.packed_bytes
+                nbytes, seconds = cost.activity.reads(cost.packed_bytes, disk, rows, share)
+                sums.requests += use * (seconds - nbytes / disk.read_gbps / 1e9)
+            sums.disk_bytes += use * nbytes
             sums.routed_bytes += 0.0 if cost.scheduled else use * cost.packed_bytes
     if machine.link is not None:
         return _on_device(sums, machine, disk, shape, step)
@@ -219,16 +227,18 @@ def _alike(
     costs: Sequence[UnitCost],
     tiers: Mapping[str, Tier],
     shares: Mapping[str, float],
+    keeps: Mapping[str, int],
     kinds: Sequence[int] | None,
-) -> Iterator[tuple[UnitCost, Tier, float, int]]:
-    """Yield (one of them, tier, the host's share, how many) of units that are alike."""
+) -> Iterator[tuple[UnitCost, Tier, float, int, int]]:
+    """Yield (one of them, tier, the host's share, bytes kept, how many) of units that are alike."""
     names = [cost.name for cost in costs]
     hosted = map(shares.get, names, repeat(1.0)) if shares else repeat(1.0)
-    found: Counter[tuple[int, Tier, float]] = Counter(
-        zip(kinds or kinds_of(costs), map(tiers.__getitem__, names), hosted, strict=False)
+    kept = map(keeps.get, names, repeat(0)) if keeps else repeat(0)
+    found: Counter[tuple[int, Tier, float, int]] = Counter(
+        zip(kinds or kinds_of(costs), map(tiers.__getitem__, names), hosted, kept, strict=False)
     )
-    for (at, tier, share), count in found.items():
-        yield costs[at], tier, share, count
+    for (at, tier, share, nbytes), count in found.items():
+        yield costs[at], tier, share, nbytes, count
 
 
 def _on_cpu(sums: _Sums, machine: Machine, disk: Disk, shape: ModelShape, step: Step) -> Prediction:
@@ -255,7 +265,8 @@ def _on_cpu(sums: _Sums, machine: Machine, disk: Disk, shape: ModelShape, step: 
     routed = sums.routed_bytes * (1 / disk.read_gbps / 1e9 + check_s)
     resources = {
         "cpu": sum(parts.values()),
-        "disk": (sums.disk_bytes - sums.routed_bytes + kv_read) / disk.read_gbps / 1e9,
+        "disk": (sums.disk_bytes - sums.routed_bytes + kv_read) / disk.read_gbps / 1e9
+        + sums.requests,
     }
     bound = max(resources, key=lambda name: resources[name])
     seconds = joined(resources.values()) + routed

@@ -40,6 +40,7 @@ def combine(plans: Sequence[Plan]) -> Plan:
         staging_bytes=sum(each.staging_bytes for each in plans),
         slots=sum(each.slots for each in plans),
         host_shares={name: share for each in plans for name, share in each.host_shares.items()},
+        kept_bytes={name: nbytes for each in plans for name, nbytes in each.kept_bytes.items()},
         exchanges=next((each.exchanges for each in plans if each.exchanges), None),
         reservations=tuple(item for each in plans for item in each.reservations),
         ram_bytes=sum(each.ram_bytes for each in plans),

@@ -56,6 +56,7 @@ class Plan:
         products: How weights are multiplied where the bits need not be torch's.
         host_shares: As in `Placement`.
         exchanges: As in `Placement`.
+        kept_bytes: As in `Placement`.
         way: How units outside VRAM are multiplied.
         alternatives: The best ways to run the model, this one among them, the fastest first.
     """
@@ -76,6 +77,7 @@ class Plan:
     products: Products = field(default_factory=Products)
     host_shares: Mapping[str, float] = field(default_factory=dict)
     exchanges: Exchanges | None = None
+    kept_bytes: Mapping[str, int] = field(default_factory=dict)
     way: Way = "stream"
     alternatives: tuple[Alternative, ...] = ()
 
@@ -96,7 +98,12 @@ class Plan:
     def placement(self) -> Placement:
         """The plan as what moves the units takes it."""
         return Placement(
-            self.tiers, self.staging_bytes, self.slots, self.host_shares, self.exchanges
+            self.tiers,
+            self.staging_bytes,
+            self.slots,
+            self.host_shares,
+            self.exchanges,
+            self.kept_bytes,
         )
 
     def count(self, tier: Tier) -> int:

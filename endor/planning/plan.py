@@ -11,6 +11,7 @@ import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
+from endor.checkpoint.neuron_counts import NeuronCounts
 from endor.errors import ConfigError
 from endor.planning.beside import Way, host_products, placements
 from endor.planning.constants import Disk, Machine
@@ -22,10 +23,12 @@ from endor.planning.fill import (
     least_device_bytes,
     least_host_bytes,
 )
+from endor.planning.keeping import keeping
 from endor.planning.kv import SETTINGS
 from endor.planning.needs import Needs
 from endor.planning.outcome import Alternative, Plan
 from endor.planning.products import PRODUCT_ROWS, Products, choose
+from endor.planning.reserved import reserved
 from endor.planning.shape import ModelShape
 from endor.planning.tiers import PACKED_IN_RAM, Placement, Tier
 from endor.planning.unit_cost import UnitCost, unit_costs
@@ -56,6 +59,7 @@ def plan(
     vram_bytes: int = 0,
     workload: Workload | None = None,
     wishes: Mapping[str, Tier] | None = None,
+    counts: NeuronCounts | None = None,
 ) -> Plan:
     """Return the fastest placement found for `units` within the budgets.
 
@@ -68,13 +72,14 @@ def plan(
         vram_bytes: Device memory for the same; 0 plans for the processor.
         workload: What it is for.
         wishes: Tiers that are fixed beforehand, by unit name: `vram`, `resident` or `disk`.
+        counts: How often neurons are active, where the checkpoint says so.
 
     Raises:
         BudgetError: A budget cannot hold what must be in memory; the message has the least.
         ConfigError: The workload makes no sense, or VRAM is offered and there is no device.
     """
     return plan_costs(
-        unit_costs(units, machine, shape),
+        unit_costs(units, machine, shape, counts),
         shape,
         machine,
         disk,
@@ -191,28 +196,14 @@ class _Search:
             chosen = made if made.beats(chosen) else chosen
         way, decode = chosen.way, chosen.decode
         filled = self._exchanging(chosen)
-        reservations = [Reservation(what, at, nbytes) for what, nbytes in self.fixed.items()]
-        if filled.slots:
-            nbytes = filled.slots * max(
-                (c.packed_bytes for c in self.costs if filled.tiers[c.name] != "vram"), default=0
-            )
-            reservations.append(Reservation("device slots", "vram", nbytes))
-        if self.exchange_bytes:
-            what = "activations between device and host"
-            reservations.append(Reservation(what, "ram", self.exchange_bytes))
-        if self.host_kv:
-            reservations.append(Reservation("cache of keys and values", "ram", self.host_kv))
-        if filled.staging_bytes:
-            reservations.append(Reservation("staging and read-ahead", "ram", filled.staging_bytes))
-        if filled.exchanges is not None:
-            nbytes = sum(cost.packed_bytes for cost in filled.moving(self.costs))
-            reservations.append(Reservation("experts that begin in VRAM", "ram", nbytes))
         stays = sum(cost.packed_bytes for cost in self.costs if filled.tiers[cost.name] != "disk")
         return Plan(
             tiers=filled.tiers,
             staging_bytes=filled.staging_bytes,
             slots=filled.slots,
-            reservations=tuple(reservations),
+            reservations=reserved(
+                filled, self.costs, self.fixed, at, self.exchange_bytes, self.host_kv
+            ),
             ram_bytes=self.ram_bytes,
             vram_bytes=self.vram_bytes,
             decode=decode,
@@ -225,6 +216,7 @@ class _Search:
             products=self._products(filled),
             host_shares=filled.host_shares,
             exchanges=filled.exchanges,
+            kept_bytes=filled.kept_bytes,
             way=way,
             alternatives=self._alternatives(chosen, found.values()),
         )
@@ -248,6 +240,10 @@ class _Search:
 
     def _ways(self, filled: Placement) -> Iterator[tuple[Way, Placement]]:
         """Yield how the units of a placement may be multiplied."""
+        if not self.vram_bytes and self.workload.product == "direct":
+            room = self.ram_bytes - sum(self.fixed.values())
+            kept = keeping(filled, self.costs, self.wishes, room)
+            return (("stream", each) for each in (filled, kept) if each is not None)
         if not self.beside:
             return iter([("stream", filled)])
         wish = self.workload.host_compute
@@ -294,6 +290,7 @@ class _Search:
             self.shape,
             step,
             host_shares=filled.host_shares,
+            kept_bytes=filled.kept_bytes,
             kinds=self.kinds,
         )
 

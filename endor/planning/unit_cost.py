@@ -3,8 +3,10 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from endor.checkpoint.neuron_counts import NeuronCounts
 from endor.codecs import TensorSpec
 from endor.codecs.coding import VALUE_DTYPES
+from endor.planning.activity import Activity
 from endor.planning.constants import Machine
 from endor.planning.device_rates import Rates, modelled
 from endor.planning.shape import ModelShape
@@ -38,6 +40,7 @@ class UnitCost:
         row_cost: What each further row adds to a packed product, as a share of the first.
         multiplies: Whether the processor multiplies all of it from the packed form.
         neuron_bytes: Of a matrix stored by neuron, what stays in memory to read parts of it.
+        activity: Of a matrix stored by neuron, how busy its neurons are, where that was counted.
         device_rates: 10^9 weights a second of the device's product from the packed form, of one
             row and of most; `None` where it expands, or nothing is known.
     """
@@ -55,6 +58,7 @@ class UnitCost:
     multiplies: bool = True
     neuron_bytes: int = 0
     device_rates: tuple[float, float] | None = None
+    activity: Activity | None = None
 
     @property
     def by_neuron(self) -> bool:
@@ -93,8 +97,24 @@ def _kept_bytes(spec: TensorSpec) -> int:
     return small + spec.nbytes // 512 + 16
 
 
-def unit_costs(units: Sequence[Unit], machine: Machine, shape: ModelShape) -> tuple[UnitCost, ...]:
-    """Return the cost of each unit on `machine`."""
+def _activity(unit: Unit, counts: NeuronCounts | None) -> Activity | None:
+    """Return how busy the neurons of a matrix are, where it is a unit by itself."""
+    if counts is None or len(unit.tensors) != 1 or unit.shared:
+        return None
+    (name,), active = unit.tensors, counts.active
+    spec = unit.layout.tensors[name].spec
+    if not spec.transposed or name not in active:
+        return None
+    return Activity.of(spec, active[name], counts.tokens)
+
+
+def unit_costs(
+    units: Sequence[Unit],
+    machine: Machine,
+    shape: ModelShape,
+    counts: NeuronCounts | None = None,
+) -> tuple[UnitCost, ...]:
+    """Return the cost of each unit on `machine`; `counts` are those of the checkpoint."""
     out = []
     on_device = modelled(machine.link.name) if machine.link else {}
     for unit in units:
@@ -136,6 +156,7 @@ def unit_costs(units: Sequence[Unit], machine: Machine, shape: ModelShape) -> tu
                 row_cost=further / product if further else PRODUCT_ROW_COST,
                 neuron_bytes=neuron_bytes,
                 device_rates=_device_rates(unit, on_device),
+                activity=_activity(unit, counts),
                 multiplies=all(_multiplies(unit.layout.tensors[n].spec) for n in unit.tensors),
             )
         )

@@ -1,0 +1,161 @@
+"""Memory goes to busy neurons: within the budget, most tokens a byte first, as predicted."""
+
+from dataclasses import replace
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from endor.checkpoint.neuron_counts import NeuronCounts
+from endor.codecs import DTYPES, TensorSpec
+from endor.planning.activity import GROUPS, Activity
+from endor.planning.constants import Disk
+from endor.planning.cost import Step, predict
+from endor.planning.keeping import keeping
+from endor.planning.plan import Workload, plan
+from endor.planning.tiers import Placement
+from endor.planning.unit_cost import unit_costs
+
+from .test_plan import CPU, MB, SHAPE, make_units, ram_used, reserved
+
+TOKENS = 10_000
+FAST = Disk(
+    read_gbps=2.0, slowest_gbps=1.5, fastest_gbps=2.5, cpu_s_per_gb=0.05, direct=True, request_us=2
+)
+DIRECT = Workload(batch=1, prompt=16, context=64, product="direct")
+SPEC = TensorSpec((16384, 4096), DTYPES["BF16"], "exp", False, nnz=4096 * 16384, k=3).turned()
+
+
+def power_law(neurons: int, seed: int, mean: float = 0.06) -> np.ndarray:
+    """Return counts as PowerInfer reports them: about a quarter makes 80 %."""
+    rng = np.random.default_rng(seed)
+    rank = rng.permutation(neurons) + 1.0
+    chances = rank**-0.75
+    return np.minimum(TOKENS, TOKENS * mean * chances / chances.mean()).astype(np.uint32)
+
+
+def by_neuron(count: int = 6):
+    """Return units of plain matrices and of ones stored by neuron, in turns, and their counts."""
+    units = make_units(2 * count, 4096, 4096, codec="exp")
+    active = {}
+    for at, unit in enumerate(units[1::2]):
+        spec = unit.layout.tensors[unit.name].spec
+        spec = replace(spec, bitmap=False, nnz=spec.numel).turned()
+        layout = SimpleNamespace(tensors={unit.name: SimpleNamespace(spec=spec)})
+        record = replace(unit.record, nbytes=-(-spec.nbytes // 4096) * 4096)
+        units[2 * at + 1] = replace(unit, layout=layout, record=record)
+        active[unit.name] = power_law(4096, at)
+    return units, NeuronCounts(TOKENS, active)
+
+
+def activity(counts: np.ndarray | None = None) -> Activity:
+    return Activity.of(SPEC, power_law(16384, 1) if counts is None else counts, TOKENS)
+
+
+def test_a_neuron_lies_in_a_run_of_each_array() -> None:
+    found = activity()
+    assert sorted(found.runs) == [512.0, 512.0, 512.0, 4096.0]
+    assert sum(found.runs) * found.neurons == pytest.approx(SPEC.nbytes, rel=0.01)
+    assert len(found.shares) == GROUPS
+    assert list(found.shares) == sorted(found.shares, reverse=True)
+
+
+@settings(max_examples=40)
+@given(share=st.floats(0, 1), more=st.floats(0, 1), rows=st.integers(1, 8))
+def test_what_is_kept_is_not_read(share: float, more: float, rows: int) -> None:
+    found = activity()
+    share, more = min(share, more), max(share, more)
+    assert 0 <= found.active(rows, more) <= found.active(rows, share) <= found.active(rows) <= 1
+    assert found.active(rows, 1.0) == 0
+    assert found.active(1, share) <= found.active(rows, share) + 1e-12
+    assert found.blocks(share) <= found.blocks(more) + 1e-12
+    assert share - 1e-9 <= found.blocks(share) + 1e-9  # blocks are shared by others
+    assert found.blocks(found.kept(share)) <= share + 1e-5
+    assert (found.blocks(0.0), found.kept(1.0)) == (0.0, 1.0)
+
+
+def test_active_shares_are_those_counted() -> None:
+    counts = power_law(16384, 3)
+    found = activity(counts)
+    assert found.active() == pytest.approx(counts.mean() / TOKENS, rel=1e-6)
+    hottest = np.sort(counts)[: 16384 * 3 // 4]
+    assert found.active(1, 0.25) == pytest.approx(hottest.sum() / 16384 / TOKENS, rel=1e-6)
+
+
+def test_dear_requests_read_the_whole() -> None:
+    found = activity()
+    whole = SPEC.nbytes
+    nbytes, seconds = found.reads(whole, FAST, 1, 0.0)
+    assert nbytes < 0.4 * whole
+    assert seconds > nbytes / 2e9
+    assert found.reads(whole, replace(FAST, request_us=500.0), 1, 0.0) == (whole, whole / 2e9)
+    less, _ = found.reads(whole, FAST, 1, 0.3)
+    assert less < 0.7 * nbytes
+    assert found.reads(whole, FAST, 1, 1.0) == (0.0, 0.0)
+
+
+@settings(max_examples=25, deadline=None)
+@given(budget=st.integers(140, 520), count=st.integers(1, 6))
+def test_the_budget_holds(budget: int, count: int) -> None:
+    units, counts = by_neuron(count)
+    ram = reserved(units, DIRECT) + budget * MB
+    found = plan(units, SHAPE, CPU, FAST, ram_bytes=ram, workload=DIRECT, counts=counts)
+    assert ram_used(found, units) <= ram
+    for name, nbytes in found.kept_bytes.items():
+        assert found.tiers[name] == "disk"
+        assert name in counts.active
+        assert 0 < nbytes < units[1].nbytes
+        assert nbytes % 4096 == 0
+
+
+def test_counts_make_a_plan_faster() -> None:
+    units, counts = by_neuron(16)
+    plain = sum(unit.nbytes for unit in units[::2])
+    turned = sum(unit.nbytes for unit in units[1::2])
+    ram = reserved(units, DIRECT) + 4 * units[1].nbytes + plain + turned // 4
+    made = {
+        known: plan(
+            units,
+            SHAPE,
+            CPU,
+            FAST,
+            ram_bytes=ram,
+            workload=DIRECT,
+            counts=counts if known else None,
+        )
+        for known in (False, True)
+    }
+    assert not made[False].kept_bytes
+    assert len(made[True].kept_bytes) == 16
+    costs = unit_costs(units, CPU, SHAPE, counts)
+    step = Step(1, 1, DIRECT.context, "direct")
+    without = predict(costs, made[False].tiers, CPU, FAST, SHAPE, step)
+    assert made[True].decode.disk_bytes < 0.8 * without.disk_bytes
+    assert made[True].decode.seconds < 0.9 * without.seconds
+    assert made[True].placement.kept_bytes == made[True].kept_bytes
+    exact = replace(DIRECT, product="exact")
+    assert not plan(
+        units, SHAPE, CPU, FAST, ram_bytes=ram, workload=exact, counts=counts
+    ).kept_bytes
+
+
+def test_busier_matrices_get_more() -> None:
+    units, counts = by_neuron(2)
+    names = sorted(counts.active)
+    busy = np.minimum(TOKENS, 4 * counts.active[names[0]])
+    counts = replace(counts, active={**counts.active, names[0]: busy})
+    costs = unit_costs(units, CPU, SHAPE, counts)
+    largest = units[1].nbytes
+    filled = Placement(dict.fromkeys((unit.name for unit in units), "disk"), largest)
+    kept = keeping(filled, costs, {}, 2 * largest)
+    assert kept is not None
+    assert kept.kept_bytes[names[0]] > kept.kept_bytes.get(names[1], 0)
+    assert sum(kept.kept_bytes.values()) <= largest
+    wished = keeping(filled, costs, {names[0]: "disk"}, 2 * largest)
+    assert wished is not None
+    assert set(wished.kept_bytes) | {n for n, t in wished.tiers.items() if t == "resident"} == {
+        names[1]
+    }
+    assert keeping(filled, unit_costs(units, CPU, SHAPE), {}, 2 * largest) is None
