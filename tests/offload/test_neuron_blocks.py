@@ -11,7 +11,6 @@ from hypothesis import strategies as st
 
 from endor.checkpoint import neuron_counts
 from endor.checkpoint.neuron_counts import NeuronCounts
-from endor.codecs import CodecChoice
 from endor.errors import ConfigError, ReadError
 from endor.offload import Store, neuron_blocks, neuron_parts, neuron_reads, store
 from endor.offload.neuron_blocks import BlockMemory, busiest, runs, whole_pages
@@ -21,7 +20,7 @@ from endor.storage import FileLayout, open_reader
 from endor.storage.layout import ALIGN
 
 from ..support.packed_files import Disk
-from .test_neuron_reads import HIDDEN, HOW, NEURONS, inputs, write
+from .test_neuron_reads import HIDDEN, HOW, NEURONS, How, inputs, write
 
 TOKENS = 1000
 
@@ -90,7 +89,7 @@ def memory_of(opened: Store) -> BlockMemory:
 )
 def test_the_bits_are_those_without(
     tmp_path_factory: pytest.TempPathFactory,
-    how: tuple[CodecChoice, bool | None],
+    how: How,
     share: float,
     known: bool,
     steps: list[tuple[int, int]],
@@ -116,7 +115,7 @@ def test_the_bits_are_those_without(
 def test_busy_neurons_are_read_no_more(tmp_path: Path) -> None:
     """Of as much memory, that of the busiest blocks saves the most."""
     path = tmp_path / "w.safetensors"
-    write(path, ("exp", False), count=8)
+    write(path, ("exp", False, 0), count=8)
     counts = {f"w{at}": skewed(at) for at in range(8)}
     read = {}
     for what, known in (("none", None), ("all alike", None), ("counted", counts)):
@@ -136,7 +135,7 @@ def test_busy_neurons_are_read_no_more(tmp_path: Path) -> None:
 
 def test_with_all_kept_nothing_is_read(tmp_path: Path) -> None:
     path = tmp_path / "w.safetensors"
-    write(path, ("raw", None))
+    write(path, ("raw", None, 0))
     kept = opened(path, 1.0)
     kept.weights["w0"].product(inputs(0.5, 1))
     before = kept.ledger.snapshot()
@@ -152,7 +151,7 @@ def test_with_all_kept_nothing_is_read(tmp_path: Path) -> None:
 def test_what_a_failed_read_left_is_not_used(tmp_path: Path) -> None:
     path = tmp_path / "w.safetensors"
     disk = Disk()
-    write(path, ("exp", True))
+    write(path, ("exp", True, 0))
     counts = skewed(0)
     plain = opened(path, 0.0)
     kept = opened(path, 0.2, disk=disk, counts=NeuronCounts(TOKENS, {"w0": counts, "w1": counts}))
@@ -174,7 +173,7 @@ def test_what_a_failed_read_left_is_not_used(tmp_path: Path) -> None:
 def test_resident_memory_is_what_is_said(tmp_path: Path) -> None:
     """The mapping is as long as the record, and takes the memory of its blocks alone."""
     path = tmp_path / "w.safetensors"
-    write(path, ("exp", False), count=1)
+    write(path, ("exp", False, 0), count=1)
     kept = opened(path, 0.1)
     kept.weights["w0"].product(inputs(0.01, 1))
     kept.weights["w0"].product(inputs(0.01, 2))
@@ -190,7 +189,7 @@ def test_resident_memory_is_what_is_said(tmp_path: Path) -> None:
 
 def test_refusals(tmp_path: Path) -> None:
     path = tmp_path / "w.safetensors"
-    write(path, ("raw", None), count=1)
+    write(path, ("raw", None, 0), count=1)
     with pytest.raises(ConfigError, match="what is kept of unit w0"):
         opened(path, 1.5)
     assert neuron_counts.counted([]) is None
