@@ -70,7 +70,7 @@ void endor_avx2_split_words(const endor_stream *s, const void *src, int cached, 
 /* avx2_product.c */
 void endor_avx2_dot(const void *w, const endor_operand *x, uint64_t column, uint64_t len, float *acc);
 uint64_t endor_avx2_rows(endor_run *runs, int n_runs, const endor_span *span, const endor_operand *x);
-int endor_avx2_row_runs(const endor_operand *x, int exp);
+int endor_avx2_row_runs(const endor_operand *x, endor_way way);
 void endor_avx2_arrange(void *x, uint64_t cols, int itemsize);
 uint64_t endor_avx2_popcount(const uint8_t *bitmap, uint64_t words);
 

@@ -69,8 +69,10 @@ INLINE TARGET float total(__m256 x) {
     return _mm_cvtss_f32(_mm_add_ss(y, _mm_movehdup_ps(y)));
 }
 
-/* As many runs as keep all sums in registers, and sums of a row, which must not depend on the number of runs. */
-#define RUNS(batch) ((batch) <= 4 ? 2 : 1)
+/* As many runs as keep all sums, and what a run carries along, in registers, and sums of a row, which must not depend on
+ * the number of runs. Of values that a buffer in L1 brings two: a third one's buffer costs more there than it shares. */
+#define RUNS(batch) ((batch) == 1 ? 3 : (batch) <= 4 ? 2 : 1)
+#define BUFFERED_RUNS(batch) ((batch) <= 4 ? 2 : 1)
 #define SUMS(batch) ((batch) == 1 ? 2 : 1)
 
 typedef struct {
@@ -132,6 +134,7 @@ INLINE TARGET void step(lanes *l, const float *xs, uint64_t stride, uint64_t byt
         }
         for (int b = 0; b < batch; b++) {
             __m256 at = _mm256_load_ps(xs + (uint64_t)b * stride + 8 * i);
+            if (n_runs > 1) __asm__("" : "+x"(at)); /* else each run's fmadd loads it again, and loads are the bound */
             for (int r = 0; r < n_runs; r++) {
                 l->sum[r][b][i % SUMS(batch)] = _mm256_fmadd_ps(w[r], at, l->sum[r][b][i % SUMS(batch)]);
             }
@@ -183,9 +186,11 @@ INLINE TARGET uint64_t rows_of(endor_run *runs, const endor_span *span, const en
     static TARGET uint64_t rows_##KIND(endor_run *runs, int n_runs, const endor_span *span,                       \
                                        const endor_operand *x) {                                                  \
         if (runs->bitmap) {                                                                                       \
-            if (n_runs == 1) BATCHES(ONE_PLACED_##KIND) else BATCHES(PLACED_##KIND)                               \
+            if (n_runs == 1) BATCHES(ONE_PLACED_##KIND)                                                           \
+            if (span->end) BATCHES(PLACED_##KIND) else BATCHES(BUFFERED_##KIND)                                   \
         }                                                                                                         \
-        if (n_runs == 1) BATCHES(ONE_##KIND) else BATCHES(ALL_##KIND)                                             \
+        if (n_runs == 1) BATCHES(ONE_##KIND)                                                                      \
+        if (span->end) BATCHES(ALL_##KIND) else BATCHES(ALL_BUFFERED_##KIND)                                      \
     }
 #define ONE_PLACED_BF16(B) return rows_of(runs, span, x, ENDOR_X_BF16, 1, B, 1)
 #define ONE_PLACED_F16(B) return rows_of(runs, span, x, ENDOR_X_F16, 1, B, 1)
@@ -193,12 +198,18 @@ INLINE TARGET uint64_t rows_of(endor_run *runs, const endor_span *span, const en
 #define PLACED_BF16(B) return rows_of(runs, span, x, ENDOR_X_BF16, RUNS(B), B, 1)
 #define PLACED_F16(B) return rows_of(runs, span, x, ENDOR_X_F16, RUNS(B), B, 1)
 #define PLACED_F32(B) return rows_of(runs, span, x, ENDOR_X_F32, RUNS(B), B, 1)
+#define BUFFERED_BF16(B) return rows_of(runs, span, x, ENDOR_X_BF16, BUFFERED_RUNS(B), B, 1)
 #define ONE_BF16(B) return rows_of(runs, span, x, ENDOR_X_BF16, 1, B, 0)
+#define BUFFERED_F16(B) return rows_of(runs, span, x, ENDOR_X_F16, BUFFERED_RUNS(B), B, 1)
 #define ONE_F16(B) return rows_of(runs, span, x, ENDOR_X_F16, 1, B, 0)
+#define BUFFERED_F32(B) return rows_of(runs, span, x, ENDOR_X_F32, BUFFERED_RUNS(B), B, 1)
 #define ONE_F32(B) return rows_of(runs, span, x, ENDOR_X_F32, 1, B, 0)
 #define ALL_BF16(B) return rows_of(runs, span, x, ENDOR_X_BF16, RUNS(B), B, 0)
+#define ALL_BUFFERED_BF16(B) return rows_of(runs, span, x, ENDOR_X_BF16, BUFFERED_RUNS(B), B, 0)
 #define ALL_F16(B) return rows_of(runs, span, x, ENDOR_X_F16, RUNS(B), B, 0)
+#define ALL_BUFFERED_F16(B) return rows_of(runs, span, x, ENDOR_X_F16, BUFFERED_RUNS(B), B, 0)
 #define ALL_F32(B) return rows_of(runs, span, x, ENDOR_X_F32, RUNS(B), B, 0)
+#define ALL_BUFFERED_F32(B) return rows_of(runs, span, x, ENDOR_X_F32, BUFFERED_RUNS(B), B, 0)
 ROWS(BF16)
 ROWS(F16)
 ROWS(F32)
@@ -209,9 +220,8 @@ uint64_t endor_avx2_rows(endor_run *runs, int n_runs, const endor_span *span, co
     return rows_F32(runs, n_runs, span, x);
 }
 
-int endor_avx2_row_runs(const endor_operand *x, int exp) {
-    (void)exp;
-    return RUNS(x->batch);
+int endor_avx2_row_runs(const endor_operand *x, endor_way way) {
+    return way == ENDOR_BUFFERED ? BUFFERED_RUNS(x->batch) : RUNS(x->batch);
 }
 
 /* Sixteen columns at a time, those of even number first: the order of `step` for bf16 without a bitmap. */

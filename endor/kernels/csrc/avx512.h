@@ -66,6 +66,6 @@ uint64_t endor_avx512_exp_rows(endor_run *runs, int n_runs, const endor_span *sp
                                const endor_tensor *t, const endor_stream *s);
 void endor_avx512_arrange(void *x, uint64_t cols, int itemsize);
 uint64_t endor_avx512_popcount(const uint8_t *bitmap, uint64_t words);
-int endor_avx512_row_runs(const endor_operand *x, int exp);
+int endor_avx512_row_runs(const endor_operand *x, endor_way way);
 
 #endif

@@ -185,7 +185,9 @@ INLINE TARGET uint64_t rows_floats(endor_run *runs, const endor_span *span, cons
               for (; k < stop; k += 32) step_floats(&l, xs, x, k, kind, n_runs, batch, direct);)
 }
 
-int endor_avx512_row_runs(const endor_operand *x, int exp) { return exp ? EXP_RUNS : RUNS(x->batch); }
+int endor_avx512_row_runs(const endor_operand *x, endor_way way) {
+    return way == ENDOR_EXP_IN_PLACE ? EXP_RUNS : RUNS(x->batch);
+}
 
 #define ROWS(KIND, CALL_TARGET)                                                                                   \
     static CALL_TARGET uint64_t rows_##KIND(endor_run *runs, int n_runs, const endor_span *span,                  \

@@ -125,6 +125,9 @@ typedef struct {
 #define ENDOR_MAX_RUNS 4
 #define ENDOR_SUMS (ENDOR_MAX_BATCH * 2 * 16)
 
+/* Where the stored elements of runs lie: raw ones in memory, those of an exp stream in its planes, or in a buffer in L1. */
+typedef enum { ENDOR_IN_PLACE, ENDOR_EXP_IN_PLACE, ENDOR_BUFFERED } endor_way;
+
 /* One instruction set. Index of the arrays: log2(itemsize). */
 typedef struct {
     const char *name;
@@ -156,16 +159,16 @@ typedef struct {
     uint64_t streaming_bytes; /* 64 where 0 */
     /* acc[b * 16 + lane] += w[0:len] . x[b, column : column + len]; may read ENDOR_SLACK bytes past w, never past x. */
     void (*dot)(const void *w, const endor_operand *x, uint64_t column, uint64_t len, float *acc);
-    /* Optional: products of the next rows of each of n_runs runs in lockstep, n_runs being 1 or row_runs(x, 0). Reads
+    /* Optional: products of the next rows of each of n_runs runs in lockstep, n_runs being 1 or row_runs(x, way). Reads
      * up to ENDOR_SLACK bytes past the values used. Stops early at a row whose values could reach past `end`. Returns
      * the rows done in each run, and moves the runs on by as many. */
     uint64_t (*rows)(endor_run *runs, int n_runs, const endor_span *span, const endor_operand *x);
-    int (*row_runs)(const endor_operand *x, int exp);
+    int (*row_runs)(const endor_operand *x, endor_way way);
     /* Whether `rows` also multiplies runs that have no bitmap, every weight being stored; bf16, by x in the order that
      * `arrange` gives it. */
     int rows_without_bitmap;
-    /* Optional: the same for bf16 weights in an exp stream, n_runs being 1 or row_runs(x, 1), with x in the order that
-     * `arrange` gives it. Stops early at a row whose stored elements could reach past the arrays. */
+    /* Optional: the same for bf16 weights in an exp stream, n_runs being 1 or row_runs(x, ENDOR_EXP_IN_PLACE),
+     * with x in the order that `arrange` gives it. Stops early at a row whose stored elements could reach past the arrays. */
     uint64_t (*exp_rows)(endor_run *runs, int n_runs, const endor_span *span, const endor_operand *x,
                          const endor_tensor *t, const endor_stream *s);
     void (*arrange)(void *x, uint64_t cols, int itemsize); /* a row of x, in place */

@@ -215,9 +215,15 @@ static void product_of_runs(const product_job *job, const uint64_t *firsts, int 
     product_of_spans(job, runs, from, n_runs, each - done);
 }
 
+static int runs_of(const product_job *job) {
+    endor_way way = job->arranged.x ? ENDOR_EXP_IN_PLACE : ENDOR_IN_PLACE;
+    if (!job->arranged.x && job->tensor->codec == ENDOR_EXP) way = ENDOR_BUFFERED;
+    return job->ops->row_runs(&job->x, way);
+}
+
 /* Several runs of rows in lockstep share the loads of x, which streaming the values drives out of L1. */
 static void product_of_rows(const product_job *job, uint64_t row, uint64_t end_row) {
-    int n_runs = job->ops->row_runs(&job->x, job->arranged.x != NULL);
+    int n_runs = runs_of(job);
     uint64_t each = (end_row - row) / (uint64_t)n_runs, firsts[ENDOR_MAX_RUNS];
     for (int i = 0; i < n_runs; i++, row += each) firsts[i] = row;
     if (each) product_of_runs(job, firsts, n_runs, each);
@@ -227,7 +233,7 @@ static void product_of_rows(const product_job *job, uint64_t row, uint64_t end_r
 /* Rows chosen[at] to chosen[end - 1], which lie anywhere: as many in lockstep, one row a run. The same sums, since the sum
  * of a row does not depend on those beside it. */
 static int product_of_chosen(product_job *job, uint64_t at, uint64_t end) {
-    int n_runs = job->by_rows ? job->ops->row_runs(&job->x, job->arranged.x != NULL) : 1;
+    int n_runs = job->by_rows ? runs_of(job) : 1;
     for (uint64_t rows[ENDOR_MAX_RUNS]; at < end; at += (uint64_t)n_runs) {
         if (end - at < (uint64_t)n_runs) n_runs = 1;
         for (int i = 0; i < n_runs; i++) rows[i] = job->chosen[at + (uint64_t)i];

@@ -41,7 +41,7 @@ uint64_t endor_neon_rows(endor_run *runs, int n_runs, const endor_span *span, co
 int endor_neon_has_pairs(void);
 void endor_neon_dot_pairs(const uint8_t *w, const endor_operand *x, uint64_t column, uint64_t len, float *acc);
 uint64_t endor_neon_rows_pairs(endor_run *run, const endor_span *span, const endor_operand *x);
-int endor_neon_row_runs(const endor_operand *x, int exp);
+int endor_neon_row_runs(const endor_operand *x, endor_way way);
 
 uint32_t endor_neon_scan8(const void *src, uint8_t *bitmap);
 uint32_t endor_neon_scan16(const void *src, uint8_t *bitmap);
