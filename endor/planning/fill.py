@@ -183,14 +183,14 @@ def _fill_ram(
     free = [cost for cost in costs if cost.name not in tiers]
     streamed = [*passing, *(cost for cost in costs if tiers.get(cost.name) == "disk")]
     room = ram_bytes - sum(c.packed_bytes for c in costs if tiers.get(c.name) == "resident")
-    staging = _staging_bytes(streamed, room)
+    staging = staging_bytes(streamed, room)
     if not dense_share:
         everything = sum(cost.packed_bytes for cost in free)
         if everything + max(staging, passage) <= room:
             tiers |= dict.fromkeys((cost.name for cost in free), "resident")
             return staging
         free, room = _outliers_first(costs, free, tiers, "resident", room)
-    staging = _staging_bytes([*streamed, *free], room)
+    staging = staging_bytes([*streamed, *free], room)
     room -= max(staging, passage)
     if dense_share:
         before = len(free)
@@ -221,7 +221,7 @@ def _outliers_first(
     return [cost for cost in free if cost.name not in tiers], room
 
 
-def _staging_bytes(passing: Sequence[UnitCost], room: int) -> int:
+def staging_bytes(passing: Sequence[UnitCost], room: int) -> int:
     """Room for a few of the largest units, before any is resident.
 
     Less makes reading and computing take turns; more would only keep fewer units resident.

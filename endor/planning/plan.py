@@ -183,7 +183,7 @@ class _Search:
             if placed is None or idle == PATIENCE:
                 break
             idle += 1
-            for way, filled in self._ways(placed):
+            for way, filled in (*self._ways(placed), *self._keeping(share)):
                 made = _Candidate(way, self._predict(filled, self.decode_step), filled)
                 if made.decode.seconds < fastest:
                     fastest, idle = made.decode.seconds, 0
@@ -240,14 +240,17 @@ class _Search:
 
     def _ways(self, filled: Placement) -> Iterator[tuple[Way, Placement]]:
         """Yield how the units of a placement may be multiplied."""
-        if not self.vram_bytes and self.workload.product == "direct":
-            room = self.ram_bytes - sum(self.fixed.values())
-            kept = keeping(filled, self.costs, self.wishes, room)
-            return (("stream", each) for each in (filled, kept) if each is not None)
         if not self.beside:
             return iter([("stream", filled)])
         wish = self.workload.host_compute
         return placements(filled, self.costs, wish, lambda p: self._predict(p, self.decode_step))
+
+    def _keeping(self, dense_share: float) -> Iterator[tuple[Way, Placement]]:
+        """Yield the placement in which memory goes to busy neurons first, where some are."""
+        if not self.vram_bytes and self.workload.product == "direct":
+            where = self.costs, self.wishes, self.ram_bytes - sum(self.fixed.values()), dense_share
+            if (kept := keeping(*where, self.disk, self.decode_step.rows)) is not None:
+                yield "stream", kept
 
     def _alternatives(
         self, chosen: "_Candidate", found: Iterable["_Candidate"]

@@ -1,5 +1,6 @@
 """Memory goes to busy neurons: within the budget, most tokens a byte first, as predicted."""
 
+import itertools
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -13,9 +14,8 @@ from endor.codecs import DTYPES, TensorSpec
 from endor.planning.activity import GROUPS, Activity
 from endor.planning.constants import Disk
 from endor.planning.cost import Step, predict
-from endor.planning.keeping import keeping
+from endor.planning.keeping import keeping, portions_of
 from endor.planning.plan import Workload, plan
-from endor.planning.tiers import Placement
 from endor.planning.unit_cost import unit_costs
 
 from .test_plan import CPU, MB, SHAPE, make_units, ram_used, reserved
@@ -142,20 +142,37 @@ def test_counts_make_a_plan_faster() -> None:
 
 
 def test_busier_matrices_get_more() -> None:
-    units, counts = by_neuron(2)
+    units, counts = by_neuron(6)
     names = sorted(counts.active)
     busy = np.minimum(TOKENS, 4 * counts.active[names[0]])
     counts = replace(counts, active={**counts.active, names[0]: busy})
     costs = unit_costs(units, CPU, SHAPE, counts)
-    largest = units[1].nbytes
-    filled = Placement(dict.fromkeys((unit.name for unit in units), "disk"), largest)
-    kept = keeping(filled, costs, {}, 2 * largest)
+    ram = 8 * units[1].nbytes
+    kept = keeping(costs, {}, ram, 0.0, FAST, 1)
     assert kept is not None
-    assert kept.kept_bytes[names[0]] > kept.kept_bytes.get(names[1], 0)
-    assert sum(kept.kept_bytes.values()) <= largest
-    wished = keeping(filled, costs, {names[0]: "disk"}, 2 * largest)
-    assert wished is not None
-    assert set(wished.kept_bytes) | {n for n, t in wished.tiers.items() if t == "resident"} == {
-        names[1]
+    share = {
+        name: units[1].nbytes if kept.tiers[name] == "resident" else kept.kept_bytes.get(name, 0)
+        for name in names
     }
-    assert keeping(filled, unit_costs(units, CPU, SHAPE), {}, 2 * largest) is None
+    assert share[names[0]] > share[names[1]]
+    wished = keeping(costs, {names[0]: "disk"}, ram, 0.0, FAST, 1)
+    assert wished is None or names[0] not in wished.kept_bytes
+    assert keeping(unit_costs(units, CPU, SHAPE), {}, ram, 0.0, FAST, 1) is None
+    assert keeping(costs, {}, 10**12, 0.0, FAST, 1) is None
+
+
+def test_dear_requests_are_worth_more_than_streamed_units() -> None:
+    """What a byte saves: more where each neuron that is not there costs a request."""
+    units, counts = by_neuron(1)
+    (cost,) = (c for c in unit_costs(units, CPU, SHAPE, counts) if c.activity)
+    one = replace(cost, activity=replace(cost.activity, runs=(5632.0,)))
+    found = {us: list(portions_of(one, replace(FAST, request_us=us), 1)) for us in (0.1, 2.0, 20.0)}
+    for us, portions in found.items():
+        worth = [each.worth for each in portions]
+        assert worth == sorted(worth, reverse=True)
+        assert all(a.stop == b.start for a, b in itertools.pairwise(portions))
+        saved = sum(each.worth * (each.stop - each.start) for each in portions)
+        first = one.activity.reads(one.packed_bytes, replace(FAST, request_us=us), 1, 0.0)[1]
+        assert saved == pytest.approx(first, rel=1e-6)
+    assert found[0.1][0].worth < found[2.0][0].worth < found[20.0][0].worth
+    assert found[20.0][0].worth * 2e9 > 1
