@@ -22,6 +22,15 @@ def active_neurons(x: np.ndarray) -> np.ndarray:
         x: `(batch, cols)`: float32, or the bits of a float type, unsigned; -0.0 is a zero.
     """
     bits = x.view(np.uint32) if x.dtype == np.float32 else x
+    library, _ = native.load()
+    if library is not None and bits.itemsize in (2, 4) and bits.flags.c_contiguous:
+        out = np.empty(bits.shape[1] + 1, dtype=np.uint32)
+        count = library.endor_active(
+            *(bits.ctypes.data, *bits.shape, bits.itemsize, out.ctypes.data)
+        )
+        return out[:count]
+    if not len(bits):
+        return np.zeros(0, dtype=np.uint32)
     seen = bits[0] if len(bits) == 1 else np.bitwise_or.reduce(bits, axis=0)
     return np.flatnonzero(seen << seen.dtype.type(1)).astype(np.uint32)
 

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from endor import codecs, kernels
 from endor.codecs import DTYPES, DType, Encoded, TensorSpec
 from endor.errors import FormatError
-from endor.kernels import neurons
+from endor.kernels import native, neurons
 
 from ..conftest import KERNELS, need
 from .conftest import STYLES, elements
@@ -195,6 +195,30 @@ def test_arrays_that_contradict_each_other(compiled: str, rng: np.random.Generat
         kernels.matvec(
             Encoded(encoded.spec, arrays), np.ones((1, 64), np.float32), out, kernel=compiled
         )
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    seed=st.integers(0, 2**32 - 1),
+    batch=st.integers(0, 9),
+    cols=st.integers(0, 300),
+    zeros=st.sampled_from([0.0, 0.5, 0.97, 1.0]),
+    dtype=st.sampled_from([np.uint16, np.uint32, np.float32]),
+)
+def test_active_neurons_are_the_columns_with_a_number(
+    seed: int, batch: int, cols: int, zeros: float, dtype: type
+) -> None:
+    rng = np.random.default_rng(seed)
+    bits = rng.integers(0, 1 << 16, (batch, cols), dtype=np.uint32) << np.uint32(16)
+    bits[rng.random((batch, cols)) < zeros] &= np.uint32(0x80000000)
+    x = (bits >> np.uint32(16)).astype(np.uint16) if dtype == np.uint16 else bits.view(dtype)
+    wanted = np.flatnonzero(((bits << np.uint32(1)) != 0).any(axis=0))
+    with pytest.MonkeyPatch.context() as patch:
+        for library in (None, native.load()[0]):
+            patch.setattr(native, "load", lambda library=library: (library, ""))
+            found = neurons.active_neurons(x)
+            assert found.dtype == np.uint32
+            assert np.array_equal(found, wanted)
 
 
 def test_only_what_is_zero_in_all_rows_is_idle() -> None:

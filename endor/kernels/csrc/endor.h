@@ -176,8 +176,11 @@ typedef struct {
     int bf16_pairs; /* has vdpbf16ps */
 } endor_ops;
 
-/* out[0:len] += h * w[0:len]; w, of kind ENDOR_X_*, is readable ENDOR_SLACK bytes past its end. */
-typedef void (*endor_axpy)(const uint8_t *w, int kind, uint64_t len, float h, float *out);
+#define ENDOR_AXPY_ROWS 4
+
+/* out[0:len] += h[i] * w[i][0:len] for i = 0 to n - 1, at most ENDOR_AXPY_ROWS, in that order; each w[i], of kind ENDOR_X_*,
+ * is readable ENDOR_SLACK bytes past its end. */
+typedef void (*endor_axpy)(const uint8_t *const *w, int kind, uint64_t len, const float *h, int n, float *out);
 endor_axpy endor_axpy_of(int kernel);
 
 const endor_ops *endor_scalar_ops(void);

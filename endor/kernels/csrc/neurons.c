@@ -60,39 +60,95 @@ static void fetch_head(const neuron_job *job, uint64_t a) {
     if (at < job->bundles->units) __builtin_prefetch(job->bundles->data + at * BUNDLE_UNIT, 0, 2);
 }
 
+/* A row whose weights are added, and what of it comes next. */
+typedef struct {
+    row_place place;
+    endor_patches patches;
+    ENDOR_ALIGNED uint8_t buffer[ENDOR_BUFFER * 4];
+} row_walk;
+
+/* Bring columns [at, at + len), which one tile holds where there is a bitmap, into the buffer; say where they are. */
+static int bring(const neuron_job *job, row_walk *row, uint64_t at, uint64_t len, const uint8_t **weights) {
+    const endor_tensor *t = row->place.tensor;
+    const uint64_t flat = row->place.first + at, tile = flat / ENDOR_TILE;
+    if (t->bitmap || t->codec != ENDOR_EXP) {
+        *weights = row->buffer + flat % ENDOR_TILE * (uint64_t)t->itemsize;
+        return endor_decode_tile(job->ops, t, &row->place.stream, &row->patches, tile, row->buffer);
+    }
+    uint8_t *values = endor_stream_run(job->ops, t, &row->place.stream, flat, flat + len, row->buffer);
+    if (t->patches) endor_patch(t, &row->patches, tiles_of(flat + len), flat, flat + len, values);
+    *weights = values;
+    return ENDOR_OK;
+}
+
+/* Add columns [begin, end) of `n` rows, job->active[a] and those behind it, to all sums, and fetch those of the next:
+ * rows follow in no order that the hardware could see. */
+static int add_rows(const neuron_job *job, uint64_t a, row_walk *rows, int n, const row_walk *next, int n_next,
+                    uint64_t begin, uint64_t end) {
+    for (int i = 0; i < n; i++) {
+        const row_place *place = &rows[i].place;
+        const uint64_t tile = (place->first + begin) / ENDOR_TILE;
+        const uint64_t rank = place->tensor->bitmap ? endor_rank_of_tile(place->tensor, tile) : place->first + begin;
+        rows[i].patches = endor_patches_at(place->tensor, tile, rank);
+    }
+    for (uint64_t at = begin, len; at < end; at += len) {
+        const uint8_t *weights[ENDOR_AXPY_ROWS];
+        len = min64(ENDOR_TILE, end - at);
+        if (rows[0].place.tensor->bitmap) len = min64(len, ENDOR_TILE - (rows[0].place.first + at) % ENDOR_TILE);
+        for (int i = 0; i < n; i++) {
+            const row_place *coming = &next[i].place;
+            if (i < n_next) endor_fetch(coming->tensor, &coming->stream, coming->first + at, coming->first + at + len);
+            int status = bring(job, &rows[i], at, len, &weights[i]);
+            if (status != ENDOR_OK) return status;
+        }
+        for (uint64_t b = 0; b < job->batch; b++) {
+            const uint8_t *used[ENDOR_AXPY_ROWS];
+            float h[ENDOR_AXPY_ROWS];
+            int count = 0;
+            for (int i = 0; i < n; i++) { /* 0 times infinity is no 0 */
+                used[count] = weights[i];
+                h[count] = job->h[b * job->n_active + a + (uint64_t)i];
+                count += h[count] != 0;
+            }
+            if (count) job->axpy(used, job->kind, len, h, count, job->out + b * job->cols + at);
+        }
+    }
+    return ENDOR_OK;
+}
+
+/* How many rows have their tiles in the same columns, so that pieces of them can be added together. */
+static int rows_together(const neuron_job *job, uint64_t begin) {
+    int bitmap = job->bundles ? job->bundles->bitmap : job->tensor->bitmap != NULL;
+    int alike = job->cols % ENDOR_TILE == 0 || (job->bundles && job->bundles->bundle_rows == 1);
+    return !bitmap || (alike && begin % ENDOR_TILE == 0) ? ENDOR_AXPY_ROWS : 1;
+}
+
+/* Find `together` rows from job->active[a] on; `n`: how many they are. */
+static int find_rows(const neuron_job *job, uint64_t a, row_walk *rows, int together, int *n) {
+    *n = (int)min64((uint64_t)together, job->n_active - a);
+    for (int i = 0; i < *n; i++) {
+        int status = find_row(job, a + (uint64_t)i, &rows[i].place);
+        if (status != ENDOR_OK) return status;
+        fetch_head(job, a + (uint64_t)(i + together));
+    }
+    return ENDOR_OK;
+}
+
 /* Columns [begin, end) of all sums. */
 static int add_columns(neuron_job *job, uint64_t begin, uint64_t end) {
-    ENDOR_ALIGNED uint8_t weights[ENDOR_TILE * 4 + ENDOR_SLACK];
-    row_place places[2] = {{.stream = job->stream}, {.stream = job->stream}};
-    uint64_t size = job->kind == ENDOR_X_F32 ? 4 : 2;
-    memset(weights + ENDOR_TILE * size, 0, ENDOR_SLACK);
+    row_walk sets[2][ENDOR_AXPY_ROWS];
+    const int together = rows_together(job, begin);
+    const uint64_t tile_bytes = ENDOR_TILE * (uint64_t)(job->kind == ENDOR_X_F32 ? 4 : 2);
+    for (int i = 0; i < 2 * ENDOR_AXPY_ROWS; i++) {
+        row_walk *row = &sets[i / ENDOR_AXPY_ROWS][i % ENDOR_AXPY_ROWS];
+        row->place.stream = job->stream;
+        memset(row->buffer + tile_bytes, 0, ENDOR_SLACK);
+    }
     for (uint64_t b = 0; b < job->batch; b++) memset(job->out + b * job->cols + begin, 0, (end - begin) * sizeof(float));
-    int status = job->n_active ? find_row(job, 0, &places[0]) : ENDOR_OK;
-    for (uint64_t a = 0; a < job->n_active && status == ENDOR_OK; a++) {
-        const row_place *place = &places[a & 1];
-        fetch_head(job, a + 3);
-        if (a + 1 < job->n_active) {
-            status = find_row(job, a + 1, &places[(a + 1) & 1]);
-            if (status == ENDOR_OK) { /* rows follow in no order that the hardware could see */
-                const row_place *next = &places[(a + 1) & 1];
-                endor_fetch(next->tensor, &next->stream, next->first + begin, next->first + end);
-            }
-        }
-        const endor_tensor *t = place->tensor;
-        uint64_t flat = place->first + begin, stop = place->first + end;
-        while (flat < stop && status == ENDOR_OK) {
-            uint64_t tile = flat / ENDOR_TILE, len = min64((tile + 1) * ENDOR_TILE, stop) - flat;
-            endor_patches cursor = endor_patches_at(t, tile, endor_rank_of_tile(t, tile));
-            status = endor_decode_tile(job->ops, t, &place->stream, &cursor, tile, weights);
-            if (status != ENDOR_OK) return status;
-            for (uint64_t b = 0; b < job->batch; b++) {
-                float h = job->h[b * job->n_active + a];
-                if (h == 0) continue;
-                job->axpy(weights + flat % ENDOR_TILE * size, job->kind, len, h,
-                          job->out + b * job->cols + (flat - place->first));
-            }
-            flat += len;
-        }
+    int n, n_next, set = 0, status = find_rows(job, 0, sets[0], together, &n);
+    for (uint64_t a = 0; n && status == ENDOR_OK; a += (uint64_t)n, n = n_next, set ^= 1) {
+        status = find_rows(job, a + (uint64_t)n, sets[set ^ 1], together, &n_next);
+        if (status == ENDOR_OK) status = add_rows(job, a, sets[set], n, sets[set ^ 1], n_next, begin, end);
     }
     return status;
 }
@@ -139,6 +195,34 @@ ENDOR_API int endor_bundles_neurons(int kernel, const endor_bundles *bundles, in
     if (!job.ops || (n_active && active[n_active - 1] >= bundles->rows)) return ENDOR_UNSUPPORTED;
     if (bundles->form.codec == ENDOR_EXP) endor_stream_of(&bundles->form, &job.stream);
     return multiply(&job, threads);
+}
+
+#define ACTIVE(TYPE)                                                                                                   \
+    for (uint64_t i = 0; i < cols; i += 8) { /* mostly eight zeros */                                                  \
+        const uint64_t n = min64(8, cols - i);                                                                         \
+        TYPE seen[8] = {0}, any = 0;                                                                                   \
+        for (uint64_t b = 0; b < batch; b++) {                                                                         \
+            TYPE row[8] = {0};                                                                                         \
+            if (n == 8) memcpy(row, (const TYPE *)x + b * cols + i, sizeof row);                                       \
+            else memcpy(row, (const TYPE *)x + b * cols + i, n * sizeof *row);                                         \
+            for (int j = 0; j < 8; j++) seen[j] |= row[j];                                                             \
+        }                                                                                                              \
+        for (int j = 0; j < 8; j++) any |= seen[j];                                                                    \
+        if (!(TYPE)(any << 1)) continue;                                                                               \
+        for (uint64_t j = 0; j < n; j++) {                                                                             \
+            active[count] = (uint32_t)(i + j);                                                                         \
+            count += (TYPE)(seen[j] << 1) != 0;                                                                        \
+        }                                                                                                              \
+    }
+
+/* Write the columns of x (batch, cols), bits of floats, that hold any number but 0 to active, which has room for cols + 1
+ * of them; return how many. */
+ENDOR_API uint64_t endor_active(const void *x, uint64_t batch, uint64_t cols, int itemsize, uint32_t *active) {
+    uint64_t count = 0;
+    if (!batch) return 0;
+    if (itemsize == 2) { ACTIVE(uint16_t) }
+    else { ACTIVE(uint32_t) }
+    return count;
 }
 
 typedef struct {
