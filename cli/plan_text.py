@@ -18,6 +18,7 @@ TIERS = {
     "vram-dense": "VRAM, expanded",
     "vram": "VRAM, packed",
     "dense": "RAM, expanded",
+    "decoded": "RAM, entropy code undone",
     "resident": "RAM, packed",
     "host": "RAM, multiplied there",
     "disk": "disk",
@@ -236,8 +237,9 @@ def arithmetic(planned: "Planned | PlannedSketch") -> str:
 def tier_bytes(units: "Sequence[Placed]", result: "Plan") -> dict[str, tuple[int, int]]:
     """Return (units, bytes they take there) per tier, fastest first."""
     out = {}
+    bytes_in = dict.fromkeys(TIERS, "nbytes")
+    bytes_in |= {"dense": "dense_nbytes", "vram-dense": "dense_nbytes", "decoded": "decoded_nbytes"}
     for tier in TIERS:
         inside = [unit for unit in units if result.tiers[unit.name] == tier]
-        dense = tier in ("dense", "vram-dense")
-        out[tier] = (len(inside), sum(u.dense_nbytes if dense else u.nbytes for u in inside))
+        out[tier] = (len(inside), sum(getattr(unit, bytes_in[tier]) for unit in inside))
     return out

@@ -27,6 +27,7 @@ COLOURS = {
     "vram-dense": "#012a4a",
     "vram": "#2a6f97",
     "dense": "#2f6b3a",
+    "decoded": "#4f9d69",
     "resident": "#74a57f",
     "host": "#4c956c",
     "disk": "#e9c46a",
@@ -50,13 +51,12 @@ TIERS = {
     "vram-dense": "expanded in VRAM",
     "vram": "packed in VRAM",
     "dense": "expanded in RAM",
+    "decoded": "in RAM, entropy code undone",
     "resident": "packed in RAM",
     "host": "packed in RAM, few rows multiplied there",
     "disk": "on disk, read for every step",
 }
-WIDTH, LANE, LEFT = 1160, 26, 110
-ROWS = 400
-
+WIDTH, LANE, LEFT, ROWS = 1160, 26, 110, 400
 STYLE = """
 :root { color-scheme: light dark; --ink: #212529; --paper: #fff; --line: #e9ecef; --faint: #6c757d }
 @media (prefers-color-scheme: dark) {
@@ -345,6 +345,6 @@ def write_report(
     """
     summary = summarise(store, seconds)
     events = timeline(within(store.ledger.events, *seconds))
-    conditions = made_under(budget or {})
-    path.write_text(page(summary, events, predicted or {}, title, conditions), encoding="utf-8")
+    html = page(summary, events, predicted or {}, title, made_under(budget or {}))
+    path.write_text(html, encoding="utf-8")
     return summary

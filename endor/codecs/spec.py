@@ -95,6 +95,13 @@ class TensorSpec:
             return self
         return replace(self, shape=self.shape[::-1], transposed=False, bundles=None)
 
+    @property
+    def decoded(self) -> "TensorSpec":
+        """The same with its entropy code undone: bitmap and elements; itself if it has none."""
+        if self.codec != "exp" or not self.bitmap or self.transposed:
+            return self
+        return replace(self, codec="raw", k=0, base=0, patches=0)
+
     def turned(self) -> "TensorSpec":
         """Return the spec of the transposed matrix, in the same arrays."""
         return replace(self, shape=self.shape[::-1], transposed=not self.transposed)

@@ -44,6 +44,11 @@ class SketchedUnit:
     nbytes: int
     dense_nbytes: int
 
+    @property
+    def decoded_nbytes(self) -> int:
+        """The same: a sketch does not plan with entropy codes undone."""
+        return self.nbytes
+
 
 @dataclass(frozen=True, slots=True)
 class Sketch:

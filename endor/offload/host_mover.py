@@ -22,11 +22,12 @@ from typing import Any
 
 from endor.errors import BackendError, EndorError, ReadError
 from endor.kernels.dispatch import check_threads
+from endor.offload.decoded import decode_unit
 from endor.offload.ledger import Ledger
-from endor.offload.residency import Residency, cached_experts, place_residents
+from endor.offload.residency import Residency, cached_experts, place_residents, states_of
 from endor.offload.schedule import Schedule
 from endor.offload.state import AHEAD, DEMAND, FILL, HINT, WARM, Bound, Phase, State, States
-from endor.planning.tiers import PACKED_IN_RAM, Placement
+from endor.planning.tiers import Placement
 from endor.planning.units import Unit
 from endor.storage import CheckedRecord, HostBuffer, RecordReader
 from endor.threads import join_all, start_all
@@ -71,12 +72,7 @@ class HostMover:
         check_threads(threads)
         self.ledger = ledger or Ledger()
         cached = cached_experts(units, placement)
-        self.states: Mapping[str, State] = {
-            unit.name: State(
-                unit, placement.tiers[unit.name] in PACKED_IN_RAM and unit.name not in cached
-            )
-            for unit in units
-        }
+        self.states: Mapping[str, State] = states_of(units, placement, cached)
         self._by_index = {state.unit.index: state for state in self.states.values()}
         self.cache_bytes = sum(self.states[name].unit.nbytes for name in cached)
         self._residency = Residency(
@@ -124,7 +120,7 @@ class HostMover:
     @property
     def held_nbytes(self) -> int:
         """Bytes of memory for packed units: those that stay, the cache, and staging."""
-        stays = sum(state.unit.nbytes for state in self.states.values() if state.resident)
+        stays = sum(state.nbytes for state in self.states.values() if state.resident)
         return stays + self.cache_bytes + self.staging_bytes
 
     @property
@@ -337,12 +333,14 @@ class HostMover:
         unit, place, ledger = state.unit, state.place, self.ledger
         assert place is not None
         record = self._records[unit.index]
+        memory = HostBuffer(unit.nbytes).array if state.decoded else place.array
         start = time.perf_counter()
-        stat = self._reader.read(record.record, place.array)
+        stat = self._reader.read(record.record, memory)
         stop = time.perf_counter()
-        checked = record.check(place.array)
+        checked = record.check(memory)
         end = time.perf_counter() if checked else stop
         with self._lock:
             ledger.note_read(unit.name, start, stop, end, stat)
             ledger.counters.warm_reads += state.warm
-        return record.bind(place.array)
+        bound = record.bind(memory)
+        return decode_unit(unit, bound, place.array) if state.decoded else bound

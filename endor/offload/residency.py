@@ -8,7 +8,7 @@ from endor.offload.ledger import Counters
 from endor.offload.schedule import Schedule
 from endor.offload.staging import Range, Staging
 from endor.offload.state import Phase, State
-from endor.planning.tiers import Placement
+from endor.planning.tiers import PACKED_IN_RAM, Placement
 from endor.planning.units import Unit
 from endor.storage import HostBuffer
 
@@ -263,14 +263,26 @@ def cached_experts(units: Sequence[Unit], placement: Placement) -> list[str]:
     return [unit.name for unit in routed if placement.tiers[unit.name] == "resident"]
 
 
+def states_of(
+    units: Sequence[Unit], placement: Placement, cached: Sequence[str]
+) -> dict[str, State]:
+    """Return where the units are at first, by name; `cached` ones do not stay."""
+    out = {}
+    for unit in units:
+        tier = placement.tiers[unit.name]
+        stays = tier in PACKED_IN_RAM and unit.name not in cached
+        out[unit.name] = State(unit, stays, decoded=tier == "decoded")
+    return out
+
+
 def place_residents(states: Iterable[State]) -> HostBuffer | None:
     """Give units that stay in memory their places, in one buffer; None when there are none."""
     residents = [state for state in states if state.resident]
     if not residents:
         return None
-    buffer, at = HostBuffer(sum(state.unit.nbytes for state in residents)), 0
+    buffer, at = HostBuffer(sum(state.nbytes for state in residents)), 0
     for state in residents:
-        stop = at + state.unit.nbytes
+        stop = at + state.nbytes
         state.place = Range(at, stop, buffer.array[at:stop])
         at = stop
     return buffer

@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Mapping
 from enum import Enum, auto
 
-from endor.codecs import Encoded
+from endor.codecs import Encoded, TensorSpec
 from endor.errors import EndorError
 from endor.offload.staging import Range
 from endor.planning.units import Unit
@@ -34,6 +34,7 @@ class State:
     Attributes:
         unit: The unit.
         resident: Whether its bytes stay in memory once read.
+        decoded: Whether they stay with their entropy code undone.
         fixed: Its tensors, once a resident unit was read: readable without the lock.
         phase: How far it is.
         place: Where its bytes are or will be.
@@ -46,6 +47,7 @@ class State:
 
     __slots__ = (
         "bound",
+        "decoded",
         "error",
         "fixed",
         "phase",
@@ -57,9 +59,10 @@ class State:
         "warm",
     )
 
-    def __init__(self, unit: Unit, resident: bool) -> None:
+    def __init__(self, unit: Unit, resident: bool, *, decoded: bool = False) -> None:
         self.unit = unit
         self.resident = resident
+        self.decoded = decoded
         self.fixed: Bound | None = None
         self.phase = Phase.ABSENT
         self.place: Range | None = None
@@ -68,3 +71,13 @@ class State:
         self.priority = FILL
         self.waiters = 0
         self.warm = False
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of memory that its place takes."""
+        return self.unit.decoded_nbytes if self.decoded else self.unit.nbytes
+
+    def spec(self, tensor: str) -> TensorSpec:
+        """Return the form in which one of its tensors is in memory."""
+        spec = self.unit.layout.tensors[tensor].spec
+        return spec.decoded if self.decoded else spec

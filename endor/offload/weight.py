@@ -239,7 +239,7 @@ class KeptWeight(Weight):
 
 def spec_of(part: Part, state: State) -> TensorSpec:
     """Return how the tensor of a part is stored."""
-    return state.unit.layout.tensors[part.tensor].spec
+    return state.spec(part.tensor)
 
 
 def panel_rows(cols: int) -> int:

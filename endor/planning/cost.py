@@ -170,7 +170,8 @@ def predict(
     weight_gbps = machine.link.hbm_gbps if machine.link else machine.linear_gbps
     direct, shares, keeps = step.product == "direct", host_shares or {}, kept_bytes or {}
     beside = direct and step.rows <= PRODUCT_ROWS
-    for cost, tier, share, kept, count in _alike(costs, tiers, shares, keeps, kinds):
+    for unit, tier, share, kept, count in _alike(costs, tiers, shares, keeps, kinds):
+        cost = unit.placed(tier)
         use = count * _use(cost, step)
         sums.calls += use
         # Of experts, each multiplies the rows that were routed to it.

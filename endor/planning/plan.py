@@ -16,6 +16,7 @@ from endor.errors import ConfigError
 from endor.planning.beside import Way, host_products, placements
 from endor.planning.constants import Disk, Machine
 from endor.planning.cost import Prediction, Step, kinds_of, predict
+from endor.planning.decoding import decoding
 from endor.planning.exchanges import with_exchanges
 from endor.planning.fill import (
     fill_device,
@@ -183,7 +184,7 @@ class _Search:
             if placed is None or idle == PATIENCE:
                 break
             idle += 1
-            for way, filled in (*self._ways(placed), *self._keeping(share)):
+            for way, filled in (*self._ways(placed), *self._spending(placed, share)):
                 made = _Candidate(way, self._predict(filled, self.decode_step), filled)
                 if made.decode.seconds < fastest:
                     fastest, idle = made.decode.seconds, 0
@@ -245,12 +246,16 @@ class _Search:
         wish = self.workload.host_compute
         return placements(filled, self.costs, wish, lambda p: self._predict(p, self.decode_step))
 
-    def _keeping(self, dense_share: float) -> Iterator[tuple[Way, Placement]]:
-        """Yield the placement in which memory goes to busy neurons first, where some are."""
-        if not self.vram_bytes and self.workload.product == "direct":
-            where = self.costs, self.wishes, self.ram_bytes - sum(self.fixed.values()), dense_share
-            if (kept := keeping(*where, self.disk, self.decode_step.rows)) is not None:
-                yield "stream", kept
+    def _spending(self, placed: Placement, dense_share: float) -> Iterator[tuple[Way, Placement]]:
+        """Yield placements that give memory to busy neurons first, or to undone entropy codes."""
+        if self.vram_bytes or self.workload.product != "direct":
+            return
+        room = self.ram_bytes - sum(self.fixed.values())
+        rows, disk = self.decode_step.rows, self.disk
+        kept = keeping(self.costs, self.wishes, room, dense_share, disk, rows)
+        for each in (kept, decoding(placed, self.costs, self.wishes, room)):
+            if each is not None:
+                yield "stream", each
 
     def _alternatives(
         self, chosen: "_Candidate", found: Iterable["_Candidate"]
@@ -282,7 +287,8 @@ class _Search:
             return host_products(
                 filled.as_used(self.costs), self.costs, self.machine, self.decode_step.rows
             )
-        return choose(self.costs, self.machine)
+        placed = (cost.placed(filled.tiers[cost.name]) for cost in self.costs)
+        return choose(placed, self.machine)
 
     def _predict(self, filled: Placement, step: Step) -> Prediction:
         return predict(

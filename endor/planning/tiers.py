@@ -10,18 +10,19 @@ from endor.sizes import parse_bytes
 
 __all__ = ["Placement", "Tier", "parse_bytes"]
 
-Tier = Literal["vram-dense", "vram", "dense", "resident", "host", "disk"]
+Tier = Literal["vram-dense", "vram", "dense", "decoded", "resident", "host", "disk"]
 """`vram-dense`: expanded once and kept on the device; `vram`: packed on the device; `dense`:
-expanded once and kept in RAM; `resident`: packed in RAM, page-locked beside a device; `host`: the
-same beside a device, and few rows are multiplied there; `disk`: read for every use."""
+expanded once and kept in RAM; `decoded`: in RAM as bitmap and elements, the entropy code undone,
+which some processors multiply by faster; `resident`: packed in RAM, page-locked beside a device;
+`host`: the same beside a device, and few rows are multiplied there; `disk`: read for every use."""
 
-HOST_TIERS: tuple[Tier, ...] = ("dense", "resident", "disk")
+HOST_TIERS: tuple[Tier, ...] = ("dense", "decoded", "resident", "disk")
 """Where a unit can live when the processor computes."""
 
 DEVICE_TIERS: tuple[Tier, ...] = ("vram-dense", "vram", "resident", "host", "disk")
 """Where a unit can live when a device computes."""
 
-PACKED_IN_RAM: tuple[Tier, ...] = ("resident", "host")
+PACKED_IN_RAM: tuple[Tier, ...] = ("decoded", "resident", "host")
 """Tiers whose bytes stay in host memory once they were read."""
 
 STAGING_AHEAD_BYTES = 256 << 20

@@ -1,7 +1,7 @@
 """What one unit costs on one machine, whatever tier it is in."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from endor.checkpoint.neuron_counts import NeuronCounts
 from endor.codecs import TensorSpec
@@ -10,6 +10,7 @@ from endor.planning.activity import Activity
 from endor.planning.constants import Machine
 from endor.planning.device_rates import Rates, modelled
 from endor.planning.shape import ModelShape
+from endor.planning.tiers import Tier
 from endor.planning.units import Unit
 
 SMALL_WEIGHTS = 1 << 20
@@ -21,6 +22,21 @@ arithmetic is not."""
 NEURONS_READ = 0.25
 """Share of a matrix stored by neuron that a decode step is assumed to touch: with 5 to 10 % of the
 neurons active, and rows that are read in blocks. It is not known before the model runs."""
+
+
+@dataclass(frozen=True, slots=True)
+class Decoded:
+    """A unit whose entropy code is undone.
+
+    Attributes:
+        nbytes: What it takes in memory.
+        product_s: One product.
+        row_cost: As of `UnitCost`.
+    """
+
+    nbytes: int
+    product_s: float
+    row_cost: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,6 +57,7 @@ class UnitCost:
         multiplies: Whether the processor multiplies all of it from the packed form.
         neuron_bytes: Of a matrix stored by neuron, what stays in memory to read parts of it.
         activity: Of a matrix stored by neuron, how busy its neurons are, where that was counted.
+        decoded: What it costs in tier `decoded`, where it can be there.
         device_rates: 10^9 weights a second of the device's product from the packed form, of one
             row and of most; `None` where it expands, or nothing is known.
     """
@@ -59,16 +76,39 @@ class UnitCost:
     neuron_bytes: int = 0
     device_rates: tuple[float, float] | None = None
     activity: Activity | None = None
+    decoded: Decoded | None = None
 
     @property
     def by_neuron(self) -> bool:
         """Whether few rows touch only a part of it."""
         return self.neuron_bytes > 0
 
+    def placed(self, tier: Tier) -> "UnitCost":
+        """Return the cost of the unit as it is in a tier."""
+        if tier != "decoded" or self.decoded is None:
+            return self
+        return replace(self, product_s=self.decoded.product_s, row_cost=self.decoded.row_cost)
+
 
 def kind_of(spec: TensorSpec) -> str:
     """Return the kind of stored tensor that a measured rate is of."""
     return f"{spec.codec}+bitmap" if spec.bitmap else spec.codec
+
+
+def _decoded(unit: Unit, machine: Machine) -> Decoded | None:
+    """Return the cost of a unit in tier `decoded`, if all of it can be there."""
+    seconds = further = 0.0
+    for name in unit.tensors:
+        stored = unit.layout.tensors[name].spec
+        spec = stored.decoded
+        if spec is stored or not _multiplies(spec):
+            return None
+        kind = kind_of(spec)
+        rate = machine.small_product_gbps.get(kind) if spec.numel <= SMALL_WEIGHTS else 0.0
+        one = spec.nbytes / (rate or machine.product_gbps[kind]) / 1e9
+        seconds += one
+        further += one * machine.product_row_cost.get(kind, PRODUCT_ROW_COST)
+    return Decoded(unit.decoded_nbytes, seconds, further / seconds) if seconds else None
 
 
 def _multiplies(spec: TensorSpec) -> bool:
@@ -157,6 +197,7 @@ def unit_costs(
                 neuron_bytes=neuron_bytes,
                 device_rates=_device_rates(unit, on_device),
                 activity=_activity(unit, counts),
+                decoded=_decoded(unit, machine),
                 multiplies=all(_multiplies(unit.layout.tensors[n].spec) for n in unit.tensors),
             )
         )

@@ -6,6 +6,9 @@ from dataclasses import dataclass
 from endor.codecs import DType
 from endor.errors import CheckpointError
 from endor.storage import FileLayout, Record
+from endor.storage.layout import ALIGN, align_up
+
+CACHE_LINE = 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,6 +75,14 @@ class Unit:
     def nbytes(self) -> int:
         """Bytes that one read moves."""
         return self.record.nbytes
+
+    @property
+    def decoded_nbytes(self) -> int:
+        """Bytes of memory with the entropy codes undone: whole pages, each array from a cache line
+        on."""
+        specs = (self.layout.tensors[name].spec.decoded for name in self.tensors)
+        arrays = (array.nbytes for spec in specs for array in spec.arrays)
+        return align_up(sum(align_up(nbytes, CACHE_LINE) for nbytes in arrays), ALIGN)
 
 
 def collect_units(layouts: Sequence[FileLayout], weights: Iterable[WeightSpec]) -> tuple[Unit, ...]:

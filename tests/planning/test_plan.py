@@ -106,7 +106,8 @@ def ram_used(found, units):
     )
     for unit in units:
         tier = found.tiers[unit.name]
-        total += {"dense": unit.dense_nbytes, "resident": unit.nbytes, "disk": 0}[tier]
+        sizes = {"dense": unit.dense_nbytes, "resident": unit.nbytes, "disk": 0}
+        total += unit.decoded_nbytes if tier == "decoded" else sizes[tier]
     return total
 
 
@@ -119,6 +120,53 @@ def test_all_packed_when_that_fits_and_is_fastest():
     assert found.staging_bytes == 0
     assert found.decode.disk_bytes == 0
     assert found.decode.bound == "cpu"
+
+
+SLOW_EXP = replace(
+    CPU,
+    product_gbps=CPU.product_gbps | {"exp+bitmap": 8.0},
+    product_row_cost={"raw+bitmap": 0.1, "exp+bitmap": 0.2},
+)
+
+
+def test_entropy_codes_are_undone_where_that_is_faster_and_memory_is_left():
+    units = make_units()
+    workload = replace(SMALL, product="direct")
+    need = reserved(units) + packed(units)
+    one = units[0].decoded_nbytes - units[0].nbytes
+    passing = 2 * units[0].nbytes
+    for room, count in ((passing + one - 1, 0), (passing + 5 * one, 5), (passing + 28 * one, 28)):
+        found = plan(units, SHAPE, SLOW_EXP, DISK, ram_bytes=need + room, workload=workload)
+        assert found.count("decoded") == count
+        assert found.count("disk") == found.count("dense") == 0
+        assert ram_used(found, units) <= need + room
+        assert found.load_s == pytest.approx(packed(units) / DISK.read_gbps / 1e9)
+    raw = make_units(codec="raw")
+    theirs = plan(raw, SHAPE, SLOW_EXP, DISK, ram_bytes=2 * packed(raw), workload=workload)
+    assert found.decode.seconds == pytest.approx(theirs.decode.seconds, rel=0.01)
+    assert found.products.packed_rows["layers.0"] == theirs.products.packed_rows["layers.0"]
+
+
+@pytest.mark.parametrize(
+    ("machine", "product"), [(CPU, "direct"), (SLOW_EXP, "exact")], ids=["same rates", "exact"]
+)
+def test_entropy_codes_stay_where_undoing_them_gains_nothing(machine, product):
+    units = make_units()
+    workload = replace(SMALL, product=product)
+    slow = replace(machine, product_gbps=machine.product_gbps | {"raw+bitmap": 25.0})
+    if machine is CPU:  # raw moves 1.5 times the bytes, at the same rate
+        assert units[0].decoded_nbytes > units[0].nbytes
+    found = plan(units, SHAPE, slow, DISK, ram_bytes=10**10, workload=workload)
+    assert found.count("decoded") == 0
+
+
+def test_no_memory_goes_to_undone_codes_while_units_lie_on_disk():
+    units = make_units()
+    workload = replace(SMALL, product="direct")
+    budget = reserved(units) + packed(units) * 3 // 4
+    found = plan(units, SHAPE, SLOW_EXP, DISK, ram_bytes=budget, workload=workload)
+    assert found.count("disk")
+    assert not found.count("decoded")
 
 
 def test_expanded_when_memory_allows_and_products_are_exact():
