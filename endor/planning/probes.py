@@ -170,6 +170,9 @@ def linear(
     """
     kind = TORCH_TYPES[dtype]
     weight = (torch.randn(rows, cols) * 0.02).to(kind)
+    # Several, so that no cache answers: see `copies`.
+    several = min(MOST_COPIES, max(1, WORKING_SET // weight.nbytes))
+    weights = cycle([weight, *(weight.clone() for _ in range(several - 1))])
     vector, matrix = torch.randn(1, cols).to(kind), torch.randn(batch, cols).to(kind)
     row = torch.randn(1, 1, cols).to(kind)
     linear = torch.nn.functional.linear
@@ -180,18 +183,18 @@ def linear(
     panel = torch.randn(max(8, rows // 4), max(8, cols // 8))
     narrow, many = panel.to(kind), torch.randn(WIDE_ROWS, panel.shape[1])
     with torch.inference_mode():
-        linear_s = median_seconds(lambda: linear(vector, weight))
+        linear_s = median_seconds(lambda: linear(vector, next(weights)))
         small_s = median_seconds(lambda: linear(short, next(smalls)), budget_s=PROBE_S)
         gemm_s = median_seconds(lambda: linear(matrix, weight), least=3)
         op_s = median_seconds(lambda: row * row, budget_s=0.1)
         wide_s = median_seconds(lambda: linear(many, panel), budget_s=PROBE_S)
         widen_s = median_seconds(lambda: panel.copy_(narrow), budget_s=PROBE_S)
-    plain = plain_matrix(weight)
+    plains = cycle([plain_matrix(next(weights)) for _ in range(several)])
 
     def plain_s(batch: int) -> float:
         x = bits_of(vector.repeat(batch, 1))
         y = np.empty((batch, rows), np.float32)
-        return median_seconds(lambda: kernels.matvec(plain, x, y), budget_s=PROBE_S)
+        return median_seconds(lambda: kernels.matvec(next(plains), x, y), budget_s=PROBE_S)
 
     one_s = plain_s(1)
     further = (plain_s(FURTHER_ROWS) / one_s - 1) / (FURTHER_ROWS - 1)
