@@ -271,7 +271,7 @@ class _Search:
                 each.way,
                 workload.batch,
                 workload.kv,
-                _expanded_share(each.placement),
+                each.placement.expanded_share,
                 workload.batch / each.decode.seconds,
                 tokens / self._predict(each.placement, self.prefill_step).seconds,
                 each.decode.bound,
@@ -331,12 +331,6 @@ class _Search:
         tier: Tier = "vram-dense" if self.vram_bytes else "dense"
         step = replace(self.decode_step, product="exact")
         return self._predict(Placement({cost.name: tier for cost in self.costs}, 0), step)
-
-
-def _expanded_share(placement: Placement) -> float:
-    """Return which share of the units is kept expanded."""
-    tiers = list(placement.tiers.values())
-    return sum(tier in ("dense", "vram-dense") for tier in tiers) / max(1, len(tiers))
 
 
 @dataclass(frozen=True, slots=True)

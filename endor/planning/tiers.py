@@ -94,6 +94,12 @@ class Placement:
     exchanges: Exchanges | None = None
     kept_bytes: Mapping[str, int] = field(default_factory=dict)
 
+    @property
+    def expanded_share(self) -> float:
+        """Which share of the units is kept expanded."""
+        kept = sum(tier in ("dense", "vram-dense") for tier in self.tiers.values())
+        return kept / max(1, len(self.tiers))
+
     def pool(self, units: Sequence[Item]) -> list[Item]:
         """Return the experts that change places: all packed in VRAM or RAM, where none is on disk.
 
