@@ -12,6 +12,7 @@ from endor.cli.terminal import Interrupted, show
 from endor.hf.config import DEFAULTS
 
 if TYPE_CHECKING:
+    from endor.checkpoint.predictors import Predictors
     from endor.checkpoint.report import Sizes
 
 Command = TypeVar("Command", bound=Callable[..., Any])
@@ -60,6 +61,13 @@ _LOADING: dict[str, Callable[[Command], Command]] = {
         show_default=True,
         help="lossy: for up to 8 tokens, experts that are not at hand are replaced by others that "
         "are; the output is then not the model's own.",
+    ),
+    "predict": click.option(
+        "--predict",
+        is_flag=True,
+        default=DEFAULTS["predict"],
+        help="lossy, with --fast: for up to 8 tokens, multiply only what the checkpoint's "
+        "predictors of active neurons name; the output is then not the model's own.",
     ),
     "kv": click.option(
         "--kv",
@@ -213,6 +221,18 @@ def expanded_at_load(packed: Path) -> tuple[list[str], int] | None:
     except (EndorError, ImportError, OSError, MemoryError):
         return None
     return list(found.expanded), found.expanded_nbytes
+
+
+def predictors_line(found: "Predictors") -> str:
+    """Return what there is that guesses active neurons."""
+    if not found.matrices:
+        return "predictors: none; they would name so many neurons that all rows are as fast"
+    return (
+        f"predictors, lossy, used with --predict alone: {len(found.matrices)} blocks, "
+        f"{human(found.nbytes)}; over {found.tokens:,} tokens they name {found.mean('rows'):.1%} "
+        f"of the neurons and find {found.mean('recall'):.2%} of the active ones "
+        f"({found.mean('active'):.1%})"
+    )
 
 
 def recoded_line(sizes: "Sizes", tried: int) -> None:

@@ -31,7 +31,7 @@ LEAST_STEPS = 5
 @click.option(
     "--device", default="cpu", show_default=True, help="Where the model runs, such as cpu or cuda."
 )
-@loading_options("vram", "ram", "exact", "host_compute", "experts", "kv")
+@loading_options("vram", "ram", "exact", "host_compute", "experts", "predict", "kv")
 @click.option("--temperature", default=0.0, show_default=True, help="0 takes the likeliest token.")
 @click.option("--top-p", default=1.0, show_default=True, help="Probability that sampling keeps.")
 @click.option("--seed", type=int, help="Makes sampling repeatable.")
@@ -60,6 +60,7 @@ def generate_command(
     exact: bool,
     host_compute: "HostCompute",
     experts: "Experts",
+    predict: bool,
     kv: "KVSetting",
     trust_remote_code: bool,
     temperature: float,
@@ -94,6 +95,7 @@ def generate_command(
         exact=exact,
         host_compute=host_compute,
         experts=experts,
+        predict=predict,
         context=prompt_tokens + max_new_tokens,
         prompt=prompt_tokens,
         measure=True,
@@ -111,10 +113,11 @@ def generate_command(
         expanded_line(store.unpacked, sum(sizes))
     write = None if as_json else stream
     result = generate_text(model, tokenizer, inputs, sampling, show=write)
-    whole = store is None or experts == "exact"
+    whole = store is None or (experts == "exact" and not predict)
     facts = figures(result, load_s) | {"exact": store is None or (exact and whole)}
     if store is not None:
         facts |= {"experts": store.experts, "replaced": replaced_share(store)}
+        facts |= {"predicted": store.predicted, "rows_multiplied": multiplied_share(store)}
     if plan is not None:
         facts |= {
             "predicted_prefill_tokens_per_s": plan.prefill_tokens_per_s,
@@ -173,6 +176,12 @@ def replaced_share(store: Any) -> float:
     return float(counters.lossy_replaced / max(1, counters.lossy_choices))
 
 
+def multiplied_share(store: Any) -> float:
+    """Return the share of rows that predictors named, where any were left out; 1 if none."""
+    counters = store.ledger.counters
+    return float(counters.lossy_rows_named / counters.lossy_rows) if counters.lossy_rows else 1.0
+
+
 def doubt(plan: "Plan", store: Any, result: "Generation") -> str:
     """Return what to say when the steps show the plan's constants wrong; see `hardware.doubt`."""
     from endor.models.outline import most_common
@@ -200,6 +209,12 @@ def summary(facts: dict[str, Any]) -> str:
     if facts.get("experts") == "lossy":
         lines.append(
             f"experts  lossy: {facts['replaced']:.1%} of the choices were replaced; the text is "
+            "not the model's own"
+        )
+    if facts.get("predicted"):
+        lines.append(
+            f"predict  lossy: of {facts['predicted']} matrices only the rows of predicted neurons "
+            f"were multiplied, {facts['rows_multiplied']:.1%} where any were left out; the text is "
             "not the model's own"
         )
     if facts.get("doubt"):

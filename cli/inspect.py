@@ -11,6 +11,7 @@ from endor.cli.common import (
     expanded_line,
     human,
     json_option,
+    predictors_line,
     recoded_line,
 )
 from endor.cli.hub import at_hand, revision_option
@@ -89,6 +90,8 @@ def inspect_command(packed: Path, asks_model: bool, revision: str | None, as_jso
             f"neurons: {counts.zeros:.1%} of the activations are zero over {counts.tokens:,} "
             f"tokens of {texts}; {counts.makers(0.8):.0%} of the neurons make 80 % of the others"
         )
+    if found.predictors is not None:
+        show(predictors_line(found.predictors))
     if found.source is not None:
         show(f"packed from {found.source}")
     recoded_line(sizes, sizes.recoded_tensors)

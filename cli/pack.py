@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
 import click
+from click.core import ParameterSource
 
 from endor.cli.common import (
     MODEL,
@@ -14,6 +15,7 @@ from endor.cli.common import (
     human,
     json_option,
     output_options,
+    predictors_line,
     recoded_line,
     refuse_existing,
     resumable,
@@ -75,6 +77,19 @@ count; of smaller ones `endor inspect --model` tells."""
     "--calibration, also count how often each is active: the busiest then stay in memory.",
 )
 @click.option(
+    "--predict",
+    is_flag=True,
+    help="With --neurons: make predictors of active neurons from the calibration text, for "
+    "`endor generate --predict`, which is then lossy; without that nothing uses them.",
+)
+@click.option(
+    "--recall",
+    type=float,
+    default=0.99,
+    show_default=True,
+    help="With --predict: the share of active neurons to be named.",
+)
+@click.option(
     "--bundle-neurons",
     is_flag=True,
     help="As --neurons, and all of a neuron lies together, for models that are read from a disk "
@@ -105,6 +120,8 @@ def pack_command(
     codec: CodecChoice,
     dequantize: bool,
     neurons: bool,
+    predict: bool,
+    recall: float,
     bundle_neurons: bool,
     include: tuple[str, ...],
     exclude: tuple[str, ...],
@@ -140,8 +157,12 @@ def pack_command(
     context = click.get_current_context()
     count = counts_neurons(context, neurons or bundle_neurons)
     if prune == "none" and not quantizes:
-        used = COUNTING if count else frozenset[str]()
+        used = COUNTING if count or predict else frozenset[str]()
         refuse_idle(context, "--prune METHOD or --bits", used)
+    if predict and not (neurons or bundle_neurons):
+        raise click.UsageError("--predict goes with --neurons")
+    if not predict and context.get_parameter_source("recall") is ParameterSource.COMMANDLINE:
+        raise click.UsageError("--recall goes with --predict")
     if (neurons or bundle_neurons) and (quantizes or codec == "dense"):
         raise click.UsageError("--neurons takes codecs raw and exp: leave out one of the options")
     if codec != "auto" and (quantizes or dequantize):
@@ -158,6 +179,8 @@ def pack_command(
         "neurons": neurons,
         "count": count,
         "bundle_neurons": bundle_neurons,
+        "predict": predict,
+        "recall": recall,
         "include": include,
         "exclude": exclude,
         "max_shard_bytes": max_shard_size,
@@ -180,16 +203,20 @@ def pack_command(
             progress=progress,
             layers=layers,
         )
-    _say(out, report, as_json=as_json)
+    _say(out, report, as_json=as_json, predict=predict)
 
 
-def _say(out: Path, report: "PackReport", *, as_json: bool) -> None:
+def _say(out: Path, report: "PackReport", *, as_json: bool, predict: bool = False) -> None:
     """Print what came out."""
+    from endor.checkpoint import inspect_checkpoint
+
+    made = inspect_checkpoint(out).predictors if predict and out.is_dir() else None
     looked = not report.stored_quantization and report.sizes.dense_bytes >= ASKED_BYTES
     expanded = expanded_at_load(out) if looked else None
     if as_json:
         names = None if expanded is None else expanded[0]
-        emit(report.to_dict() | {"expanded_at_load": names})
+        predictors = made.to_dict() if made else None
+        emit(report.to_dict() | {"expanded_at_load": names, "predictors": predictors})
         return
     sizes = report.sizes
     show(
@@ -197,9 +224,12 @@ def _say(out: Path, report: "PackReport", *, as_json: bool) -> None:
         f"{change(sizes.ratio)}, {report.seconds:.1f} s, {report.gbps:.2f} GB/s"
     )
     if report.neurons_unused:
-        show(report.neurons_unused, err=True)
+        more = "; there is nothing to predict, and the model stays exact" if predict else ""
+        show(report.neurons_unused + more, err=True)
     elif sizes.neuron_tensors:
         show(f"{sizes.neuron_tensors} matrices stored by neuron")
+    if made is not None:
+        show(predictors_line(made))
     if report.streamed_shards:
         show(f"of the model at most {report.streamed_shards} shards were on disk at once", err=True)
     if report.stored_quantization:

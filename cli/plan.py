@@ -27,7 +27,8 @@ if TYPE_CHECKING:
 @click.command("plan")
 @click.argument("model", required=False, type=MODEL)
 @loading_options(
-    "vram", "ram", "context", "prompt", "batch", "exact", "host_compute", "experts", "kv"
+    *("vram", "ram", "context", "prompt", "batch"),
+    *("exact", "host_compute", "experts", "predict", "kv"),
 )
 @click.option(
     "--for",
@@ -88,6 +89,8 @@ def plan_command(
         headers_at_hand(given, revision, probe=target is None)
     )
     if not (model.is_dir() and is_packed(model)):
+        if options["predict"]:
+            raise click.UsageError(f"--predict is for packed checkpoints with predictors: {given}")
         sketched(model, target, sparsity, bits, trust_remote_code, as_json, explain, goal, options)
         return
     if sparsity is not None or bits is not None:

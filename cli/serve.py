@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 @click.option(
     "--device", default="cpu", show_default=True, help="Where the model runs, such as cpu or cuda."
 )
-@loading_options("vram", "ram", "exact", "host_compute", "experts", "kv", "context")
+@loading_options("vram", "ram", "exact", "host_compute", "experts", "predict", "kv", "context")
 @click.option(
     "--batch",
     type=click.IntRange(1, 64),
@@ -84,6 +84,7 @@ def serve_command(
     exact: bool,
     host_compute: "HostCompute",
     experts: "Experts",
+    predict: bool,
     kv: "KVSetting",
     context: int,
     trust_remote_code: bool,
@@ -138,6 +139,7 @@ def serve_command(
         exact=exact,
         host_compute=host_compute,
         experts=experts,
+        predict=predict,
         context=context,
         batch=batch,
         kv=kv,
@@ -151,6 +153,8 @@ def serve_command(
         show(f"{called} at {address}/v1")
         if experts == "lossy":
             show("experts: lossy; answers are not the model's own")
+        if predict:
+            show("predict: lossy; answers are not the model's own")
 
     serve(
         model,

@@ -186,15 +186,14 @@ def _counts(counters: Mapping[str, Any]) -> list[list[str]]:
         rows.append(["experts brought to VRAM to stay, and their bytes", moved])
     if choices := count["lossy_choices"]:
         rows.append(["lossy: experts replaced", f"{counters['lossy_replaced'] / choices:.1%}"])
+    if neurons := count["lossy_rows"]:
+        share = f"{counters['lossy_rows_named'] / neurons:.1%}"
+        rows.append(["lossy: neurons predicted active", share])
     if guessed := count["guessed_uses"]:
         right = counters["right_guesses"] / guessed
         rows.append(["chosen experts that were foreseen", f"{right:.1%}"])
-        rows.append(
-            [
-                "experts read on a guess, and of these in vain",
-                f"{counters['warm_reads']}, {counters['warm_wasted']}",
-            ]
-        )
+        reads = f"{counters['warm_reads']}, {counters['warm_wasted']}"
+        rows.append(["experts read on a guess, and of these in vain", reads])
     if hosted := count["host_products"]:
         rows.append(["products on the processor beside a device", f"{hosted}"])
         rows.append(["packed bytes that they read", f"{counters['host_bytes'] / 1e9:.3f} GB"])

@@ -8,6 +8,7 @@ from endor.checkpoint.companions import QUANTIZATION_KEY
 from endor.checkpoint.directory import read_config
 from endor.checkpoint.index import check_shards, read_packed_index
 from endor.checkpoint.neuron_counts import NeuronCounts, read_neuron_counts
+from endor.checkpoint.predictors import Predictors, read_predictors
 from endor.checkpoint.report import Sizes
 from endor.codecs import TensorSpec
 from endor.hub.origin import Origin
@@ -56,6 +57,7 @@ class Inspection:
         sizes: Totals.
         source: The model on the Hub that was packed, where it was one.
         neurons: How often neurons were active in calibration text, where they were counted.
+        predictors: What guesses active neurons, where there are any; nothing uses them unasked.
     """
 
     path: Path
@@ -63,6 +65,7 @@ class Inspection:
     sizes: Sizes
     source: Origin | None = None
     neurons: NeuronCounts | None = None
+    predictors: Predictors | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Return everything for JSON."""
@@ -72,6 +75,7 @@ class Inspection:
             "tensors": [row.to_dict() for row in self.rows],
             "totals": self.sizes.to_dict(),
             "neurons": None if self.neurons is None else self.neurons.to_dict(),
+            "predictors": None if self.predictors is None else self.predictors.to_dict(),
         }
 
 
@@ -80,16 +84,16 @@ def inspect_checkpoint(packed_dir: Path | str) -> Inspection:
 
     Raises:
         CheckpointError: `packed_dir` is no packed checkpoint, or lacks a shard.
-        FormatError: the index, a header or the counts of neurons are damaged.
+        FormatError: the index, a header or the counts or predictors of neurons are damaged.
     """
     path = Path(packed_dir)
     if path.is_file():
-        layouts, neurons = [FileLayout.read(path)], None
+        layouts, neurons, predictors = [FileLayout.read(path)], None, None
     else:
         index = read_packed_index(path)
         layouts = [FileLayout.read(path / file) for file in index.files]
         check_shards(path, index, layouts)
-        neurons = read_neuron_counts(path, layouts)
+        neurons, predictors = read_neuron_counts(path, layouts), read_predictors(path, layouts)
     rows = tuple(
         TensorRow(entry.name, entry.spec, entry.record, layout.path.name)
         for layout in layouts
@@ -97,4 +101,4 @@ def inspect_checkpoint(packed_dir: Path | str) -> Inspection:
     )
     section = None if path.is_file() else (read_config(path) or {}).get(QUANTIZATION_KEY)
     source = Origin.of_config(section) if isinstance(section, dict) else None
-    return Inspection(path, rows, Sizes.of(layouts), source, neurons)
+    return Inspection(path, rows, Sizes.of(layouts), source, neurons, predictors)

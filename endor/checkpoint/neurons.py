@@ -7,7 +7,7 @@ one run of bytes, which a disk reads at once.
 """
 
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Container, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -42,6 +42,9 @@ _FIRST_OF = {
     "output_dense": ("intermediate_dense",),
 }
 """Second matrices of a feed-forward block, and the first ones that stand beside them."""
+
+_GATES = ("gate_proj", "wi_0", "w1")
+"""First matrices whose outputs the activation is taken of, where there are two."""
 
 _HIDDEN_KEYS = ("hidden_size", "d_model", "n_embd", "dim", "word_embed_proj_dim")
 
@@ -106,6 +109,18 @@ def first_matrices(name: str) -> tuple[str, ...]:
     module = name.removesuffix(".weight")
     block, dot, own = module.rpartition(".")
     return tuple(f"{block}{dot}{first}.weight" for first in _FIRST_OF.get(own, ()))
+
+
+def predicted_matrix(name: str, there: Container[str]) -> str | None:
+    """Return the first matrix that decides which neurons of a block are active, if it is there.
+
+    Args:
+        name: Of the block's second matrix.
+        there: Names of the tensors.
+    """
+    found = [first for first in first_matrices(name) if first in there]
+    gates = [first for first in found if first.split(".")[-2] in _GATES]
+    return next(iter(gates or found), None)
 
 
 def encode_turned(

@@ -23,6 +23,7 @@ from endor.checkpoint.index import (
 from endor.checkpoint.neuron_counts import read_neuron_counts
 from endor.checkpoint.open import open_source
 from endor.checkpoint.pipeline import MIN_BUDGET_BYTES, BufferPool, OrderedWork
+from endor.checkpoint.predictors import read_predictors
 from endor.checkpoint.report import Progress, no_progress
 from endor.checkpoint.sources.contract import CheckpointSource
 from endor.checkpoint.sources.dequantized import DequantizedSource
@@ -184,10 +185,11 @@ def _check_index(path: Path, index: PackedIndex, layouts: list[FileLayout]) -> I
         except EndorError as error:
             yield str(error)
             return
-        try:
-            read_neuron_counts(path, layouts)
-        except EndorError as error:
-            yield str(error)
+        for read in (read_neuron_counts, read_predictors):
+            try:
+                read(path, layouts)
+            except EndorError as error:
+                yield str(error)
         document = build_index(layouts, index.dense_files, index.companions)
         if index_text(document) != where.read_bytes():
             yield f"{where}: does not describe the shards; restore or re-make the checkpoint"

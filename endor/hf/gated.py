@@ -33,6 +33,8 @@ class GateZeros:
     are taken for several generations together have other inputs, and take all rows.
     """
 
+    lossy = False
+
     def __init__(self) -> None:
         self._seen = threading.local()
 

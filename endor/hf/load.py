@@ -126,7 +126,7 @@ def open_model(
         return model
     found = settled(options)
     asked = found["vram"] or found["ram"] or found["kv"] in ("ram", "disk")
-    if asked or not found["exact"] or found["experts"] == "lossy":
+    if asked or not found["exact"] or found["experts"] == "lossy":  # as predict, which is not exact
         raise ConfigError(
             f"{path} is an ordinary checkpoint: vram, ram, kv, fast products, lossy experts need "
             "a packed one"

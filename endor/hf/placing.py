@@ -65,6 +65,7 @@ class Placing:
         config: How the caller wants them.
         device_map: Where the caller wants them, and the limits.
         dtype: What the model computes in.
+        predictor_bytes: Memory that predictors of neurons take.
     """
 
     model: Any
@@ -74,6 +75,7 @@ class Placing:
     config: "EndorConfig"
     device_map: DeviceMap
     dtype: torch.dtype
+    predictor_bytes: int = 0
 
     def open(self) -> Opened:
         """Return the opened weights, with the unpacked parameters on their devices.
@@ -91,7 +93,7 @@ class Placing:
 
     @property
     def workload(self) -> Workload:
-        wanted = workload(self.config.options)
+        wanted = replace(workload(self.config.options), predictor_bytes=self.predictor_bytes)
         if wanted.kv == "auto" and (len(self.device_map.devices()) > 1 or refuse_kv(self.model)):
             return replace(wanted, kv="device")  # nowhere else: a plan must not count on it
         return wanted

@@ -1,10 +1,11 @@
 """The plan for a packed checkpoint, made without loading a weight."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Unpack
 
 from endor.hf.config import Loading, settled, spelled_out, workload
+from endor.hf.predicted import open_predictors
 from endor.models.outline import Outline, outline
 from endor.planning import available_bytes
 from endor.planning import machine as hardware
@@ -62,6 +63,11 @@ def plan_checkpoint(
     ram, vram = given["ram"], given["vram"]
     on_device = bool(vram or (target is not None and vram is None and target.vram_bytes))
     found = outline(packed_dir, trust_remote_code=trust_remote_code, on_device=on_device)
+    if purpose.predict:
+        predictors = open_predictors(
+            found.path, list({unit.layout.path: unit.layout for unit in found.units}.values())
+        )
+        purpose = replace(purpose, predictor_bytes=predictors.wide_nbytes)
     if target is None:
         machine = hardware.machine(found.dtype, refresh=remeasure)
         disk = hardware.disk(disk_file or packed_dir, refresh=remeasure)

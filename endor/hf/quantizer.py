@@ -10,6 +10,7 @@ from transformers.utils import is_accelerate_available
 from endor.checkpoint.directory import PACKED_INDEX_NAME
 from endor.checkpoint.index import read_packed_index
 from endor.checkpoint.loadable import open_layouts, refuse_quantized
+from endor.checkpoint.predictors import Predictors
 from endor.dependencies import internals, require
 from endor.errors import ConfigError
 from endor.hf import adapters, pipelines, register
@@ -30,6 +31,7 @@ from endor.hf.loading import PlainFile, check_taken, plain_file
 from endor.hf.packed_layer import PackedLayer
 from endor.hf.packed_module import pack_module
 from endor.hf.placing import Placing
+from endor.hf.predicted import open_predictors, predict_rows
 from endor.hf.quantization_config import EndorConfig
 from endor.hf.ranges import stay_on_device
 from endor.models.assignment import Assignment, assign
@@ -74,6 +76,7 @@ class EndorQuantizer(HfQuantizer):  # type: ignore[misc]
         self._assignment = Assignment()
         self._dtypes: dict[str, torch.dtype] = {}
         self._plain: PlainFile | None = None
+        self._predictors: Predictors | None = None
 
     def is_serializable(self) -> bool:
         """False: transformers cannot write packed files; the model's `save_pretrained` copies."""
@@ -134,6 +137,8 @@ class EndorQuantizer(HfQuantizer):  # type: ignore[misc]
         if not checkpoint_files:
             raise ConfigError("a packed checkpoint is loaded from its files, not from a state dict")
         self._layouts = open_layouts(checkpoint_files)
+        if self.quantization_config.predict:
+            self._predictors = open_predictors(self._layouts[0].path.parent, self._layouts)
         on_device = bool(self.device_map.devices())
         plan = self._assignment = assign(model, self._layouts, self, on_device=on_device)
         self._dtypes = _weight_dtypes(model, plan, self._dtype)
@@ -172,7 +177,14 @@ class EndorQuantizer(HfQuantizer):  # type: ignore[misc]
         config, plan = self.quantization_config, self._assignment
         specs = [(spec, self._dtypes[spec.target]) for spec in plan.weights]
         opened = Placing(
-            model, self._layouts, plan, specs, config, self.device_map, self._dtype
+            model,
+            self._layouts,
+            plan,
+            specs,
+            config,
+            self.device_map,
+            self._dtype,
+            predictor_bytes=self._predictors.wide_nbytes if self._predictors else 0,
         ).open()
         store = opened.store
         for name, spec in (plan.linears | plan.modules).items():
@@ -200,11 +212,15 @@ class EndorQuantizer(HfQuantizer):  # type: ignore[misc]
         if isinstance(store, Store) and not config.exact:
             FastHead.adopt(model.get_output_embeddings(), store.products.head_rows)
         skip_gated(model)
+        if self._predictors is not None:
+            predict_rows(model, self._predictors)
+            store.predicted = len(self._predictors.matrices)
         link_experts(model, lossy=config.experts == "lossy")
         store.experts = config.experts
         stay_on_device(model)
         behaviour.multiply_as_unquantized(model)
         self._layouts, self._assignment, self._dtypes = [], Assignment(), {}
+        self._predictors = None
         config.placement = None
         behaviour.adopt(model, store, opened.plan)
         keep_kv(model, opened.plan.workload.kv if opened.plan else config.kv)

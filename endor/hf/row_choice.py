@@ -13,7 +13,13 @@ than what lies together (`docs/neurons.md`)."""
 
 
 class RowChoice(Protocol):
-    """Says which outputs of a linear layer are worth computing."""
+    """Says which outputs of a linear layer are worth computing.
+
+    Attributes:
+        lossy: Whether those that it leaves out would not all have been 0 in the end.
+    """
+
+    lossy: bool
 
     def rows(self, input: torch.Tensor) -> np.ndarray | None:
         """Return rows of the weight, rising, u32; None for all of them.
@@ -43,6 +49,10 @@ def chosen_product(
     rows = choice.rows(input)
     if rows is None or rows.size > WORTH * count:
         return None
+    if choice.lossy:
+        counters = source.mover.ledger.counters
+        counters.lossy_rows += count
+        counters.lossy_rows_named += rows.size
     out = source.product_of(input.reshape(-1, cols).contiguous(), rows)
     if bias is not None:
         at = torch.from_numpy(rows.astype(np.int64))

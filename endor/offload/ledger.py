@@ -66,6 +66,8 @@ class Counters:
         skipped_bytes: What was not read from disk for those that were.
         rows: Rows of first matrices of feed-forward blocks, where some were multiplied alone.
         chosen_rows: Of these, those that were.
+        lossy_rows: Of `rows`, those where a predictor named the ones to be multiplied.
+        lossy_rows_named: Of these, the named ones.
         neuron_bytes: Bytes of blocks that active neurons of matrices on disk needed.
         neuron_hit_bytes: Of these, in memory.
         hits: Streamed units that were in memory when they were needed.
@@ -123,6 +125,8 @@ class Counters:
     skipped_bytes: int = 0
     rows: int = 0
     chosen_rows: int = 0
+    lossy_rows: int = 0
+    lossy_rows_named: int = 0
     neuron_bytes: int = 0
     neuron_hit_bytes: int = 0
     hits: int = 0

@@ -156,6 +156,7 @@ class Store:
         weights: What is multiplied by, by name.
         placement: Tier per unit, and the memory that units pass through.
         experts: Whether experts are `exact`, or `lossy`: replaced by others that are at hand.
+        predicted: Matrices of which only rows that a predictor names are multiplied: lossy.
     """
 
     def __init__(
@@ -173,6 +174,7 @@ class Store:
         self.units = tuple(unit for share in shares for unit in share.units)
         self.weights = {name: weight for share in shares for name, weight in share.weights.items()}
         self.experts: Experts = "exact"
+        self.predicted = 0
         placements = [share.placement for share in shares]
         self.placement = Placement(
             {name: tier for each in placements for name, tier in each.tiers.items()},
@@ -280,6 +282,7 @@ class Store:
             "scratch_bytes": self.scratch_nbytes,
             "unpacked_at_load": list(self.unpacked),
             "experts": self.experts,
+            "predicted": self.predicted,
             "counters": self.ledger.since(type(self.ledger.counters)()),
         }
         reports = [share.report() for share in self.shares]

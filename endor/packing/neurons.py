@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Mapping
 from contextlib import closing, contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from endor.checkpoint.neuron_counts import COUNTS_NAME, NeuronCounts
 from endor.checkpoint.neurons import first_matrices
@@ -38,29 +38,14 @@ def counting(
         PruningError, CheckpointError, BackendError: See `FeedForwardPasses`.
         ConfigError: The calibration text is too short.
     """
-    from endor.pruning.calibration import calibration_windows, shipped_texts
     from endor.pruning.feed_forward import FeedForwardPasses
     from endor.pruning.source import explained
 
-    with explained(source.path):
-        FeedForwardPasses(source, options, {name: first_matrices(name) for name in matrices})
-    ids = calibration_windows(source.directory, options)
-    texts = [path.name for path in options.calibration or shipped_texts()]
-    about = {
-        "windows": len(ids),
-        "seq_len": options.seq_len,
-        "seed": options.seed,
-        "texts": texts,
-    }
+    ids, about = windows_for(source, options, matrices)
 
     def make(folder: Path) -> bytes:
         with closing(PackedSource(folder)) as packed, explained(folder):
-            stored = {
-                name
-                for layout in packed.layouts
-                for name, entry in layout.tensors.items()
-                if entry.spec.transposed
-            }
+            stored = stored_by_neuron(packed)
             if not stored:  # no codec made any of them smaller
                 return NeuronCounts(ids.numel(), {}, about).to_bytes(packed.layouts)
             firsts = {name: first_matrices(name) for name in stored}
@@ -71,6 +56,50 @@ def counting(
             return NeuronCounts(ids.numel(), counts, about).to_bytes(packed.layouts)
 
     return {COUNTS_NAME: make}
+
+
+def windows_for(
+    source: CheckpointSource,
+    options: PruneOptions,
+    matrices: frozenset[str],
+    most_tokens: int | None = None,
+) -> "tuple[torch.Tensor, dict[str, Any]]":
+    """Return calibration windows, and what is said of them; arguments and errors as for `counting`.
+
+    Args:
+        source: As there.
+        options: As there.
+        matrices: As there.
+        most_tokens: Only as many, of windows all over the texts.
+    """
+    from endor.pruning.calibration import calibration_windows, shipped_texts
+    from endor.pruning.feed_forward import FeedForwardPasses
+    from endor.pruning.source import explained
+
+    with explained(source.path):
+        FeedForwardPasses(source, options, {name: first_matrices(name) for name in matrices})
+    ids = calibration_windows(source.directory, options)
+    if most_tokens is not None and ids.numel() > most_tokens:
+        count = max(1, most_tokens // ids.shape[1])
+        ids = ids[[at * len(ids) // count for at in range(count)]]
+    texts = [path.name for path in options.calibration or shipped_texts()]
+    about = {
+        "windows": len(ids),
+        "seq_len": options.seq_len,
+        "seed": options.seed,
+        "texts": texts,
+    }
+    return ids, about
+
+
+def stored_by_neuron(packed: PackedSource) -> set[str]:
+    """Return the names of the matrices that are stored by neuron."""
+    return {
+        name
+        for layout in packed.layouts
+        for name, entry in layout.tensors.items()
+        if entry.spec.transposed
+    }
 
 
 def count_active(

@@ -27,6 +27,7 @@ from endor.checkpoint.targets import output_path
 from endor.codecs import CodecChoice
 from endor.errors import ConfigError
 from endor.packing.neurons import counting
+from endor.packing.predictors import RECALL, check_recall, predicting
 from endor.packing.prepared import opened, prepared
 from endor.pruning.contract import Progress as LayerProgress
 from endor.pruning.contract import PruneOptions
@@ -54,6 +55,8 @@ def pack_checkpoint(
     neurons: bool = False,
     count: bool = False,
     bundle_neurons: bool = False,
+    predict: bool = False,
+    recall: float = RECALL,
     include: Sequence[str] = (),
     exclude: Sequence[str] = (),
     max_shard_bytes: int = DEFAULT_SHARD_BYTES,
@@ -101,6 +104,9 @@ def pack_checkpoint(
             exactly zero for many: their product then skips those.
         count: Count in how many tokens of the calibration text of `prune` each such neuron is
             active, and store that: it says which are worth keeping in memory.
+        predict: Make predictors of active neurons from the calibration text, which whoever loads
+            the model may use; what comes out is then not the model's own.
+        recall: Share of the active neurons that they shall name.
         bundle_neurons: As `neurons`, each neuron in one run of bytes: for disks and processors.
         include: Patterns (globs, or `re:` and a regular expression) of tensors to pack besides the
             matrices of the layers.
@@ -133,11 +139,13 @@ def pack_checkpoint(
     neurons = neurons or bundle_neurons
     if neurons and (quantizes or dequantize or codec == "dense"):
         raise ConfigError("neurons: stores codecs raw and exp by neuron, no integers; leave it out")
-    if count and (not neurons or stream or part is not None):
-        raise ConfigError(
-            "count: goes with neurons, of a model that is packed by one process and not streamed; "
-            "leave it out"
-        )
+    for name, wanted in (("count", count), ("predict", predict)):
+        if wanted and (not neurons or stream or part is not None):
+            raise ConfigError(
+                f"{name}: goes with neurons, of a model that is packed by one process and not "
+                "streamed; leave it out"
+            )
+    check_recall(recall)
     out, how = output_path(out_dir), resolved(prune, sparsity, pattern)
     if stream and (is_calibrated(how) or (quantizes and calibrate) or dequantize):
         raise ConfigError(
@@ -178,16 +186,18 @@ def pack_checkpoint(
     where = out if stream else None
     with opened(model, check, revision, stream_into=where, dequantize=dequantize) as source:
         selected = select(source.tensors.values(), include=include, exclude=exclude)
-        if quantizes or count or is_calibrated(how):
+        if quantizes or count or predict or is_calibrated(how):
             check(source.path, pack_writes(source))
         stored = (source.config() or {}).get(QUANTIZATION_KEY)
         by_neuron = Neurons()
         if neurons:
             by_neuron = find_neurons(source, selected, bundled=bundle_neurons)
-        made: Mapping[str, Made] = {}
+        made: dict[str, Made] = {}
+        asked = how if isinstance(how, PruneOptions) else PruneOptions()
         if count and by_neuron.matrices:
-            asked = how if isinstance(how, PruneOptions) else PruneOptions()
-            made = counting(source, asked, by_neuron.matrices, layers)
+            made |= counting(source, asked, by_neuron.matrices, layers)
+        if predict and by_neuron.matrices:
+            made |= predicting(source, asked, by_neuron.matrices, recall, layers)
         with prepared(source, how, selected, quantize, quality, calibrate, layers) as found:
             lossless = not (quantizes or found.pruner or is_calibrated(how))
             recoded = recodable(source, exclude) if lossless and codec == "auto" else {}

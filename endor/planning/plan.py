@@ -181,8 +181,8 @@ class _Search:
         for number in range(tries + 1):
             share = number / tries
             placed = self._place(share)
-            if placed is None or idle == PATIENCE:
-                break
+            if placed is None or idle == PATIENCE or (share and self.workload.predict):
+                break  # of what is expanded no rows are left out
             idle += 1
             for way, filled in (*self._ways(placed), *self._spending(placed, share)):
                 made = _Candidate(way, self._predict(filled, self.decode_step), filled)

@@ -25,6 +25,14 @@ def check_experts(wish: object) -> None:
         raise ConfigError(f"experts must be exact or lossy, got {wish!r:.40}")
 
 
+def check_predict(wish: object, *, exact: bool) -> None:
+    """Raise `ConfigError` unless it is a truth value, and not asked for with exact products."""
+    if not isinstance(wish, bool):
+        raise ConfigError(f"predict must be True or False, got {wish!r:.40}")
+    if wish and exact:
+        raise ConfigError("predict=True is lossy, and goes with exact=False (--fast)")
+
+
 def no_experts() -> ConfigError:
     """Return what to raise where experts shall be lossy and there are none."""
     return ConfigError(
@@ -60,6 +68,8 @@ class Workload:
         kv: Where keys and values are kept; `auto` takes the first place that fits.
         host_compute: Whether the host may multiply beside a device.
         experts: Whether experts may be replaced by others that are at hand.
+        predict: Whether rows of first matrices are left out whose neurons are predicted idle.
+        predictor_bytes: What that takes in memory.
     """
 
     batch: int = 1
@@ -69,6 +79,8 @@ class Workload:
     kv: KVSetting = "device"
     host_compute: HostCompute = "auto"
     experts: Experts = "exact"
+    predict: bool = False
+    predictor_bytes: int = 0
 
     def check(self, costs: Sequence[UnitCost] | None = None) -> None:
         """Raise `ConfigError` unless it makes sense, for units whose costs are these."""
@@ -98,6 +110,8 @@ def fixed_bytes(
         largest = max(cost.packed_bytes for cost in by_neuron)
         kept = sum(cost.neuron_bytes for cost in by_neuron)
         out["parts of matrices stored by neuron"] = largest + kept
+    if workload.predictor_bytes:
+        out["predictors of neurons"] = workload.predictor_bytes
     return out | ({"libraries": WORKSPACE_BYTES} if on_device else {})
 
 

@@ -4,7 +4,7 @@
     python scripts/make_model random OUT       Llama-2-7B's layers, ten of them, random weights
     python scripts/make_model relu OUT         OPT-6.7B's layers, four of them, most neurons at 0
     python scripts/make_model moe DENSE OUT    a mixture of experts made of a small dense model
-    python scripts/make_model relufied DENSE OUT   a small Llama with thresholds and ReLU
+    python scripts/make_model opt OUT          a small OPT, trained for four minutes
 
 Each takes options of its own: `python scripts/make_model random --help`.
 """
@@ -17,7 +17,7 @@ KINDS = {
     "random": "random_llama",
     "relu": "relu_opt",
     "moe": "mixture",
-    "relufied": "relu_fied",
+    "opt": "small_opt",
 }
 
 

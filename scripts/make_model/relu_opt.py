@@ -4,6 +4,8 @@ Weights are normal with standard deviation 0.02. What a feed-forward block gets 
 norm, so that its inputs have variance 1 and what its neurons sum up has that of the weights times
 their number: a bias of so many deviations below 0 leaves the wanted share of them at exactly 0
 behind ReLU. Biases are drawn around it, so that some neurons are active more often than others.
+No predictor can foresee such neurons; with --directions they mix a few directions of their inputs,
+with a little of their own, as neurons of trained models do more or less.
 """
 
 import argparse
@@ -15,6 +17,9 @@ from statistics import NormalDist
 import torch
 from random_llama import INDEX, STD, write_tokenizer
 from safetensors.torch import save_file
+
+OWN = 0.2
+"""What a neuron sums up of its own, where there are directions, in deviations of all of it."""
 
 SPREAD = 0.5
 """Deviation of biases, in deviations of what neurons sum up."""
@@ -29,6 +34,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--heads", type=int, default=32)
     parser.add_argument("--vocab", type=int, default=1024)
     parser.add_argument("--zeros", type=float, default=0.93, help="share of neurons at 0")
+    parser.add_argument("--directions", type=int, default=0, help="that neurons look at; 0: all")
 
 
 def run(args: argparse.Namespace) -> None:
@@ -61,6 +67,12 @@ def run(args: argparse.Namespace) -> None:
                 names[f"{layer}.self_attn.{part}.weight"] = normal(hidden, hidden)
                 names[f"{layer}.self_attn.{part}.bias"] = normal(hidden)
             names[f"{layer}.fc1.weight"] = normal(wide, hidden)
+            if args.directions:
+                few = torch.randn(wide, args.directions, generator=generator)
+                mixed = few @ normal(args.directions, hidden).float() / args.directions**0.5
+                own = math.sqrt(1 - OWN**2), OWN
+                mixed = own[0] * mixed + own[1] * names[f"{layer}.fc1.weight"].float()
+                names[f"{layer}.fc1.weight"] = mixed.bfloat16()
             bias = middle + torch.randn(wide, generator=generator) * SPREAD * deviation
             names[f"{layer}.fc1.bias"] = bias.bfloat16()
             names[f"{layer}.fc2.weight"] = normal(hidden, wide)
