@@ -184,6 +184,7 @@ def _bind(library: ctypes.CDLL) -> ctypes.CDLL:
             i32,
             (i32, pointer, i32, pointer, u64, pointer, u64, pointer, i32),
         ),
+        ("read_many", i32, (i32, u64, *(pointer,) * 4)),
         ("active", u64, (pointer, u64, u64, i32, pointer)),
         ("turn", None, (pointer, pointer, u64, u64, u64, u64, i32, i32)),
         ("probe", u64, (i32, pointer, pointer, u64, i32)),

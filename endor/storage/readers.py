@@ -1,11 +1,12 @@
 """Readers: whole records, or parts of them, from disk into aligned buffers, several at a time."""
 
+import contextlib
 import os
 import threading
 import time
 import weakref
 from collections import Counter, OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from pathlib import Path
 from types import TracebackType
@@ -21,6 +22,9 @@ from endor.storage.source import BlockStat, Preadv, ReaderKind, ReadStat, Source
 from endor.threads import thread_pool
 
 _MAX_BLOCK_BYTES = 1 << 30
+
+PIECE_BYTES = 1 << 20
+"""Bytes of one read where others may have to go first: what is on its way delays them."""
 
 MAX_OPEN_FILES = 64
 """Files that a reader keeps open; more only while as many are being read."""
@@ -50,6 +54,10 @@ class RecordReader:
         self._busy_s = 0.0
         self._active = 0
         self._active_since = 0.0
+        self._ahead = threading.Event()
+        self._ahead.set()
+        self._first = 0
+        self._gives_way = False
         weakref.finalize(self, _close_sources, self._sources)
 
     def submit(
@@ -125,6 +133,21 @@ class RecordReader:
         if isinstance(ticket._error, KeyboardInterrupt):
             self.wait(ticket)
         return ticket
+
+    @contextlib.contextmanager
+    def first(self) -> Iterator[None]:
+        """Have all other reads stop at their next `PIECE_BYTES`, from now on, while this lasts."""
+        with self._lock:
+            self._gives_way = True
+            self._first += 1
+            self._ahead.clear()
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._first -= 1
+                if not self._first:
+                    self._ahead.set()
 
     def wait(self, ticket: Ticket) -> ReadStat:
         """Return when the read is over and all its bytes are in the buffer.
@@ -231,14 +254,17 @@ class RecordReader:
     def _read_block(self, ticket: Ticket, source: Source, out: memoryview, offset: int) -> None:
         cpu = time.thread_time()
         stat = BlockStat()
+        piece = PIECE_BYTES if self._gives_way else len(out)
         try:
-            source.fill(
-                out,
-                offset,
-                what=f"record {ticket.record.name!r}",
-                stat=stat,
-                stopped=lambda: self._closed or ticket._stopped(),
-            )
+            for at in range(0, len(out), piece or 1):
+                self._ahead.wait()
+                source.fill(
+                    out[at : at + piece],
+                    offset + at,
+                    what=f"record {ticket.record.name!r}",
+                    stat=stat,
+                    stopped=lambda: self._closed or ticket._stopped(),
+                )
             if self._closed:
                 self._fail_closed(ticket)
         except BaseException as error:

@@ -1,12 +1,19 @@
-"""Reads of some parts of a record into their own places in its buffer."""
+"""Reads of some parts of a record into their own places in its buffer.
+
+Someone waits for them, so they go before reads ahead: these stop at the next mebibyte until the
+parts are here. Past the page cache all parts are asked for at once; elsewhere, and where that
+fails, the threads of the reader share them.
+"""
 
 import itertools
+import os
 import time
 from collections.abc import Sequence
 
 import numpy as np
 
 from endor.errors import ReadError, ShapeError
+from endor.kernels import native
 from endor.storage.buffers import HostBuffer, destination
 from endor.storage.layout import ALIGN, Record
 from endor.storage.readers import RecordReader
@@ -20,8 +27,6 @@ def read_spans(
     reader: RecordReader, record: Record, spans: Spans, buffer: HostBuffer | np.ndarray
 ) -> ReadStat:
     """Read `spans` of a record, each to where it lies in the record; the rest stays as it is.
-
-    The threads of the reader share the spans, each one a run of them.
 
     Args:
         reader: Open.
@@ -44,14 +49,64 @@ def read_spans(
         at = stop
     began = time.perf_counter()
     ticket = Ticket(record, data, 0, 0)
-    groups = _groups(spans, reader._threads)
     with reader._lock:
         if reader._closed:
             raise ReadError(f"{record.path}: the reader is closed; open a new one")
         source = reader._source(record)
         reader._users[record.path] += 1
         reader._enter()
-        ticket._blocks = len(groups) + 1
+        ticket._blocks = 2
+    stat, left = BlockStat(), spans
+    cpu = time.thread_time()
+    try:
+        with reader.first():
+            left = _read_at_once(reader, source, record, spans, data, stat)
+    except BaseException as error:
+        ticket._fail(error)
+        left = []
+    reader._end_block(ticket, stat, time.thread_time() - cpu)
+    _share(reader, ticket, source, left, data)
+    reader._end_block(ticket, BlockStat(), 0.0)
+    waited = reader.wait(ticket)
+    nbytes = sum(stop - start for start, stop in spans)
+    return ReadStat(nbytes, time.perf_counter() - began, waited.retries)
+
+
+def _read_at_once(
+    reader: RecordReader,
+    source: Source,
+    record: Record,
+    spans: Spans,
+    data: np.ndarray,
+    stat: BlockStat,
+) -> Spans:
+    """Read all spans at once, where the system can; return those that did not come whole."""
+    library, _ = native.load()
+    handle = source.handle
+    if library is None or not handle.direct or reader._preadv is not os.preadv or not spans:
+        return spans
+    begins, ends = np.array(spans, dtype=np.uint64).T
+    offsets, lengths = begins + np.uint64(record.offset), ends - begins
+    addresses = begins + np.uint64(data.ctypes.data)
+    results = np.empty(len(spans), dtype=np.int64)
+    arrays = (offsets, lengths, addresses, results)
+    if library.endor_read_many(handle.fd, len(spans), *(one.ctypes.data for one in arrays)):
+        return spans
+    whole = results == lengths.astype(np.int64)
+    stat.reads += len(spans)
+    stat.direct_bytes += int(lengths[whole].sum())
+    left = [spans[at] for at in np.flatnonzero(~whole).tolist()]
+    stat.retries += len(left)
+    return left
+
+
+def _share(
+    reader: RecordReader, ticket: Ticket, source: Source, spans: Spans, data: np.ndarray
+) -> None:
+    """Have the reader's threads read the spans, each a run of them; this one takes part."""
+    groups = _groups(spans, reader._threads)
+    with reader._lock:
+        ticket._forget(-len(groups))
         submitted = 0
         try:
             for group in groups[1:]:
@@ -61,12 +116,8 @@ def read_spans(
         except BaseException as error:
             ticket._fail(error)
             ticket._forget(len(groups) - 1 - submitted)
-    for group in groups[:1]:  # who waits takes part
+    for group in groups[:1]:
         _read_group(reader, ticket, source, group, data)
-    reader._end_block(ticket, BlockStat(), 0.0)
-    stat = reader.wait(ticket)
-    nbytes = sum(stop - start for start, stop in spans)
-    return ReadStat(nbytes, time.perf_counter() - began, stat.retries)
 
 
 def _groups(spans: Spans, count: int) -> list[Spans]:
