@@ -9,12 +9,9 @@ from endor.codecs import TILE, Encoded
 from endor.codecs.bundles import UNIT
 from endor.offload.neuron_blocks import Blocks
 from endor.offload.state import State
+from endor.planning.activity import WHOLE
 from endor.storage.layout import ALIGN, TensorEntry
 from endor.storage.scattered import Spans
-
-WORTH = 0.4
-"""Most that parts may cost, of the whole: a whole record is read ahead of its use, while parts are
-waited for. With 0.8 models on a disk of 3.6 GB/s became slower."""
 
 BULK = ("bitmap", "values", "bytes", "planes", "bundles")
 """Arrays of which only parts are read; the others stay in memory."""
@@ -95,7 +92,7 @@ class Parts:
         begins = needed[np.r_[0, breaks + 1]] * ALIGN
         ends = (needed[np.r_[breaks, needed.size - 1]] + 1) * ALIGN
         cost = int((ends - begins).sum()) + self._request_bytes * len(begins)
-        if cost > WORTH * self.unit.nbytes:
+        if cost > WHOLE * self.unit.nbytes:
             return None
         return list(zip(begins.tolist(), ends.tolist(), strict=True))
 

@@ -42,7 +42,8 @@ class Disk:
         fastest_gbps: The fastest pass.
         cpu_s_per_gb: Processor seconds that 10^9 bytes read cost.
         direct: Whether the filesystem takes O_DIRECT.
-        request_us: What a request costs besides its bytes, when a few threads make many of them.
+        request_us: What a request costs besides its bytes, when many are made at once.
+        at_once: Whether it was measured so; earlier versions had a few threads make them.
     """
 
     read_gbps: float
@@ -51,6 +52,7 @@ class Disk:
     cpu_s_per_gb: float
     direct: bool
     request_us: float = 25.0
+    at_once: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,7 +6,6 @@ in GB/s (10^9 bytes a second). A rate over weights counts the bytes named in its
 """
 
 import os
-import random
 import resource
 import statistics
 import time
@@ -24,14 +23,14 @@ from endor.codecs import DTYPES, Encoded
 from endor.dtypes import torch_dtype
 from endor.errors import DTypeError
 from endor.packed import bits_of, plain_matrix
+from endor.planning.request_probe import request_seconds
 from endor.storage.buffers import HostBuffer
 from endor.storage.checksum import checksum
+from endor.storage.layout import ALIGN
 
 TORCH_TYPES = {name: torch_dtype(DTYPES[name]) for name in ("BF16", "F16", "F32")}
 READ_THREADS = 4
 READ_BYTES = 4 << 20
-BLOCK_BYTES = 4096
-REQUESTS = 4096
 ROWS, COLS = 4096, 4096
 DENSITY = 0.5
 WORKING_SET = 256 << 20
@@ -234,7 +233,7 @@ def disk(path: Path, *, limit_bytes: int = 512 << 20, passes: int = 3) -> dict[s
                 cpu.append((_cpu_seconds() - before) / max(nbytes / 1e9, 1e-9))
             if not direct:
                 os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
-            request_s = _request_seconds(pool, fd, path.stat().st_size)
+            request_s = request_seconds(pool, READ_THREADS, fd, path.stat().st_size)
     finally:
         os.close(fd)
     return {
@@ -243,7 +242,8 @@ def disk(path: Path, *, limit_bytes: int = 512 << 20, passes: int = 3) -> dict[s
         "fastest_gbps": max(rates),
         "cpu_s_per_gb": statistics.median(cpu),
         "direct": direct,
-        "request_us": max(request_s * 1e6 - BLOCK_BYTES / statistics.median(rates) / 1e3, 0.1),
+        "at_once": True,
+        "request_us": max(request_s * 1e6 - ALIGN / statistics.median(rates) / 1e3, 0.1),
     }
 
 
@@ -283,27 +283,6 @@ def _read_stripe(fd: int, begin: int, nbytes: int, worker: int) -> int:
     for offset in range(worker * READ_BYTES, nbytes, READ_THREADS * READ_BYTES):
         done += os.preadv(fd, [block.array.data], begin + offset)
     return done
-
-
-def _request_seconds(pool: ThreadPoolExecutor, fd: int, size: int) -> float:
-    """Return the time of one of many reads of `BLOCK_BYTES`, anywhere, by `READ_THREADS` threads.
-
-    That time holds what the threads do for a request as well, and that they take turns at it.
-    """
-    end = time.perf_counter() + PROBE_S
-
-    def some(seed: int) -> int:
-        block, places = HostBuffer(BLOCK_BYTES), random.Random(seed)
-        for done in range(REQUESTS // READ_THREADS):
-            at = places.randrange(max(1, size // BLOCK_BYTES)) * BLOCK_BYTES
-            os.preadv(fd, [block.array.data], at)
-            if time.perf_counter() > end:  # a disk that turns makes a hundred a second
-                return done + 1
-        return REQUESTS // READ_THREADS
-
-    start = time.perf_counter()
-    count = sum(pool.map(some, range(READ_THREADS)))
-    return (time.perf_counter() - start) / count
 
 
 def _cpu_seconds() -> float:

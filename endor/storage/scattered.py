@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from endor.errors import ReadError, ShapeError
-from endor.kernels import native
+from endor.storage.at_once import read_at_once
 from endor.storage.buffers import HostBuffer, destination
 from endor.storage.layout import ALIGN, Record
 from endor.storage.readers import RecordReader
@@ -81,16 +81,14 @@ def _read_at_once(
     stat: BlockStat,
 ) -> Spans:
     """Read all spans at once, where the system can; return those that did not come whole."""
-    library, _ = native.load()
     handle = source.handle
-    if library is None or not handle.direct or reader._preadv is not os.preadv or not spans:
+    if not handle.direct or reader._preadv is not os.preadv or not spans:
         return spans
     begins, ends = np.array(spans, dtype=np.uint64).T
     offsets, lengths = begins + np.uint64(record.offset), ends - begins
     addresses = begins + np.uint64(data.ctypes.data)
-    results = np.empty(len(spans), dtype=np.int64)
-    arrays = (offsets, lengths, addresses, results)
-    if library.endor_read_many(handle.fd, len(spans), *(one.ctypes.data for one in arrays)):
+    results = read_at_once(handle.fd, offsets, lengths, addresses)
+    if results is None:
         return spans
     whole = results == lengths.astype(np.int64)
     stat.reads += len(spans)

@@ -30,7 +30,7 @@ TOKENS = 1000
 def _small() -> Iterator[None]:
     """Requests cost so little that parts of small records are worth reading."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(neuron_parts, "WORTH", 2.0)
+        patch.setattr(neuron_parts, "WHOLE", 2.0)
         patch.setattr(neuron_reads, "request_bytes", lambda path: 4 << 10)
         yield
 

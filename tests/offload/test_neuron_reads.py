@@ -42,7 +42,7 @@ HOW: list[How] = [
 def _small() -> Iterator[None]:
     """Requests cost so little that parts of small records are worth reading."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(neuron_parts, "WORTH", 0.8)
+        patch.setattr(neuron_parts, "WHOLE", 0.8)
         patch.setattr(neuron_reads, "request_bytes", lambda path: 4 << 10)
         yield
 

@@ -3,15 +3,18 @@
 import json
 import os
 import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
 
+import numpy as np
 import pytest
 import torch
 
 from endor import machine
 from endor.errors import ConfigError
 from endor.planning import machine as hardware
-from endor.planning import probes
+from endor.planning import probes, request_probe
 
 
 @pytest.fixture
@@ -116,6 +119,7 @@ def test_disk_is_measured_by_the_largest_file_and_remembered(quick, tmp_path, mo
 
 def test_requests_are_counted_and_their_bytes_are_not_theirs(tmp_path, monkeypatch):
     """On a clock that only reads move, each by 50 us, a request costs what a read does."""
+    monkeypatch.setattr(request_probe, "read_at_once", lambda *given: None)
     path = tmp_path / "file"
     with path.open("wb") as file:
         file.truncate(65 << 20)
@@ -123,13 +127,33 @@ def test_requests_are_counted_and_their_bytes_are_not_theirs(tmp_path, monkeypat
 
     def slow(fd, buffers, at):
         with turn:
-            clock[0] += 50e-6 if len(buffers[0]) == probes.BLOCK_BYTES else 1e-3
+            clock[0] += 50e-6 if len(buffers[0]) == 4096 else 1e-3
         return read(fd, buffers, at)
 
     monkeypatch.setattr(os, "preadv", slow)
     monkeypatch.setattr(probes.time, "perf_counter", lambda: clock[0])
     found = probes.disk(path)
     assert found["request_us"] == pytest.approx(50 - 4.096 / found["read_gbps"], rel=1e-3)
+
+
+def test_requests_that_are_made_at_once_are_timed_so(tmp_path, monkeypatch):
+    path = tmp_path / "file"
+    with path.open("wb") as file:
+        file.truncate(65 << 20)
+    clock = [0.0]
+
+    def batch(fd, offsets, lengths, addresses):
+        assert not (offsets % 4096).any()
+        assert offsets.max() < 65 << 20
+        clock[0] += len(offsets) * 10e-6
+        return lengths.astype(np.int64)
+
+    monkeypatch.setattr(request_probe, "read_at_once", batch)
+    monkeypatch.setattr(time, "perf_counter", lambda: clock[0])
+    buffer = ThreadPoolExecutor(1)
+    with path.open("rb") as file, buffer as pool:
+        found = request_probe.request_seconds(pool, 1, file.fileno(), 65 << 20)
+    assert found == pytest.approx(10e-6)
 
 
 def test_a_disk_remembered_without_the_price_of_a_request_is_measured_again(quick, tmp_path):
