@@ -1,12 +1,11 @@
 """Readers: whole records, or parts of them, from disk into aligned buffers, several at a time."""
 
-import contextlib
 import os
 import threading
 import time
 import weakref
 from collections import Counter, OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import Future
 from pathlib import Path
 from types import TracebackType
@@ -19,12 +18,10 @@ from endor.kernels.dispatch import check_threads
 from endor.storage.buffers import HostBuffer, destination
 from endor.storage.layout import ALIGN, Record, align_up
 from endor.storage.source import BlockStat, Preadv, ReaderKind, ReadStat, Source, Ticket
+from endor.storage.turns import Turns
 from endor.threads import thread_pool
 
 _MAX_BLOCK_BYTES = 1 << 30
-
-PIECE_BYTES = 1 << 20
-"""Bytes of one read where others may have to go first: what is on its way delays them."""
 
 MAX_OPEN_FILES = 64
 """Files that a reader keeps open; more only while as many are being read."""
@@ -35,6 +32,9 @@ class RecordReader:
 
     Every method may be called from any thread. A file is opened once and its descriptor shared; of
     many files those read last stay open.
+
+    Attributes:
+        turns: Whose read goes first.
     """
 
     def __init__(self, kind: ReaderKind, threads: int, block_bytes: int, preadv: Preadv) -> None:
@@ -54,10 +54,7 @@ class RecordReader:
         self._busy_s = 0.0
         self._active = 0
         self._active_since = 0.0
-        self._ahead = threading.Event()
-        self._ahead.set()
-        self._first = 0
-        self._gives_way = False
+        self.turns = Turns()
         weakref.finalize(self, _close_sources, self._sources)
 
     def submit(
@@ -133,21 +130,6 @@ class RecordReader:
         if isinstance(ticket._error, KeyboardInterrupt):
             self.wait(ticket)
         return ticket
-
-    @contextlib.contextmanager
-    def first(self) -> Iterator[None]:
-        """Have all other reads stop at their next `PIECE_BYTES`, from now on, while this lasts."""
-        with self._lock:
-            self._gives_way = True
-            self._first += 1
-            self._ahead.clear()
-        try:
-            yield
-        finally:
-            with self._lock:
-                self._first -= 1
-                if not self._first:
-                    self._ahead.set()
 
     def wait(self, ticket: Ticket) -> ReadStat:
         """Return when the read is over and all its bytes are in the buffer.
@@ -254,13 +236,11 @@ class RecordReader:
     def _read_block(self, ticket: Ticket, source: Source, out: memoryview, offset: int) -> None:
         cpu = time.thread_time()
         stat = BlockStat()
-        piece = PIECE_BYTES if self._gives_way else len(out)
         try:
-            for at in range(0, len(out), piece or 1):
-                self._ahead.wait()
+            for start, stop in self.turns.pieces(len(out)):
                 source.fill(
-                    out[at : at + piece],
-                    offset + at,
+                    out[start:stop],
+                    offset + start,
                     what=f"record {ticket.record.name!r}",
                     stat=stat,
                     stopped=lambda: self._closed or ticket._stopped(),

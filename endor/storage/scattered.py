@@ -59,7 +59,7 @@ def read_spans(
     stat, left = BlockStat(), spans
     cpu = time.thread_time()
     try:
-        with reader.first():
+        with reader.turns.first():
             left = _read_at_once(reader, source, record, spans, data, stat)
     except BaseException as error:
         ticket._fail(error)

@@ -11,8 +11,8 @@ from endor import codecs
 from endor.codecs import DTYPES
 from endor.errors import ReadError, TruncatedError
 from endor.storage import FileLayout, HostBuffer, Record, at_once, open_reader, scattered
-from endor.storage.readers import PIECE_BYTES
 from endor.storage.scattered import read_spans
+from endor.storage.turns import PIECE_BYTES
 
 from .conftest import Write
 
@@ -133,8 +133,8 @@ def test_reads_ahead_wait_while_parts_are_read(record: Record, kind: str) -> Non
     assert record.nbytes > 2 * PIECE_BYTES
     with open_reader(kind) as reader:  # type: ignore[arg-type]
         buffer = buffer_of(record)
-        with reader.first():
-            with reader.first():
+        with reader.turns.first():
+            with reader.turns.first():
                 ticket = reader.submit(record, buffer)
             assert not ticket.done
             assert (buffer.array == 7).all()
@@ -144,7 +144,7 @@ def test_reads_ahead_wait_while_parts_are_read(record: Record, kind: str) -> Non
 
 def test_a_reader_closes_while_reads_ahead_wait(record: Record) -> None:
     reader, buffer = open_reader(), buffer_of(record)
-    with reader.first():
+    with reader.turns.first():
         ticket = reader.submit(record, buffer)
         closing = threading.Thread(target=reader.close)
         closing.start()
