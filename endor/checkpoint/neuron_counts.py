@@ -88,6 +88,13 @@ def counted(layouts: Sequence[FileLayout]) -> NeuronCounts | None:
     return read_neuron_counts(layouts[0].path.parent, layouts) if layouts else None
 
 
+def active_shares(counts: NeuronCounts | None, name: str, neurons: int) -> np.ndarray:
+    """Return how often the neurons of a matrix are active; as if alike where it is not known."""
+    if counts is None or name not in counts.active:
+        return np.full(neurons, 0.1)
+    return np.asarray(counts.active[name] / counts.tokens)
+
+
 def parse_neuron_counts(path: Path, layouts: Sequence[FileLayout]) -> NeuronCounts:
     """Return the counts in a file, checked; errors as for `read_neuron_counts`."""
     about, arrays = COUNTS.read(path, layouts)

@@ -63,6 +63,7 @@ class Counters:
         host_product_s: Time spent in them.
         neurons: Inputs of products with matrices that are stored by neuron.
         active_neurons: Of these, those that were not zero for all rows.
+        device_neurons: Of these, multiplied on a device.
         skipped_bytes: What was not read from disk for those that were.
         rows: Rows of first matrices of feed-forward blocks, where some were multiplied alone.
         chosen_rows: Of these, those that were.
@@ -122,6 +123,7 @@ class Counters:
     host_product_s: float = 0.0
     neurons: int = 0
     active_neurons: int = 0
+    device_neurons: int = 0
     skipped_bytes: int = 0
     rows: int = 0
     chosen_rows: int = 0

@@ -16,7 +16,7 @@ from typing import Self
 
 import numpy as np
 
-from endor.checkpoint.neuron_counts import NeuronCounts
+from endor.checkpoint.neuron_counts import NeuronCounts, active_shares
 from endor.codecs import Encoded
 from endor.errors import IntegrityError, SlowWarning
 from endor.offload.ledger import Ledger
@@ -27,7 +27,7 @@ from endor.planning.machine import known_disk
 from endor.planning.tiers import Placement
 from endor.planning.units import Unit
 from endor.storage import RecordReader
-from endor.storage.layout import ALIGN, TensorEntry
+from endor.storage.layout import ALIGN
 from endor.storage.scattered import Spans, read_spans
 
 
@@ -128,7 +128,8 @@ class NeuronReads:
         kept = np.zeros(unit.nbytes // ALIGN, dtype=bool)
         room = self._kept_bytes.get(unit.name, 0)
         if room:
-            kept = busiest(parts.chances(self._active_share(entry)), room)
+            share = active_shares(self._counts, entry.name, entry.spec.shape[1])
+            kept = busiest(parts.chances(share), room)
         assert state.place is not None
         with self.lock:
             try:
@@ -207,10 +208,3 @@ class NeuronReads:
         self._ledger.note_read(unit.name, start, stop, end, stat)
         self._ledger.note_stall(unit.name, start, stat.nbytes)
         return stat.nbytes
-
-    def _active_share(self, entry: TensorEntry) -> np.ndarray:
-        """Return the share of tokens in which each neuron of a matrix is active."""
-        counts = self._counts
-        if counts is None or entry.name not in counts.active:
-            return np.full(entry.spec.shape[1], 0.1)
-        return counts.active[entry.name] / counts.tokens

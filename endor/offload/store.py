@@ -6,7 +6,7 @@ from typing import Any, NoReturn, Self
 
 import torch
 
-from endor.checkpoint.neuron_counts import counted
+from endor.checkpoint.neuron_counts import active_shares, counted
 from endor.offload.beside_weight import BesideWeight
 from endor.offload.device import Device
 from endor.offload.device_mover import DeviceMover
@@ -15,6 +15,7 @@ from endor.offload.host_mover import HostMover
 from endor.offload.host_weight import HostWeight, Scratch
 from endor.offload.ledger import Ledger
 from endor.offload.mover import Mover
+from endor.offload.neuron_beside import NeuronBesideWeight
 from endor.offload.neuron_reads import NeuronReads
 from endor.offload.neuron_weight import NeuronWeight, is_by_neuron
 from endor.offload.weight import KeptWeight, Matrix, Owner, Weight, refuse_pickle
@@ -56,7 +57,13 @@ class Share:
             unit.dense_nbytes for unit in self.units if tiers[unit.name] in ("dense", "vram-dense")
         )
         parts = self.reads.nbytes if self.reads else 0
-        return self.mover.held_nbytes + kept + parts
+        return self.mover.held_nbytes + kept + parts + self.hot_nbytes
+
+    @property
+    def hot_nbytes(self) -> int:
+        """Device memory that busy neurons of matrices on the host take."""
+        weights = self.weights.values()
+        return sum(each.hot_nbytes for each in weights if isinstance(each, NeuronBesideWeight))
 
     def report(self) -> dict[str, Any]:
         """Return where the units live, and what the mover says of itself; plain data."""
@@ -64,6 +71,7 @@ class Share:
             "tiers": count_tiers(self.placement, self.units),
             "staging_bytes": self.mover.staging_bytes,
             "scratch_bytes": self.scratch_nbytes,
+            "busy_neurons_bytes": self.hot_nbytes,
             "reader": self.reader.describe(),
             **self.mover.report(),
         }
@@ -104,10 +112,10 @@ def open_share(
     nbytes = scratch_bytes(layouts, specs)
     mover: HostMover | DeviceMover
     reads: NeuronReads | None = None
+    counts = counted(layouts) if placement.kept_bytes else None
     if device is None:
         scratch = Scratch(nbytes)
         mover = HostMover(units, placement, reader, verify=verify, threads=threads, ledger=ledger)
-        counts = counted(layouts) if placement.kept_bytes else None
         reads = NeuronReads.of(units, placement, reader, mover.ledger, verify=verify, counts=counts)
     else:
         device_scratch = DeviceScratch(device, nbytes)
@@ -124,8 +132,15 @@ def open_share(
         weight: Weight
         if isinstance(mover, DeviceMover):
             beside = any(mover.placement.tiers[state.unit.name] == "host" for state in states)
-            kind = BesideWeight if beside else DeviceWeight
-            weight = kind(mover, matrix, scratch=device_scratch)
+            kept = placement.kept_bytes.get(states[0].unit.name, 0)
+            if beside and kept and is_by_neuron(spec, states):
+                share = active_shares(counts, spec.parts[0].tensor, spec.shape[1])
+                weight = NeuronBesideWeight(
+                    mover, matrix, scratch=device_scratch, kept_bytes=kept, active_share=share
+                )
+            else:
+                kind = BesideWeight if beside else DeviceWeight
+                weight = kind(mover, matrix, scratch=device_scratch)
         elif reads is not None and is_by_neuron(spec, states):
             weight = NeuronWeight(mover, matrix, scratch=scratch, key=key, reads=reads)
         else:
@@ -259,6 +274,9 @@ class Store:
             for weight in kept:
                 weight.dense()
             share.mover.forget(state for weight in kept for state in weight.states)
+            for each in share.weights.values():
+                if isinstance(each, NeuronBesideWeight):
+                    each.preload()
 
     def close(self) -> None:
         """Stop reading and release the memory; using a weight afterwards is a BackendError."""

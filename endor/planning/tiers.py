@@ -83,8 +83,8 @@ class Placement:
             there while the others are copied; all of them where it is not said.
         exchanges: When experts packed in VRAM change places with those packed in RAM; None where
             all stay. Their tiers are then where they begin, and RAM holds all of them.
-        kept_bytes: Of units on disk that are stored by neuron, the memory in which what busy
-            neurons need stays; none where it is not said.
+        kept_bytes: Of units on disk, or in tier `host`, that are stored by neuron: the memory, or
+            device memory, in which what busy neurons need stays; none where it is not said.
     """
 
     tiers: Mapping[str, Tier]
@@ -161,6 +161,11 @@ class Placement:
                 raise ConfigError(
                     f"placement: what is kept of unit {unit.name} must be 0 to {unit.nbytes} "
                     f"bytes, got {self.kept_bytes[unit.name]}"
+                )
+            if tier == "host" and share < 1.0 and self.kept_bytes.get(unit.name):
+                raise ConfigError(
+                    f"placement: unit {unit.name} is shared out by neuron, and cannot be by row, "
+                    f"too: the host's share must be 1, got {share}"
                 )
         if on_device and self.outside(units) and self.slots < 1:
             raise ConfigError("placement: units outside VRAM need at least one device slot, got 0")
