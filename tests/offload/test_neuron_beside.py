@@ -177,14 +177,26 @@ def test_a_damaged_record_is_found_before_anything_is_enqueued(tmp_path: Path) -
     split.close()
 
 
-def test_no_memory_on_the_device(tmp_path: Path) -> None:
+def test_no_memory_on_the_device(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An error, nothing half made; and the next attempt makes it."""
     path = tmp_path / "w.safetensors"
-    write(path, ("exp", False, 0), count=1)
-    unit = FileLayout.read(path).records["w0"].nbytes
-    device = FakeDevice(bytes_per_s=1e9, total_bytes=2 * unit + 4096)
+    (matrix,) = write(path, ("exp", False, 0), count=1)
+    device = FakeDevice(bytes_per_s=1e9)
     split = opened(path, {"w0": 0.9}, device=device)
-    with pytest.raises(BackendError):
-        split.preload()
+
+    def refuse(nbytes: int) -> torch.Tensor:
+        raise BackendError("no device memory")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(device, "allocate", refuse)
+        with pytest.raises(BackendError, match="no device memory"):
+            split.preload()
+    assert split.shares[0].hot_nbytes == 0
+    x = draw(skewed(0), 1)
+    found = split.weights["w0"].product(x)
+    device.drain()
+    assert_close(found, x, matrix)
+    assert split.shares[0].hot_nbytes > 0
     split.close()
 
 
