@@ -48,9 +48,7 @@ def summary(
     if result.workload.experts == "lossy":
         lines[1:1] = ["experts: lossy, replaced by others at hand; not in the prediction"]
     if result.workload.predict:
-        lines[1:1] = [
-            "predict: lossy, rows of neurons predicted idle left out; not in the prediction"
-        ]
+        lines[1:1] = ["predict: lossy, rows of neurons that are predicted idle are left out"]
     budgets = [("ram", result.ram_bytes), ("vram", result.vram_bytes)]
     reserved = [
         [item.what, item.where, size(item.nbytes)] for item in result.reservations if item.nbytes

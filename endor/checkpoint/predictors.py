@@ -78,11 +78,12 @@ class Predictors:
         return sum(each.nbytes for each in self.matrices.values())
 
     @property
-    def wide_nbytes(self) -> int:
-        """Memory that all of them take in use, as float32."""
-        return sum(
-            2 * (p.down.nbytes + p.up.nbytes) + p.bias.nbytes for p in self.matrices.values()
-        )
+    def named(self) -> dict[str, tuple[float, int]]:
+        """Share of the rows that each names, and the bytes that it takes in use, as float32."""
+        return {
+            name: (each.rows, 2 * (each.down.nbytes + each.up.nbytes) + each.bias.nbytes)
+            for name, each in self.matrices.items()
+        }
 
     def mean(self, figure: str) -> float:
         """Return `recall`, `rows` or `active`, the mean over neurons."""

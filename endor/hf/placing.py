@@ -65,7 +65,7 @@ class Placing:
         config: How the caller wants them.
         device_map: Where the caller wants them, and the limits.
         dtype: What the model computes in.
-        predictor_bytes: Memory that predictors of neurons take.
+        named: What predictors of neurons leave of matrices; see `Workload`.
     """
 
     model: Any
@@ -75,7 +75,7 @@ class Placing:
     config: "EndorConfig"
     device_map: DeviceMap
     dtype: torch.dtype
-    predictor_bytes: int = 0
+    named: Mapping[str, tuple[float, int]] = field(default_factory=dict)
 
     def open(self) -> Opened:
         """Return the opened weights, with the unpacked parameters on their devices.
@@ -93,7 +93,7 @@ class Placing:
 
     @property
     def workload(self) -> Workload:
-        wanted = replace(workload(self.config.options), predictor_bytes=self.predictor_bytes)
+        wanted = replace(workload(self.config.options), named=self.named)
         if wanted.kv == "auto" and (len(self.device_map.devices()) > 1 or refuse_kv(self.model)):
             return replace(wanted, kv="device")  # nowhere else: a plan must not count on it
         return wanted
@@ -105,7 +105,7 @@ class Placing:
         machine, disk = self._constants(units)
         if placement is not None and not config.exact:
             shape = self._shape(self.specs)
-            products = choose(unit_costs(units, machine, shape), machine)
+            products = choose(unit_costs(units, machine, shape, named=self.named), machine)
         if placement is None:
             # The parameters are loaded: what they take is no longer available, but in the budget.
             room = available_bytes() + parameter_bytes(self.model)

@@ -67,7 +67,7 @@ def plan_checkpoint(
         predictors = open_predictors(
             found.path, list({unit.layout.path: unit.layout for unit in found.units}.values())
         )
-        purpose = replace(purpose, predictor_bytes=predictors.wide_nbytes)
+        purpose = replace(purpose, named=predictors.named)
     if target is None:
         machine = hardware.machine(found.dtype, refresh=remeasure)
         disk = hardware.disk(disk_file or packed_dir, refresh=remeasure)
@@ -76,7 +76,7 @@ def plan_checkpoint(
         ram = target.ram_bytes if ram is None else ram
         vram = target.vram_bytes if vram is None else vram
     chosen = search(
-        unit_costs(found.units, machine, found.shape, found.counts),
+        unit_costs(found.units, machine, found.shape, found.counts, purpose.named),
         found.shape,
         machine,
         disk,

@@ -184,7 +184,7 @@ class EndorQuantizer(HfQuantizer):  # type: ignore[misc]
             config,
             self.device_map,
             self._dtype,
-            predictor_bytes=self._predictors.wide_nbytes if self._predictors else 0,
+            named=self._predictors.named if self._predictors else {},
         ).open()
         store = opened.store
         for name, spec in (plan.linears | plan.modules).items():

@@ -80,7 +80,7 @@ def plan(
         ConfigError: The workload makes no sense, or VRAM is offered and there is no device.
     """
     return plan_costs(
-        unit_costs(units, machine, shape, counts),
+        unit_costs(units, machine, shape, counts, workload.named if workload else None),
         shape,
         machine,
         disk,

@@ -1,6 +1,6 @@
 """What one unit costs on one machine, whatever tier it is in."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from endor.checkpoint.neuron_counts import NeuronCounts
@@ -19,6 +19,10 @@ call costs counts. Its rates are measured on such a one."""
 PRODUCT_ROW_COST = 0.3
 """What each further row adds to a packed product where it was not measured: unpacking is shared,
 arithmetic is not."""
+ROWS_APART = 1.7
+"""What a row costs that lies apart from the others which are multiplied, of one among all
+(`scripts/chosen_rows_bench.py`: 1.9 at a tenth of the rows, 1.6 at a third)."""
+
 NEURONS_READ = 0.25
 """Share of a matrix stored by neuron that a decode step is assumed to touch: with 5 to 10 % of the
 neurons active, and rows that are read in blocks. It is not known before the model runs."""
@@ -153,8 +157,17 @@ def unit_costs(
     machine: Machine,
     shape: ModelShape,
     counts: NeuronCounts | None = None,
+    named: Mapping[str, tuple[float, int]] | None = None,
 ) -> tuple[UnitCost, ...]:
-    """Return the cost of each unit on `machine`; `counts` are those of the checkpoint."""
+    """Return the cost of each unit on `machine`.
+
+    Args:
+        units: They.
+        machine: Where they are used.
+        shape: Of the model.
+        counts: Those of the checkpoint.
+        named: As `Workload.named`: what predictors leave of matrices.
+    """
     out = []
     on_device = modelled(machine.link.name) if machine.link else {}
     for unit in units:
@@ -179,6 +192,9 @@ def unit_costs(
             if spec.transposed:
                 one *= NEURONS_READ
                 neuron_bytes += _kept_bytes(spec)
+            if named and name in named:
+                share, nbytes = named[name]
+                one = one * min(1.0, ROWS_APART * share) + nbytes / machine.read_gbps / 1e9
             product += one
             further += one * machine.product_row_cost.get(kind, PRODUCT_ROW_COST)
         dense_bytes = weights * shape.itemsize or unit.dense_nbytes

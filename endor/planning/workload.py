@@ -1,7 +1,7 @@
 """What a model is used for, and the memory that is spoken for by it."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Literal, get_args
 
 from endor.errors import ConfigError
@@ -69,7 +69,8 @@ class Workload:
         host_compute: Whether the host may multiply beside a device.
         experts: Whether experts may be replaced by others that are at hand.
         predict: Whether rows of first matrices are left out whose neurons are predicted idle.
-        predictor_bytes: What that takes in memory.
+        named: By matrix with a predictor, the share of its rows that is expected to be multiplied,
+            and the bytes that the predictor takes in memory.
     """
 
     batch: int = 1
@@ -80,7 +81,7 @@ class Workload:
     host_compute: HostCompute = "auto"
     experts: Experts = "exact"
     predict: bool = False
-    predictor_bytes: int = 0
+    named: Mapping[str, tuple[float, int]] = field(default_factory=dict)
 
     def check(self, costs: Sequence[UnitCost] | None = None) -> None:
         """Raise `ConfigError` unless it makes sense, for units whose costs are these."""
@@ -110,8 +111,8 @@ def fixed_bytes(
         largest = max(cost.packed_bytes for cost in by_neuron)
         kept = sum(cost.neuron_bytes for cost in by_neuron)
         out["parts of matrices stored by neuron"] = largest + kept
-    if workload.predictor_bytes:
-        out["predictors of neurons"] = workload.predictor_bytes
+    if workload.named:
+        out["predictors of neurons"] = sum(nbytes for _, nbytes in workload.named.values())
     return out | ({"libraries": WORKSPACE_BYTES} if on_device else {})
 
 

@@ -25,8 +25,11 @@ from endor.cli.main import cli
 from endor.errors import CheckpointError, ChecksumError, ConfigError, EndorError, FormatError
 from endor.hf import device_map as places
 from endor.hf.row_choice import WORTH
+from endor.models.outline import outline
 from endor.packing import pack, pack_checkpoint
 from endor.planning import Placement
+from endor.planning.constants import typical
+from endor.planning.unit_cost import ROWS_APART, unit_costs
 from endor.storage import FileLayout
 from endor.storage.safetensors import Header, file_head
 
@@ -194,7 +197,8 @@ def test_it_says_that_it_is_lossy(make: Any) -> None:
     wanted = read_predictors(packed, layouts_of(packed))
     assert wanted is not None
     reserved = {item.what: item.nbytes for item in model.endor_plan.reservations}
-    assert reserved["predictors of neurons"] == wanted.wide_nbytes > wanted.nbytes
+    wide = sum(nbytes for _, nbytes in wanted.named.values())
+    assert reserved["predictors of neurons"] == wide > wanted.nbytes
     plain = endor.load_model(packed, exact=False)
     assert plain.endor.report()["predicted"] == 0
     assert not plain.config.quantization_config.predict
@@ -379,3 +383,22 @@ def test_it_is_read_back(make: Any) -> None:
     moved = packed.parent / "moved"
     assert read_predictors(moved, layouts_of(moved)) is not None
     assert issubclass(ChecksumError, EndorError)
+
+
+def test_what_is_named_costs_less(make: Any) -> None:
+    """By the share of the rows, which lie apart, and the predictor's own bytes."""
+    packed, _ = make()
+    found, machine = outline(packed), typical("F32")
+    name = "model.decoder.layers.1.fc1.weight"
+    plain, less, all_of_it = (
+        {
+            cost.name: cost.product_s
+            for cost in unit_costs(found.units, machine, found.shape, None, named)
+        }
+        for named in (None, {name: (0.1, 1000)}, {name: (0.9, 1000)})
+    )
+    at = next(unit.name for unit in found.units if name in unit.tensors)
+    own = 1000 / machine.read_gbps / 1e9
+    assert less[at] == pytest.approx(plain[at] * ROWS_APART * 0.1 + own)
+    assert all_of_it[at] == pytest.approx(plain[at] + own)
+    assert {k: v for k, v in less.items() if k != at} == {k: v for k, v in plain.items() if k != at}
