@@ -6,6 +6,7 @@ from typing import Any, NoReturn, Self
 
 import torch
 
+from endor import openmp
 from endor.checkpoint.neuron_counts import active_shares, counted
 from endor.offload.beside_weight import BesideWeight
 from endor.offload.device import Device
@@ -114,6 +115,8 @@ def open_share(
     reads: NeuronReads | None = None
     counts = counted(layouts) if placement.kept_bytes else None
     if device is None:
+        if set(placement.tiers.values()) != {"dense"}:
+            openmp.settle()  # torch's products and ours take turns
         scratch = Scratch(nbytes)
         mover = HostMover(units, placement, reader, verify=verify, threads=threads, ledger=ledger)
         reads = NeuronReads.of(units, placement, reader, mover.ledger, verify=verify, counts=counts)
