@@ -13,6 +13,7 @@ ROOT = Path(endor.__file__).resolve().parent.parent
 
 ORDER = [
     *("version", "errors", "dependencies", "namesake", "sizes", "foreign", "jsontext", "threads"),
+    "openmp",
     *(
         "hub",
         "codecs",
