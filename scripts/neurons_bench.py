@@ -3,16 +3,20 @@
     python scripts/make_model relu DENSE --layers 2 --zeros 0.93
     endor pack DENSE PLAIN && endor pack DENSE TURNED --neurons
     python scripts/neurons_bench.py PLAIN TURNED --tier resident
+    python scripts/neurons_bench.py PLAIN TURNED COUNTED --ram 1.2GiB --text FILE
 
-Prints tokens/s (a fifth, a half, four fifths of the turns are slower), bytes read and the share of
-active neurons, and how far the logits are apart.
+With --ram the planner places the weights in so much memory. Prints tokens/s (a fifth, a half, four
+fifths of the turns are slower), bytes read and the share of active neurons, and how far the logits
+are from those of the first.
 """
 
 import argparse
 import time
+from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import AutoTokenizer
 
 import endor
 from endor.planning import Placement
@@ -20,8 +24,12 @@ from endor.planning import Placement
 STAGING_UNITS = 4
 
 
-def load(path: str, tier: Any) -> Any:
-    """Return the model with every unit packed in `tier`."""
+def load(path: str, tier: Any, ram: str | None) -> Any:
+    """Return the model with every unit packed in `tier`, or as planned for so much memory."""
+    if ram is not None:
+        model = endor.load_model(path, exact=False, ram=ram)
+        model.endor.preload()
+        return model
     model = endor.load_model(path, exact=False)
     units = model.endor.units
     model.endor.close()
@@ -34,18 +42,24 @@ def load(path: str, tier: Any) -> Any:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("packed", nargs=2)
+    parser.add_argument("packed", nargs="+")
+    parser.add_argument("--ram", help="plan for so much memory, such as 1.2GiB")
+    parser.add_argument("--text", help="feed the tokens of a file, not random ones")
     parser.add_argument("--tier", choices=["resident", "disk"], default="resident")
     parser.add_argument("--turns", type=int, default=10)
     parser.add_argument("--tokens", type=int, default=12, help="of a turn")
     args = parser.parse_args()
-    draws = torch.Generator().manual_seed(1)
-    fed = torch.randint(3, 1000, ((args.turns + 1) * args.tokens + 1, 1, 1), generator=draws)
-    models = [load(path, args.tier) for path in args.packed]
+    count, draws = (args.turns + 1) * args.tokens + 1, torch.Generator().manual_seed(1)
+    fed = torch.randint(3, 1000, (count, 1, 1), generator=draws)
+    if args.text:
+        text = Path(args.text).read_text()[: 8 * count]
+        fed = torch.tensor(AutoTokenizer.from_pretrained(args.packed[0])(text).input_ids)
+        fed = fed[:count].view(count, 1, 1)
+    models = [load(path, args.tier, args.ram) for path in args.packed]
     with torch.no_grad():
         caches = [model(fed[0], use_cache=True).past_key_values for model in models]
-        seconds: list[list[float]] = [[], []]
-        logits: list[list[torch.Tensor]] = [[], []]
+        seconds: list[list[float]] = [[] for _ in models]
+        logits: list[list[torch.Tensor]] = [[] for _ in models]
         for turn in range(args.turns + 1):
             for at, model in enumerate(models):
                 start = time.perf_counter()
@@ -65,11 +79,14 @@ def main() -> None:
             f"{path}: {low:.2f} {middle:.2f} {high:.2f} tokens/s, "
             f"{counters.read_bytes / tokens / 1e6:.1f} MB read a token, "
             f"{counters.product_s / tokens * 1e3:.1f} ms in products, active "
-            f"{counters.active_neurons / max(1, counters.neurons):.3f}"
+            f"{counters.active_neurons / max(1, counters.neurons):.3f}, "
+            f"{sum(model.endor.placement.kept_bytes.values()) / 1e6:.0f} MB kept, of their blocks "
+            f"{counters.neuron_hit_bytes / max(1, counters.neuron_bytes):.3f} in memory"
         )
-    plain, turned = (torch.cat(each) for each in logits)
-    apart = (plain - turned).abs().max() / plain.abs().max()
-    print(f"largest difference of logits {apart:.4f} of the largest")
+    plain, *others = (torch.cat(each) for each in logits)
+    for path, other in zip(args.packed[1:], others, strict=True):
+        apart = (plain - other).abs().max() / plain.abs().max()
+        print(f"{path}: largest difference of logits {apart:.4f} of the largest")
 
 
 if __name__ == "__main__":
