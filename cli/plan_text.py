@@ -201,13 +201,13 @@ def arithmetic(planned: "Planned | PlannedSketch") -> str:
             f"{max(result.products.packed_rows.values())} rows of input",
         ]
     if result.kept_bytes:
-        decode = result.decode
+        nbytes = sum(result.kept_bytes.values())
+        lies, stays = ("in RAM", "VRAM") if result.vram_bytes else ("on disk", "RAM")
         lines += [
             "",
-            f"of {len(result.kept_bytes)} matrices stored by neuron, on disk, "
-            f"{sum(result.kept_bytes.values()) / 1e6:.0f} MB stay in RAM: the blocks of their "
-            "busiest neurons, by the counts of the checkpoint; a step reads "
-            f"{decode.disk_bytes / 1e6:.1f} MB in all",
+            f"of {len(result.kept_bytes)} matrices stored by neuron, {lies}, {nbytes / 1e6:.0f} MB "
+            f"are in {stays}: what their busiest neurons need, by the counts of the checkpoint; a "
+            f"step reads {result.decode.disk_bytes / 1e6:.1f} MB from disk",
         ]
     if result.exchanges is not None:
         lines += [

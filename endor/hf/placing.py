@@ -265,6 +265,7 @@ class Placing:
             [max((unit.nbytes for unit in each), default=0) for each in units.values()],
             [max(0, packed[name] + shapes[name].other_bytes - budgets[name]) for name in units],
         )
+        counts = counted(self.layouts)
         return {
             name: plan(
                 units[name],
@@ -275,6 +276,7 @@ class Placing:
                 vram_bytes=budgets[name],
                 workload=self.workload,
                 wishes=self._wishes(units[name], specs[name]),
+                counts=counts,
             )
             for name, ram in zip(units, shares, strict=True)
         }

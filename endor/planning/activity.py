@@ -56,6 +56,11 @@ class Activity:
             total += outside * (1.0 - math.pow(1.0 - share, rows))
         return total / GROUPS
 
+    def outside(self, rows: int, kept: float) -> float:
+        """Return the share of what is active that is not of the busiest `kept` of the neurons."""
+        everything = self.active(rows)
+        return self.active(rows, kept) / everything if everything else 0.0
+
     def blocks(self, kept: float) -> float:
         """Return the share of a record's blocks in which so great a share of its neurons lies.
 

@@ -181,6 +181,11 @@ def predict(
             there = 1.0 - here
             if here:
                 part = NEURONS_READ if cost.by_neuron else 1.0
+                if kept and cost.activity is not None:  # busy neurons are expanded on the device
+                    busy = kept / cost.packed_bytes
+                    here = cost.activity.outside(rows, busy)
+                    sums.moved += use * busy * (cost.packed_bytes + cost.dense_bytes)
+                    sums.multiply += use * busy * cost.dense_bytes / weight_gbps / 1e9
                 sums.host_s += use * here * packed_s(cost, rows)
                 sums.host_bytes += use * here * part * cost.packed_bytes
                 sums.trips += use

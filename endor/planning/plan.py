@@ -9,11 +9,13 @@ works while residents compute, and stops neither.
 
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 from endor.checkpoint.neuron_counts import NeuronCounts
 from endor.errors import ConfigError
 from endor.planning.beside import Way, host_products, placements
+from endor.planning.busy_on_device import with_busy_neurons
+from endor.planning.candidate import Candidate
 from endor.planning.constants import Disk, Machine
 from endor.planning.cost import Prediction, Step, kinds_of, predict
 from endor.planning.decoding import decoding
@@ -176,7 +178,7 @@ class _Search:
         """Return the placement with the fastest decode step; ties keep more units packed."""
         self.needs.require(wished=bool(self.wishes))
         at = "vram" if self.vram_bytes else "ram"
-        found: dict[tuple[Way, bool], _Candidate] = {}
+        found: dict[tuple[Way, bool], Candidate] = {}
         fastest, idle = math.inf, 0
         for number in range(tries + 1):
             share = number / tries
@@ -185,7 +187,7 @@ class _Search:
                 break  # of what is expanded no rows are left out
             idle += 1
             for way, filled in (*self._ways(placed), *self._spending(placed, share)):
-                made = _Candidate(way, self._predict(filled, self.decode_step), filled)
+                made = Candidate(way, self._predict(filled, self.decode_step), filled)
                 if made.decode.seconds < fastest:
                     fastest, idle = made.decode.seconds, 0
                 kind = way, share > 0 and not self.vram_bytes
@@ -222,7 +224,7 @@ class _Search:
             alternatives=self._alternatives(chosen, found.values()),
         )
 
-    def _exchanging(self, chosen: "_Candidate") -> Placement:
+    def _exchanging(self, chosen: Candidate) -> Placement:
         """Return the placement with experts that change places, where they can."""
         filled = chosen.placement
         if not self.vram_bytes:
@@ -244,21 +246,22 @@ class _Search:
         if not self.beside:
             return iter([("stream", filled)])
         wish = self.workload.host_compute
-        return placements(filled, self.costs, wish, lambda p: self._predict(p, self.decode_step))
+        ways = placements(filled, self.costs, wish, lambda p: self._predict(p, self.decode_step))
+        return with_busy_neurons(ways, self.costs, self.wishes, *self._device_room())
 
     def _spending(self, placed: Placement, dense_share: float) -> Iterator[tuple[Way, Placement]]:
         """Yield placements that give memory to busy neurons first, or to undone entropy codes."""
         if self.vram_bytes or self.workload.product != "direct":
             return
         room = self.ram_bytes - sum(self.fixed.values())
-        rows, disk = self.decode_step.rows, self.disk
-        kept = keeping(self.costs, self.wishes, room, dense_share, disk, rows)
+        where = self.costs, self.wishes, room, dense_share
+        kept = keeping(*where, self.disk, self.decode_step.rows)
         for each in (kept, decoding(placed, self.costs, self.wishes, room)):
             if each is not None:
                 yield "stream", each
 
     def _alternatives(
-        self, chosen: "_Candidate", found: Iterable["_Candidate"]
+        self, chosen: Candidate, found: Iterable[Candidate]
     ) -> tuple[Alternative, ...]:
         """Return the fastest ways, `chosen` first: what is hardly faster takes more memory."""
         others = sorted(
@@ -315,12 +318,15 @@ class _Search:
 
     def _place(self, dense_share: float) -> Placement | None:
         """Return the placement with so many expanded units, or None when they do not fit."""
-        fixed = sum(self.fixed.values())
         if self.vram_bytes:
-            room = self.vram_bytes - fixed
-            ram = self.ram_bytes - self.host_kv - self.exchange_bytes
-            return fill_device(self.costs, self.wishes, room, ram, dense_share)
-        return fill_host(self.costs, self.wishes, self.ram_bytes - fixed, dense_share)
+            return fill_device(self.costs, self.wishes, *self._device_room(), dense_share)
+        room = self.ram_bytes - sum(self.fixed.values())
+        return fill_host(self.costs, self.wishes, room, dense_share)
+
+    def _device_room(self) -> tuple[int, int]:
+        """Return device memory and host memory for units, beside a device."""
+        ram = self.ram_bytes - self.host_kv - self.exchange_bytes
+        return self.vram_bytes - sum(self.fixed.values()), ram
 
     def _dense(self, fixed: int) -> Prediction | None:
         """Return the decode step of a plain dense model, or None when it does not fit."""
@@ -331,19 +337,6 @@ class _Search:
         tier: Tier = "vram-dense" if self.vram_bytes else "dense"
         step = replace(self.decode_step, product="exact")
         return self._predict(Placement({cost.name: tier for cost in self.costs}, 0), step)
-
-
-@dataclass(frozen=True, slots=True)
-class _Candidate:
-    """One placement that was tried."""
-
-    way: Way
-    decode: Prediction
-    placement: Placement
-
-    def beats(self, other: "_Candidate") -> bool:
-        """Whether it is faster: a hundredth is noise, on which no memory is spent."""
-        return self.decode.seconds < 0.99 * other.decode.seconds
 
 
 __all__ = ["Alternative", "Plan", "Reservation", "Workload", "fixed_bytes", "plan", "plan_costs"]

@@ -35,6 +35,8 @@ def reserved(
         "cache of keys and values": host_kv,
         "staging and read-ahead": filled.staging_bytes,
         "experts that begin in VRAM": begin if filled.exchanges is not None else 0,
-        "blocks of busy neurons": sum(filled.kept_bytes.values()),
     }
+    if filled.kept_bytes:
+        nbytes = sum(filled.kept_bytes.values())
+        out.append(Reservation("busy neurons", computes, nbytes))
     return (*out, *(Reservation(what, "ram", nbytes) for what, nbytes in more.items() if nbytes))

@@ -11,19 +11,21 @@ from hypothesis import strategies as st
 
 from endor.checkpoint.neuron_counts import NeuronCounts
 from endor.codecs import DTYPES, TensorSpec
+from endor.errors import BudgetError
 from endor.planning.activity import GROUPS, Activity
 from endor.planning.constants import Disk
 from endor.planning.cost import Step, predict
 from endor.planning.keeping import keeping, portions_of
-from endor.planning.plan import Workload, plan
+from endor.planning.plan import Workload, fixed_bytes, plan
 from endor.planning.unit_cost import unit_costs
 
-from .test_plan import CPU, MB, SHAPE, make_units, ram_used, reserved
+from .test_plan import CPU, GPU, MB, SHAPE, make_units, ram_used, reserved
 
 TOKENS = 10_000
 FAST = Disk(
     read_gbps=2.0, slowest_gbps=1.5, fastest_gbps=2.5, cpu_s_per_gb=0.05, direct=True, request_us=2
 )
+SLOW_LINK = replace(GPU, link=replace(GPU.link, h2d_gbps=6.0))
 DIRECT = Workload(batch=1, prompt=16, context=64, product="direct")
 SPEC = TensorSpec((16384, 4096), DTYPES["BF16"], "exp", False, nnz=4096 * 16384, k=3).turned()
 
@@ -176,3 +178,62 @@ def test_dear_requests_are_worth_more_than_streamed_units() -> None:
         assert saved == pytest.approx(first, rel=1e-6)
     assert found[0.1][0].worth < found[2.0][0].worth < found[20.0][0].worth
     assert found[20.0][0].worth * 2e9 > 1
+
+
+def on_device(counts: NeuronCounts | None, units, vram: int, ram: int, **changes):
+    workload = replace(DIRECT, **changes)
+    return plan(
+        units,
+        SHAPE,
+        SLOW_LINK,
+        FAST,
+        ram_bytes=ram,
+        vram_bytes=vram,
+        workload=workload,
+        counts=counts,
+    )
+
+
+@settings(max_examples=15, deadline=None)
+@given(vram=st.integers(100, 700), ram=st.integers(60, 900))
+def test_budgets_hold_beside_a_device(vram: int, ram: int) -> None:
+    units, counts = by_neuron(6)
+    costs = unit_costs(units, SLOW_LINK, SHAPE, counts)
+    fixed = sum(fixed_bytes(SHAPE, costs, DIRECT, on_device=True).values())
+    try:
+        found = on_device(counts, units, fixed + vram * MB, ram * MB)
+    except BudgetError:
+        return
+    in_vram = sum(found.kept_bytes.values())
+    in_vram += sum(unit.nbytes for unit in units if found.tiers[unit.name] == "vram")
+    in_vram += sum(unit.dense_nbytes for unit in units if found.tiers[unit.name] == "vram-dense")
+    passing = [unit.nbytes for unit in units if found.tiers[unit.name] != "vram"]
+    in_vram += found.slots * max(passing, default=0)
+    assert in_vram <= vram * MB
+    in_ram = sum(unit.nbytes for unit in units if found.tiers[unit.name] in ("resident", "host"))
+    assert in_ram + found.staging_bytes <= ram * MB
+    for name in found.kept_bytes:
+        assert found.tiers[name] == "host"
+        assert found.host_shares.get(name, 1.0) == 1.0
+    found.placement.check(units, on_device=True)
+
+
+def test_busy_neurons_come_to_the_device() -> None:
+    """Where the link is slow: faster than whole units there, and than none of them."""
+    units, counts = by_neuron(12)
+    costs = unit_costs(units, SLOW_LINK, SHAPE, counts)
+    fixed = sum(fixed_bytes(SHAPE, costs, DIRECT, on_device=True).values())
+    plain = sum(unit.nbytes for unit in units[::2])
+    vram = fixed + plain + 5 * units[1].nbytes
+    known, unknown = (on_device(each, units, vram, 2000 * MB) for each in (counts, None))
+    assert not unknown.kept_bytes
+    assert len(known.kept_bytes) > 6
+    step = Step(1, 1, DIRECT.context, "direct")
+    without = predict(
+        costs, unknown.tiers, SLOW_LINK, FAST, SHAPE, step, host_shares=unknown.host_shares
+    )
+    assert known.decode.seconds < 0.9 * without.seconds
+    off = on_device(counts, units, vram, 2000 * MB, host_compute="off")
+    assert not off.kept_bytes
+    assert not on_device(counts, units, vram, 2000 * MB, product="exact").kept_bytes
+    assert any(item.what == "busy neurons" and item.where == "vram" for item in known.reservations)
