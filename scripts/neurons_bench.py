@@ -1,13 +1,18 @@
-"""Decoding steps of one model packed without and with `--neurons`, in turns, in one process.
+"""Decoding steps of one model packed in several ways, in turns, in one process.
 
     python scripts/make_model relu DENSE --layers 2 --zeros 0.93
     endor pack DENSE PLAIN && endor pack DENSE TURNED --neurons
-    python scripts/neurons_bench.py PLAIN TURNED --tier resident
+    endor pack DENSE BUNDLED --bundle-neurons
+    python scripts/neurons_bench.py PLAIN TURNED BUNDLED --tier resident
     python scripts/neurons_bench.py PLAIN TURNED COUNTED --ram 1.2GiB --text FILE
 
 With --ram the planner places the weights in so much memory. Prints tokens/s (a fifth, a half, four
-fifths of the turns are slower), bytes read and the share of active neurons, and how far the logits
-are from those of the first.
+fifths of the turns are slower), how often that is what the first packing gives (the median of turns
+side by side), bytes read and the share of active neurons, and how far the logits are from those of
+the first.
+
+Blocks of neurons that were read stay in memory while there is room: of two layers all do. `--blocks
+14` leaves room for those of one layer, as in a model of many layers.
 """
 
 import argparse
@@ -24,8 +29,11 @@ from endor.planning import Placement
 STAGING_UNITS = 4
 
 
-def load(path: str, tier: Any, ram: str | None) -> Any:
-    """Return the model with every unit packed in `tier`, or as planned for so much memory."""
+def load(path: str, tier: Any, ram: str | None, blocks: int | None) -> Any:
+    """Return the model with every unit packed in `tier`, or as planned for so much memory.
+
+    `blocks`: MiB of memory for blocks of neurons that need not stay.
+    """
     if ram is not None:
         model = endor.load_model(path, exact=False, ram=ram)
         model.endor.preload()
@@ -37,6 +45,9 @@ def load(path: str, tier: Any, ram: str | None) -> Any:
     placement = Placement(dict.fromkeys((unit.name for unit in units), tier), staging)
     model = endor.load_model(path, exact=False, placement=placement)
     model.endor.preload()
+    for share in model.endor.shares:
+        if blocks is not None and share.reads is not None:
+            share.reads.limit(blocks << 20)
     return model
 
 
@@ -48,6 +59,7 @@ def main() -> None:
     parser.add_argument("--tier", choices=["resident", "disk"], default="resident")
     parser.add_argument("--turns", type=int, default=10)
     parser.add_argument("--tokens", type=int, default=12, help="of a turn")
+    parser.add_argument("--blocks", type=int, help="MiB of memory for blocks of neurons")
     args = parser.parse_args()
     count, draws = (args.turns + 1) * args.tokens + 1, torch.Generator().manual_seed(1)
     fed = torch.randint(3, 1000, (count, 1, 1), generator=draws)
@@ -55,7 +67,7 @@ def main() -> None:
         text = Path(args.text).read_text()[: 8 * count]
         fed = torch.tensor(AutoTokenizer.from_pretrained(args.packed[0])(text).input_ids)
         fed = fed[:count].view(count, 1, 1)
-    models = [load(path, args.tier, args.ram) for path in args.packed]
+    models = [load(path, args.tier, args.ram, args.blocks) for path in args.packed]
     with torch.no_grad():
         caches = [model(fed[0], use_cache=True).past_key_values for model in models]
         seconds: list[list[float]] = [[] for _ in models]
@@ -75,8 +87,9 @@ def main() -> None:
         low, middle, high = (rates[int(share * len(rates))] for share in (0.2, 0.5, 0.8))
         counters = model.endor.ledger.counters
         tokens = args.turns * args.tokens
+        times = sorted(a / b for a, b in zip(seconds[0][1:], each[1:], strict=True))
         print(
-            f"{path}: {low:.2f} {middle:.2f} {high:.2f} tokens/s, "
+            f"{path}: {low:.2f} {middle:.2f} {high:.2f} tokens/s, {times[len(times) // 2]:.2f}x, "
             f"{counters.read_bytes / tokens / 1e6:.1f} MB read a token, "
             f"{counters.product_s / tokens * 1e3:.1f} ms in products, active "
             f"{counters.active_neurons / max(1, counters.neurons):.3f}, "

@@ -71,6 +71,7 @@ def constants(machine: Machine, disk: Disk | None = None) -> list[Constant]:
             Constant("disk, fastest pass", disk.fastest_gbps, "GB/s"),
             Constant("processor time of reading", disk.cpu_s_per_gb, "s/GB"),
             Constant("a request besides its bytes", disk.request_us, "us"),
+            Constant("disk, bytes of small requests", disk.scattered_gbps, "GB/s"),
         ]
     if machine.link is not None:
         out += [

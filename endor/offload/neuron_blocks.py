@@ -61,7 +61,10 @@ class Blocks:
 
     def drop(self, which: np.ndarray) -> None:
         """Give up blocks, whatever they are, and their memory; bool `(blocks,)`."""
-        for first, last in runs(which):
+        if not which.any():
+            return
+        # what is not there may go along: one call for many runs
+        for first, last in runs(which | ~self.there):
             self._memory.madvise(mmap.MADV_DONTNEED, first * ALIGN, (last - first) * ALIGN)
         self.there &= ~which
         self.kept = self.kept & ~which
@@ -87,6 +90,10 @@ class BlockMemory:
     def nbytes(self) -> int:
         """Memory that blocks take, or may."""
         return self.kept_bytes + self._limit * ALIGN
+
+    def limit(self, loose_bytes: int) -> None:
+        """Take so much memory for blocks that need not stay; what one product needs goes beyond."""
+        self._limit = loose_bytes // ALIGN
 
     def add(self, unit: Unit, data: np.ndarray, kept: np.ndarray) -> Blocks:
         """Return the blocks of a unit that is in memory, u8 `data`, of which `kept` stay."""

@@ -1,6 +1,7 @@
 """Where the neurons of a matrix lie in its record, and what of it is worth reading for some."""
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 import numpy as np
 import xxhash
@@ -17,6 +18,20 @@ BULK = ("bitmap", "values", "bytes", "planes", "bundles")
 """Arrays of which only parts are read; the others stay in memory."""
 
 
+@dataclass(frozen=True, slots=True)
+class Prices:
+    """What requests to a disk cost, compared with reading on.
+
+    Attributes:
+        request_bytes: A request, besides its bytes, as bytes of small requests: as many are read
+            though nothing needs them, rather than beginning another request.
+        slower: How much longer a byte of a small request takes than one of a whole record.
+    """
+
+    request_bytes: int
+    slower: float
+
+
 class Parts:
     """Where the neurons of one matrix lie in its record.
 
@@ -24,7 +39,7 @@ class Parts:
         state: Its unit, in memory and checked.
         entry: The matrix.
         encoded: The matrix, as views of the unit's bytes.
-        request_bytes: What a request costs besides its bytes, as bytes.
+        prices: What requests cost.
         verify: Remember the sums of the blocks.
 
     Attributes:
@@ -38,12 +53,12 @@ class Parts:
         entry: TensorEntry,
         encoded: Encoded,
         *,
-        request_bytes: int,
+        prices: Prices,
         verify: bool,
     ) -> None:
         assert state.place is not None
         self.blocks: Blocks | None = None
-        self._request_bytes = request_bytes
+        self._prices = prices
         self.unit = state.unit
         self.entry = entry
         self.index = {
@@ -88,11 +103,11 @@ class Parts:
         needed = np.flatnonzero(missing)
         if not needed.size:
             return []
-        breaks = np.flatnonzero(np.diff(needed) > self._request_bytes // ALIGN + 1)
+        breaks = np.flatnonzero(np.diff(needed) > self._prices.request_bytes // ALIGN + 1)
         begins = needed[np.r_[0, breaks + 1]] * ALIGN
         ends = (needed[np.r_[breaks, needed.size - 1]] + 1) * ALIGN
-        cost = int((ends - begins).sum()) + self._request_bytes * len(begins)
-        if cost > WHOLE * self.unit.nbytes:
+        cost = int((ends - begins).sum()) + self._prices.request_bytes * len(begins)
+        if self._prices.slower * cost > WHOLE * self.unit.nbytes:
             return None
         return list(zip(begins.tolist(), ends.tolist(), strict=True))
 

@@ -21,7 +21,7 @@ from endor.codecs import Encoded
 from endor.errors import IntegrityError, SlowWarning
 from endor.offload.ledger import Ledger
 from endor.offload.neuron_blocks import BlockMemory, busiest, whole_pages
-from endor.offload.neuron_parts import Parts, block_sums
+from endor.offload.neuron_parts import Parts, Prices, block_sums
 from endor.offload.state import State
 from endor.planning.machine import known_disk
 from endor.planning.tiers import Placement
@@ -31,13 +31,13 @@ from endor.storage.layout import ALIGN
 from endor.storage.scattered import Spans, read_spans
 
 
-def request_bytes(path: Path) -> int:
-    """Return what a request to the disk of `path` costs besides its bytes, as bytes.
-
-    As many bytes are read though nothing needs them, rather than beginning another request.
-    """
+def prices(path: Path) -> Prices:
+    """Return what requests to the disk of `path` cost."""
     disk = known_disk(path)
-    return int(disk.request_us * 1e3 * disk.read_gbps)
+    return Prices(
+        request_bytes=int(disk.request_us * 1e3 * disk.scattered_gbps),
+        slower=max(1.0, disk.read_gbps / disk.scattered_gbps),
+    )
 
 
 class NeuronReads:
@@ -47,7 +47,7 @@ class NeuronReads:
         reader: The mover's.
         ledger: Where to count.
         buffer_bytes: The largest record that is read in parts.
-        request_bytes: What a request costs besides its bytes, as bytes.
+        prices: What requests cost.
         verify: Check each block that is read.
         kept_bytes: Memory for the busiest blocks of a unit, by its name.
         counts: How often neurons are active; all alike where it is not known.
@@ -63,7 +63,7 @@ class NeuronReads:
         ledger: Ledger,
         buffer_bytes: int,
         *,
-        request_bytes: int,
+        prices: Prices,
         verify: bool,
         kept_bytes: Mapping[str, int] | None = None,
         counts: NeuronCounts | None = None,
@@ -73,7 +73,7 @@ class NeuronReads:
         self._reader = reader
         self._ledger = ledger
         self._memory = BlockMemory(buffer_bytes)
-        self._request_bytes = request_bytes
+        self._prices = prices
         self._verify = verify
         self._kept_bytes = kept_bytes or {}
         self._counts = counts
@@ -102,7 +102,7 @@ class NeuronReads:
             reader,
             ledger,
             max((unit.nbytes for unit in found), default=0),
-            request_bytes=request_bytes(found[0].record.path) if found else 0,
+            prices=prices(found[0].record.path) if found else Prices(0, 1.0),
             verify=verify,
             kept_bytes={unit.name: placement.kept_bytes.get(unit.name, 0) for unit in found},
             counts=counts,
@@ -112,6 +112,11 @@ class NeuronReads:
     def nbytes(self) -> int:
         """Memory that it takes, or may."""
         return self._memory.nbytes + sum(parts.nbytes for parts in self._parts.values())
+
+    def limit(self, nbytes: int) -> None:
+        """Have blocks that need not stay take so much memory, or what a product needs."""
+        with self.lock:
+            self._memory.limit(nbytes)
 
     def known(self, state: State) -> Parts | None:
         """Return what is known of a unit that was read whole before; None in a forked child."""
@@ -124,7 +129,7 @@ class NeuronReads:
             SlowWarning: The system sets no addresses aside: it is read whole each time.
         """
         entry, unit = state.unit.layout.tensors[tensor], state.unit
-        parts = Parts(state, entry, encoded, request_bytes=self._request_bytes, verify=self._verify)
+        parts = Parts(state, entry, encoded, prices=self._prices, verify=self._verify)
         kept = np.zeros(unit.nbytes // ALIGN, dtype=bool)
         room = self._kept_bytes.get(unit.name, 0)
         if room:

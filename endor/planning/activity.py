@@ -16,7 +16,7 @@ from endor.storage.layout import ALIGN
 GROUPS = 32
 """Groups of equally many neurons, the busiest first, that are told apart."""
 
-WHOLE = 0.4
+WHOLE = 0.8
 """Parts that cost more than this share of a record are not read: the whole is, ahead of its use."""
 
 
@@ -90,7 +90,9 @@ class Activity:
         whole = packed_bytes / disk.read_gbps / 1e9
         count = self.neurons * self.active(rows, self.kept(kept))
         nbytes = count * sum(run + ALIGN for run in self.runs)
-        seconds = nbytes / disk.read_gbps / 1e9 + count * len(self.runs) * disk.request_us / 1e6
+        seconds = (
+            nbytes / disk.scattered_gbps / 1e9 + count * len(self.runs) * disk.request_us / 1e6
+        )
         return (packed_bytes, whole) if seconds > WHOLE * whole else (nbytes, seconds)
 
 

@@ -43,7 +43,7 @@ class Disk:
         cpu_s_per_gb: Processor seconds that 10^9 bytes read cost.
         direct: Whether the filesystem takes O_DIRECT.
         request_us: What a request costs besides its bytes, when many are made at once.
-        at_once: Whether it was measured so; earlier versions had a few threads make them.
+        scattered_gbps: Rate of the bytes of such requests, which are small and anywhere.
     """
 
     read_gbps: float
@@ -52,7 +52,7 @@ class Disk:
     cpu_s_per_gb: float
     direct: bool
     request_us: float = 25.0
-    at_once: bool = False
+    scattered_gbps: float = 1.5
 
 
 @dataclass(frozen=True, slots=True)

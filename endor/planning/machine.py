@@ -202,7 +202,7 @@ def _remembered_disk(key: str) -> Disk | None:
     """Return a cached disk; None when there is none, or another version wrote it."""
     cached = load()["disks"].get(key)
     try:
-        if cached is None or not cached.get("at_once"):
+        if cached is None or "scattered_gbps" not in cached:  # one that was measured otherwise
             return None
         # Reading may cost no processor time that the clock shows.
         check_rates({**cached, "cpu_s_per_gb": cached["cpu_s_per_gb"] or 1e-9}, Disk)

@@ -15,6 +15,7 @@ from endor.checkpoint.neuron_counts import NeuronCounts
 from endor.errors import ConfigError, ReadError
 from endor.offload import Store, neuron_blocks, neuron_parts, neuron_reads, store
 from endor.offload.neuron_blocks import BlockMemory, busiest, runs, whole_pages
+from endor.offload.neuron_parts import Prices
 from endor.planning import Part, Placement, WeightSpec, collect_units
 from endor.planning.products import Products
 from endor.storage import FileLayout, open_reader
@@ -31,7 +32,7 @@ def _small() -> Iterator[None]:
     """Requests cost so little that parts of small records are worth reading."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(neuron_parts, "WHOLE", 2.0)
-        patch.setattr(neuron_reads, "request_bytes", lambda path: 4 << 10)
+        patch.setattr(neuron_reads, "prices", lambda path: Prices(4 << 10, 1.0))
         yield
 
 

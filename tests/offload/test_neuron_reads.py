@@ -14,6 +14,7 @@ from endor import codecs
 from endor.codecs import DTYPES, CodecChoice, Encoded
 from endor.errors import BackendError, EndorError, IntegrityError, ReadError, ShapeError
 from endor.offload import Store, neuron_parts, neuron_reads
+from endor.offload.neuron_parts import Prices
 from endor.offload.neuron_weight import NeuronWeight
 from endor.planning import Part, Placement, WeightSpec, collect_units
 from endor.planning.constants import Disk as Constants
@@ -24,7 +25,7 @@ from endor.storage.scattered import read_spans
 from ..support.packed_files import Disk
 
 HIDDEN, NEURONS = 640, 1200
-PRICE = neuron_reads.request_bytes
+PRICES = neuron_reads.prices
 How = tuple[CodecChoice, bool | None, int]
 """Codec, bitmap, and how many neurons are bundled; 0 for none."""
 
@@ -43,7 +44,7 @@ def _small() -> Iterator[None]:
     """Requests cost so little that parts of small records are worth reading."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(neuron_parts, "WHOLE", 0.8)
-        patch.setattr(neuron_reads, "request_bytes", lambda path: 4 << 10)
+        patch.setattr(neuron_reads, "prices", lambda path: Prices(4 << 10, 1.0))
         yield
 
 
@@ -294,7 +295,7 @@ def test_a_request_has_its_price(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     """Where parts would cost more than the whole, the whole is read, and ahead of its use."""
     path = tmp_path / "w.safetensors"
     matrices = write(path, ("exp", True, 0), count=3)
-    monkeypatch.setattr(neuron_reads, "request_bytes", lambda path: 1 << 30)
+    monkeypatch.setattr(neuron_reads, "prices", lambda path: Prices(1 << 30, 1.0))
     store = opened(path)
     for turn in range(3):
         for at, matrix in enumerate(matrices):
@@ -315,11 +316,11 @@ def test_the_price_is_that_of_the_disk(
 
     def known(path: Path) -> Constants:
         asked.append(path)
-        return Constants(2.0, 2.0, 2.0, 0.1, direct=True, request_us=request_us)
+        return Constants(2.0, 2.0, 2.0, 0.1, True, request_us, scattered_gbps=0.5)
 
     monkeypatch.setattr(neuron_reads, "known_disk", known)
-    monkeypatch.setattr(neuron_reads, "request_bytes", PRICE)
-    assert PRICE(path) == 2000 * request_us
+    monkeypatch.setattr(neuron_reads, "prices", PRICES)
+    assert PRICES(path) == Prices(int(500 * request_us), 4.0)
     store = opened(path)
     for turn in range(3):
         for at, matrix in enumerate(matrices):

@@ -23,7 +23,13 @@ from .test_plan import CPU, GPU, MB, SHAPE, make_units, ram_used, reserved
 
 TOKENS = 10_000
 FAST = Disk(
-    read_gbps=2.0, slowest_gbps=1.5, fastest_gbps=2.5, cpu_s_per_gb=0.05, direct=True, request_us=2
+    read_gbps=2.0,
+    slowest_gbps=1.5,
+    fastest_gbps=2.5,
+    cpu_s_per_gb=0.05,
+    direct=True,
+    request_us=2,
+    scattered_gbps=2.0,
 )
 SLOW_LINK = replace(GPU, link=replace(GPU.link, h2d_gbps=6.0))
 DIRECT = Workload(batch=1, prompt=16, context=64, product="direct")

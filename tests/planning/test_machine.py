@@ -127,13 +127,14 @@ def test_requests_are_counted_and_their_bytes_are_not_theirs(tmp_path, monkeypat
 
     def slow(fd, buffers, at):
         with turn:
-            clock[0] += 50e-6 if len(buffers[0]) == 4096 else 1e-3
+            clock[0] += {4096: 50e-6, 16384: 80e-6}.get(len(buffers[0]), 1e-3)
         return read(fd, buffers, at)
 
     monkeypatch.setattr(os, "preadv", slow)
     monkeypatch.setattr(probes.time, "perf_counter", lambda: clock[0])
     found = probes.disk(path)
-    assert found["request_us"] == pytest.approx(50 - 4.096 / found["read_gbps"], rel=1e-3)
+    assert found["scattered_gbps"] == pytest.approx(12288 / 30e3, rel=1e-3)
+    assert found["request_us"] == pytest.approx(40, rel=1e-3)
 
 
 def test_requests_that_are_made_at_once_are_timed_so(tmp_path, monkeypatch):
@@ -152,7 +153,7 @@ def test_requests_that_are_made_at_once_are_timed_so(tmp_path, monkeypatch):
     monkeypatch.setattr(time, "perf_counter", lambda: clock[0])
     buffer = ThreadPoolExecutor(1)
     with path.open("rb") as file, buffer as pool:
-        found = request_probe.request_seconds(pool, 1, file.fileno(), 65 << 20)
+        found = request_probe.request_seconds(pool, 1, file.fileno(), 65 << 20, 4096)
     assert found == pytest.approx(10e-6)
 
 
