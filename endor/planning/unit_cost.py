@@ -136,7 +136,7 @@ def _device_rates(unit: Unit, rates: Rates) -> tuple[float, float] | None:
 
 def _kept_bytes(spec: TensorSpec) -> int:
     """Return what stays in memory of a matrix read by neuron: a sum a block, and offsets."""
-    bulk = ("bitmap", "values", "bytes", "planes")
+    bulk = ("bitmap", "values", "bytes", "planes", "bundles")
     small = sum(array.nbytes for array in spec.arrays if array.suffix not in bulk)
     return small + spec.nbytes // 512 + 16
 

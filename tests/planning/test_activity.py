@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from endor.checkpoint.neuron_counts import NeuronCounts
-from endor.codecs import DTYPES, TensorSpec
+from endor.codecs import DTYPES, TensorSpec, bundled
 from endor.errors import BudgetError
 from endor.planning.activity import GROUPS, Activity
 from endor.planning.constants import Disk
@@ -243,3 +243,17 @@ def test_busy_neurons_come_to_the_device() -> None:
     assert not off.kept_bytes
     assert not on_device(counts, units, vram, 2000 * MB, product="exact").kept_bytes
     assert any(item.what == "busy neurons" and item.where == "vram" for item in known.reservations)
+
+
+def test_bundles_are_read_not_kept() -> None:
+    """What stays in memory of a matrix to read parts of it: offsets and sums, not its bundles."""
+    rng = np.random.default_rng(0)
+    bits = (rng.standard_normal((300, 2048)).astype(np.float32).view(np.uint32) >> 16).astype("<u2")
+    form = TensorSpec((300, 2048), DTYPES["BF16"], "exp", False, nnz=bits.size, k=3, base=120)
+    made = bundled.encode(bits, form, 1)
+    (unit, *_) = make_units(1)
+    layout = SimpleNamespace(tensors={unit.name: SimpleNamespace(spec=made.spec)})
+    (cost,) = unit_costs([replace(unit, layout=layout)], CPU, SHAPE)
+    assert 0 < cost.neuron_bytes < 0.02 * made.spec.nbytes
+    (run,) = Activity.of(made.spec, np.ones(300, np.uint32), TOKENS).runs
+    assert run * 300 == pytest.approx(made.spec.nbytes, rel=0.01)
