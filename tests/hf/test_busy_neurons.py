@@ -11,6 +11,7 @@ from endor.hf import device_map as places
 from endor.hf import placing
 from endor.hf.planned import plan_checkpoint
 from endor.offload import neuron_parts, neuron_reads
+from endor.offload.neuron_parts import Prices
 from endor.packing import pack_checkpoint
 from endor.planning import Placement
 from endor.planning.products import Products
@@ -65,7 +66,7 @@ def test_from_disk(packed: tuple[Any, Path], monkeypatch: pytest.MonkeyPatch) ->
     # whatever this machine is faster with
     monkeypatch.setattr(placing, "choose", lambda costs, machine: Products())
     monkeypatch.setattr(neuron_parts, "WHOLE", 2.0)
-    monkeypatch.setattr(neuron_reads, "request_bytes", lambda path: 4 << 10)
+    monkeypatch.setattr(neuron_reads, "prices", lambda path: Prices(4 << 10, 1.0))
     first = endor.load_model(path, exact=False)
     first.endor.close()
     found = {}
