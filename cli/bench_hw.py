@@ -41,6 +41,6 @@ def hw_command(path: Path | None, dtype: str, remeasure: bool, as_json: bool) ->
     rows = [[item.name, f"{item.value:.4g}", item.unit] for item in constants(machine, disk)]
     show(table([f"{machine.dtype}, {machine.threads} threads", "", "unit"], rows))
     show(f"\nmeasured {machine.measured} with kernel {machine.kernel}")
-    if text := disturbance(machine):
+    if text := disturbance(machine, disk):
         show(text)
     show(f"remembered in {cache_path()}")

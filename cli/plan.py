@@ -119,7 +119,7 @@ def plan_command(
     show(summary(found.name, found.units, result, found.expanded, found.expanded_nbytes))
     if explain:
         show("\n" + arithmetic(planned))
-    elif text := disturbance(planned.machine):
+    elif text := disturbance(planned.machine, planned.disk):
         show("\n" + text)
 
 

@@ -181,7 +181,7 @@ def arithmetic(planned: "Planned | PlannedSketch") -> str:
         table([f"constant ({machine.dtype}, {machine.threads} threads)", "value"], rows),
         f"measured: {when}, kernel {machine.kernel or 'unknown'}",
     ]
-    if text := disturbance(machine):
+    if text := disturbance(machine, disk):
         lines.append(text)
     direct = result.workload.product == "direct"
     if direct and result.vram_bytes and machine.link is not None:

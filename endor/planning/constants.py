@@ -44,6 +44,8 @@ class Disk:
         direct: Whether the filesystem takes O_DIRECT.
         request_us: What a request costs besides its bytes, when many are made at once.
         scattered_gbps: Rate of the bytes of such requests, which are small and anywhere.
+        disturbed: Share of the processor, or of what the disk moved, that others had meanwhile.
+        measured: When, in UTC; empty means never.
     """
 
     read_gbps: float
@@ -53,6 +55,8 @@ class Disk:
     direct: bool
     request_us: float = 25.0
     scattered_gbps: float = 1.5
+    disturbed: float = 0.0
+    measured: str = ""
 
 
 @dataclass(frozen=True, slots=True)

@@ -62,7 +62,7 @@ def measure(dtype: str = "BF16") -> Machine:
         threads=threads,
         link=link,
         disturbed=round(disturbed, 3),
-        measured=datetime.now(UTC).isoformat(timespec="seconds"),
+        measured=_now(),
         kernel=str(kernels.describe()["kernel"]),
         **constants,
     )
@@ -120,7 +120,11 @@ def doubt(dtype: str, predicted_s: float, found_s: float) -> str:
     return f"{text}: they will be measured again for the next plan"
 
 
-def _recent(found: Machine) -> bool:
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")
+
+
+def _recent(found: Machine | Disk) -> bool:
     """Whether constants were measured within the last `DOUBT_AGE_S`."""
     try:
         age = datetime.now(UTC) - datetime.fromisoformat(found.measured)
@@ -129,13 +133,17 @@ def _recent(found: Machine) -> bool:
     return age.total_seconds() < DOUBT_AGE_S
 
 
-def disturbance(found: Machine) -> str:
-    """Return what to say of constants that others disturbed; empty if nothing."""
-    if found.disturbed <= DISTURBED:
-        return ""
-    return (
-        f"other processes had {found.disturbed:.0%} of the processor while the constants were "
-        "measured, which may mislead: they are measured again when ten minutes old"
+def disturbance(found: Machine, disk: Disk | None = None) -> str:
+    """Return what to say of constants that others disturbed, a line each; empty if nothing."""
+    lines = []
+    if found.disturbed > DISTURBED:
+        lines.append(f"{found.disturbed:.0%} of the processor while the constants")
+    if disk is not None and disk.disturbed > DISTURBED:
+        lines.append(f"{disk.disturbed:.0%} of processor or disk while the rates of the disk")
+    return "\n".join(
+        f"other processes had {what} were measured, which may mislead: they are measured again "
+        "when ten minutes old"
+        for what in lines
     )
 
 
@@ -177,9 +185,11 @@ def disk(path: Path | str, *, refresh: bool = False) -> Disk:
         target = max(inside, key=lambda item: item.stat().st_size)
     key = _disk_key(target)
     cached = None if refresh else _remembered_disk(key)
-    if cached is not None:
+    if cached is not None and (cached.disturbed <= DISTURBED or _recent(cached)):
         return cached
-    found = Disk(**probes.disk(target))
+    found = Disk(**probes.disk(target), measured=_now())
+    if cached is not None and cached.disturbed < found.disturbed:
+        found = replace(cached, measured=found.measured)
     if target.stat().st_size >= 64 << 20:  # a small file tells little about the next one
         store("disks", key, asdict(found))
     return found

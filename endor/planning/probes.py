@@ -23,6 +23,7 @@ from endor.codecs import DTYPES, Encoded
 from endor.dtypes import torch_dtype
 from endor.errors import DTypeError
 from endor.packed import bits_of, plain_matrix
+from endor.planning.others import Others, OthersOnDisk
 from endor.planning.request_probe import REQUEST_BYTES, request_seconds
 from endor.storage.buffers import HostBuffer
 from endor.storage.checksum import checksum
@@ -214,12 +215,14 @@ def disk(path: Path, *, limit_bytes: int = 512 << 20, passes: int = 3) -> dict[s
 
     Reads as the engine does: a few threads, 4 MiB each, past the page cache when the filesystem
     takes O_DIRECT. Each pass reads another stretch of the file; the median pass counts.
+    `disturbed` is what others had of one processor meanwhile or, past the page cache, of the disk.
     """
     size = path.stat().st_size // READ_BYTES * READ_BYTES
     stretch = min(limit_bytes, max(size // passes // READ_BYTES, 1) * READ_BYTES)
     rates: list[float] = []
     cpu: list[float] = []
     fd, direct = _open_direct(path)
+    others, moving, own = Others(1), OthersOnDisk(path), 0
     try:
         with ThreadPoolExecutor(READ_THREADS) as pool:
             for number in range(passes):
@@ -228,8 +231,10 @@ def disk(path: Path, *, limit_bytes: int = 512 << 20, passes: int = 3) -> dict[s
                     os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
                 before, start = _cpu_seconds(), time.perf_counter()
                 nbytes = _read(pool, fd, begin, stretch)
+                own += nbytes
                 rates.append(nbytes / max(time.perf_counter() - start, 1e-9) / 1e9)
                 cpu.append((_cpu_seconds() - before) / max(nbytes / 1e9, 1e-9))
+            disturbed = max(others.share(), moving.share(own) if direct else 0.0)
             if not direct:
                 os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
             size = path.stat().st_size
@@ -250,6 +255,7 @@ def disk(path: Path, *, limit_bytes: int = 512 << 20, passes: int = 3) -> dict[s
         "direct": direct,
         "request_us": max(small_s * 1e6 - REQUEST_BYTES[0] / scattered_gbps / 1e3, 0.1),
         "scattered_gbps": scattered_gbps,
+        "disturbed": round(disturbed, 3),
     }
 
 

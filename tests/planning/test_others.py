@@ -59,6 +59,60 @@ def test_ones_own_threads_are_no_others(monkeypatch):
     assert watch.share() == 1.0
 
 
+def test_what_others_move_on_a_disk_is_told_from_ones_own(tmp_path):
+    counts = tmp_path / "stat"
+    counts.write_text("  9  9  1000  9  9  9  500  9  9  9  9\n")
+    watch = others.OthersOnDisk(tmp_path, counts)
+    assert watch.share(0) == 0.0
+    counts.write_text("  9  9  1600  9  9  9  700  9  9  9  9\n")
+    assert watch.share(0) == 1.0
+    assert watch.share(600 * 512) == pytest.approx(0.25)
+    assert watch.share(800 * 512) == 0.0
+    assert watch.share(10**9) == 0.0
+
+
+@pytest.mark.parametrize("text", ["", "1 2 three 4 5 6 7", None])
+def test_a_disk_that_nothing_counts_says_nothing(tmp_path, text):
+    if text is not None:
+        (tmp_path / "stat").write_text(text)
+    assert others.OthersOnDisk(tmp_path, tmp_path / "stat").share(0) == 0.0
+
+
+def test_a_disturbed_disk_is_measured_again_after_a_while(tmp_path, monkeypatch):
+    from endor import machine
+
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    with (tmp_path / "weights").open("wb") as file:
+        file.truncate(65 << 20)
+    shares, calls = [0.5, 0.7, 0.0], []
+
+    def probe(path):
+        calls.append(path)
+        rate = float(len(calls))
+        rates = dict.fromkeys(("read_gbps", "slowest_gbps", "fastest_gbps", "cpu_s_per_gb"), rate)
+        return {**rates, "direct": True, "disturbed": shares.pop(0)}
+
+    monkeypatch.setattr(hardware.probes, "disk", probe)
+
+    def aged():
+        for key, entry in machine.load()["disks"].items():
+            past = datetime.now(UTC) - timedelta(minutes=11)
+            machine.store("disks", key, {**entry, "measured": past.isoformat()})
+
+    found = hardware.disk(tmp_path / "weights")
+    assert "50% of processor or disk" in hardware.disturbance(typical("BF16"), found)
+    assert hardware.disk(tmp_path / "weights") == found
+    aged()
+    assert hardware.disk(tmp_path / "weights").read_gbps == 1.0  # the second was worse
+    aged()
+    found = hardware.disk(tmp_path / "weights")
+    assert found.read_gbps == 3.0
+    aged()
+    assert hardware.disk(tmp_path / "weights").read_gbps == 3.0
+    assert len(calls) == 3
+    assert hardware.disturbance(typical("BF16"), found) == ""
+
+
 @pytest.fixture
 def measured(monkeypatch, tmp_path):
     """Let measuring give constants disturbed as a list says; return the calls and the list."""
