@@ -232,3 +232,29 @@ def test_what_stands_in_the_way_is_said_before_packing(
     report = pack_checkpoint(tmp_path / "llama", out, neurons=True, count=True, prune=how)
     assert "not exactly zero" in report.neurons_unused
     assert not (out / COUNTS_NAME).exists()
+
+
+def test_counting_that_was_interrupted_goes_on(
+    opt: Any, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "packed"
+
+    def interrupted(*_args: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("endor.packing.neurons.count_active", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            packed_with_counts(opt, text, out)
+    assert not out.exists()
+    packed_with_counts(opt, text, out, resume=True)
+    once = packed_with_counts(opt, text, tmp_path / "once")
+    assert (out / COUNTS_NAME).read_bytes() == (once / COUNTS_NAME).read_bytes()
+    assert verify_checkpoint(out, against=opt[1]).problems == ()
+    assert [path.name for path in tmp_path.iterdir() if "partial" in path.name] == []
+    with monkeypatch.context() as patch:  # what was counted may also be left out after all
+        patch.setattr("endor.packing.neurons.count_active", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            packed_with_counts(opt, text, tmp_path / "other")
+    pack_checkpoint(opt[1], tmp_path / "other", neurons=True, resume=True)
+    assert not (tmp_path / "other" / COUNTS_NAME).exists()
