@@ -43,6 +43,11 @@ class Activity:
         )
         return cls(len(counts), shares, _runs(spec))
 
+    @classmethod
+    def alike(cls, spec: TensorSpec, share: float) -> "Activity":
+        """Return that of a matrix stored by neuron, each active in such a share of the tokens."""
+        return cls(spec.shape[1], (share,) * GROUPS, _runs(spec))
+
     def active(self, rows: int = 1, kept: float = 0.0) -> float:
         """Return the share of neurons that a step of so many rows needs from disk.
 

@@ -209,9 +209,9 @@ def predict(
         if tier == "disk":
             by_neuron = cost.by_neuron and beside and not on_device
             nbytes = cost.packed_bytes * (NEURONS_READ if by_neuron else 1.0)
-            if by_neuron and cost.activity is not None:
+            if by_neuron and cost.assumed is not None:
                 share = kept / cost.packed_bytes
-                nbytes, seconds = cost.activity.reads(cost.packed_bytes, disk, rows, share)
+                nbytes, seconds = cost.assumed.reads(cost.packed_bytes, disk, rows, share)
                 sums.requests += use * (seconds - nbytes / disk.read_gbps / 1e9)
             sums.disk_bytes += use * nbytes
             sums.routed_bytes += 0.0 if cost.scheduled else use * cost.packed_bytes

@@ -23,9 +23,11 @@ ROWS_APART = 1.7
 """What a row costs that lies apart from the others which are multiplied, of one among all
 (`scripts/chosen_rows_bench.py`: 1.9 at a tenth of the rows, 1.6 at a third)."""
 
+ASSUMED_ACTIVE = 0.1
+"""Share of tokens in which a neuron is active, where none were counted."""
 NEURONS_READ = 0.25
-"""Share of a matrix stored by neuron that a decode step is assumed to touch: with 5 to 10 % of the
-neurons active, and rows that are read in blocks. It is not known before the model runs."""
+"""Share of a matrix stored by neuron that a product is assumed to take the time of: with 5 to 10 %
+of the neurons active, and rows that lie apart. It is not known before the model runs."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,6 +63,7 @@ class UnitCost:
         multiplies: Whether the processor multiplies all of it from the packed form.
         neuron_bytes: Of a matrix stored by neuron, what stays in memory to read parts of it.
         activity: Of a matrix stored by neuron, how busy its neurons are, where that was counted.
+        assumed: The same where nothing was counted: all alike.
         decoded: What it costs in tier `decoded`, where it can be there.
         device_rates: 10^9 weights a second of the device's product from the packed form, of one
             row and of most; `None` where it expands, or nothing is known.
@@ -80,6 +83,7 @@ class UnitCost:
     neuron_bytes: int = 0
     device_rates: tuple[float, float] | None = None
     activity: Activity | None = None
+    assumed: Activity | None = None
     decoded: Decoded | None = None
 
     @property
@@ -141,15 +145,18 @@ def _kept_bytes(spec: TensorSpec) -> int:
     return small + spec.nbytes // 512 + 16
 
 
-def _activity(unit: Unit, counts: NeuronCounts | None) -> Activity | None:
-    """Return how busy the neurons of a matrix are, where it is a unit by itself."""
-    if counts is None or len(unit.tensors) != 1 or unit.shared:
-        return None
-    (name,), active = unit.tensors, counts.active
+def _activity(unit: Unit, counts: NeuronCounts | None) -> tuple[Activity | None, Activity | None]:
+    """Return how busy the neurons of a matrix that is a unit are: as counted, and as assumed."""
+    if len(unit.tensors) != 1 or unit.shared:
+        return None, None
+    (name,) = unit.tensors
     spec = unit.layout.tensors[name].spec
-    if not spec.transposed or name not in active:
-        return None
-    return Activity.of(spec, active[name], counts.tokens)
+    if not spec.transposed:
+        return None, None
+    if counts is None or name not in counts.active:
+        return None, Activity.alike(spec, ASSUMED_ACTIVE)
+    found = Activity.of(spec, counts.active[name], counts.tokens)
+    return found, found
 
 
 def unit_costs(
@@ -198,6 +205,7 @@ def unit_costs(
             product += one
             further += one * machine.product_row_cost.get(kind, PRODUCT_ROW_COST)
         dense_bytes = weights * shape.itemsize or unit.dense_nbytes
+        activity, assumed = _activity(unit, counts)
         out.append(
             UnitCost(
                 name=unit.name,
@@ -212,7 +220,8 @@ def unit_costs(
                 row_cost=further / product if further else PRODUCT_ROW_COST,
                 neuron_bytes=neuron_bytes,
                 device_rates=_device_rates(unit, on_device),
-                activity=_activity(unit, counts),
+                activity=activity,
+                assumed=assumed,
                 decoded=_decoded(unit, machine),
                 multiplies=all(_multiplies(unit.layout.tensors[n].spec) for n in unit.tensors),
             )

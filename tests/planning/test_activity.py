@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from endor.checkpoint.neuron_counts import NeuronCounts
 from endor.codecs import DTYPES, TensorSpec, bundled
+from endor.codecs.bundles import Bundles
 from endor.errors import BudgetError
 from endor.planning.activity import GROUPS, Activity
 from endor.planning.constants import Disk
@@ -257,3 +258,31 @@ def test_bundles_are_read_not_kept() -> None:
     assert 0 < cost.neuron_bytes < 0.02 * made.spec.nbytes
     (run,) = Activity.of(made.spec, np.ones(300, np.uint32), TOKENS).runs
     assert run * 300 == pytest.approx(made.spec.nbytes, rel=0.01)
+
+
+def test_without_counts_reads_are_told_from_the_price_of_a_request() -> None:
+    units, _ = by_neuron(1)
+    (one,) = (cost for cost in unit_costs(units, CPU, SHAPE) if cost.by_neuron)
+    assert one.activity is None
+    assert one.assumed is not None
+    cheap, dear = (
+        one.assumed.reads(one.packed_bytes, replace(FAST, request_us=us), 1, 0.0)
+        for us in (0.1, 500.0)
+    )
+    assert cheap[0] < one.packed_bytes == dear[0]
+    found = [
+        predict(unit_costs(units, CPU, SHAPE), tiers, CPU, disk, SHAPE, Step(1, 1, 16, "direct"))
+        for tiers in [{unit.name: "disk" for unit in units}]
+        for disk in (replace(FAST, request_us=0.1), replace(FAST, request_us=500.0))
+    ]
+    assert found[0].disk_bytes < found[1].disk_bytes
+
+
+def test_a_bundle_is_one_run() -> None:
+    units, _ = by_neuron(1)
+    spec = units[1].layout.tensors[units[1].name].spec
+    together = replace(spec, bundles=Bundles(1, -(-spec.nbytes // 8) * 8))
+    scattered, joined = (Activity.alike(one, 0.1) for one in (spec, together))
+    assert len(scattered.runs) > len(joined.runs) == 1
+    whole, disk = spec.nbytes, replace(FAST, request_us=0.5)
+    assert joined.reads(whole, disk, 1, 0.0)[1] < scattered.reads(whole, disk, 1, 0.0)[1]
