@@ -16,8 +16,10 @@ from endor.storage.layout import ALIGN
 GROUPS = 32
 """Groups of equally many neurons, the busiest first, that are told apart."""
 
-WHOLE = 0.8
-"""Parts that cost more than this share of a record are not read: the whole is, ahead of its use."""
+WHOLE = 0.45
+"""Parts that cost more than this share of a record are not read: the whole is, ahead of its use.
+Beside reads ahead, parts took 1.5 times what the disk's prices say, and are waited for; their sums
+and their memory come to it (docs/neurons.md)."""
 
 
 @dataclass(frozen=True, slots=True)
