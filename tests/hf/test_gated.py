@@ -168,3 +168,15 @@ def test_blocks_of_other_code_are_left_alone(
         up.choice = None
     assert skip_gated(model) == 0
     model.endor.close()
+
+
+@torch.no_grad()
+def test_a_compiled_model_takes_all_rows(tmp_path: Path) -> None:
+    model = packed(tmp_path, "relu", torch.float32)
+    ids = prompt(batch=1, length=1)
+    expected = plain_logits(model, ids)
+    compiled = torch.compile(model, backend="eager")
+    model.endor.ledger.clear()
+    assert torch.equal(compiled(ids).logits, expected)
+    assert model.endor.ledger.counters.chosen_rows == 0
+    model.endor.close()
