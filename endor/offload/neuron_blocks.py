@@ -91,10 +91,6 @@ class BlockMemory:
         """Memory that blocks take, or may."""
         return self.kept_bytes + self._limit * ALIGN
 
-    def limit(self, loose_bytes: int) -> None:
-        """Take so much memory for blocks that need not stay; what one product needs goes beyond."""
-        self._limit = loose_bytes // ALIGN
-
     def add(self, unit: Unit, data: np.ndarray, kept: np.ndarray) -> Blocks:
         """Return the blocks of a unit that is in memory, u8 `data`, of which `kept` stay."""
         self.remove(unit.name)

@@ -22,6 +22,7 @@ from endor.errors import IntegrityError, SlowWarning
 from endor.offload.ledger import Ledger
 from endor.offload.neuron_blocks import BlockMemory, busiest, whole_pages
 from endor.offload.neuron_parts import Parts, Prices, block_sums
+from endor.offload.neuron_passing import PassingMemory, pass_through
 from endor.offload.state import State
 from endor.planning.machine import known_disk
 from endor.planning.tiers import Placement
@@ -51,6 +52,7 @@ class NeuronReads:
         verify: Check each block that is read.
         kept_bytes: Memory for the busiest blocks of a unit, by its name.
         counts: How often neurons are active; all alike where it is not known.
+        units_bytes: All records that are read in parts.
 
     Attributes:
         lock: Held while a matrix is read and multiplied by.
@@ -67,15 +69,18 @@ class NeuronReads:
         verify: bool,
         kept_bytes: Mapping[str, int] | None = None,
         counts: NeuronCounts | None = None,
+        units_bytes: int = 0,
     ) -> None:
         self.lock = threading.Lock()
         self.states: list[State] = []
         self._reader = reader
         self._ledger = ledger
-        self._memory = BlockMemory(buffer_bytes)
+        self._kept_bytes = kept_bytes or {}
+        self._units_bytes, self._largest = units_bytes, buffer_bytes
+        self._memory = BlockMemory(0)
+        self.limit(buffer_bytes)
         self._prices = prices
         self._verify = verify
-        self._kept_bytes = kept_bytes or {}
         self._counts = counts
         self._parts: dict[str, Parts] = {}
         self._pid = os.getpid()
@@ -106,6 +111,7 @@ class NeuronReads:
             verify=verify,
             kept_bytes={unit.name: placement.kept_bytes.get(unit.name, 0) for unit in found},
             counts=counts,
+            units_bytes=sum(unit.nbytes for unit in found),
         )
 
     @property
@@ -114,9 +120,15 @@ class NeuronReads:
         return self._memory.nbytes + sum(parts.nbytes for parts in self._parts.values())
 
     def limit(self, nbytes: int) -> None:
-        """Have blocks that need not stay take so much memory, or what a product needs."""
-        with self.lock:
-            self._memory.limit(nbytes)
+        """Have blocks that need not stay take so much memory, or what a product needs.
+
+        Before anything was read.
+        """
+        assert not self.states
+        if not any(self._kept_bytes.values()) and pass_through(self._units_bytes, nbytes):
+            self._memory = PassingMemory(self._largest)
+        else:
+            self._memory = BlockMemory(nbytes)
 
     def known(self, state: State) -> Parts | None:
         """Return what is known of a unit that was read whole before; None in a forked child."""

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from endor import codecs
 from endor.codecs import DTYPES, CodecChoice, Encoded
 from endor.errors import BackendError, EndorError, IntegrityError, ReadError, ShapeError
-from endor.offload import Store, neuron_parts, neuron_reads
+from endor.offload import Store, neuron_parts, neuron_passing, neuron_reads
 from endor.offload.neuron_parts import Prices
 from endor.offload.neuron_weight import NeuronWeight
 from endor.planning import Part, Placement, WeightSpec, collect_units
@@ -108,7 +108,7 @@ def assert_product(store: Store, name: str, matrix: np.ndarray, x: torch.Tensor)
 
 
 @pytest.mark.parametrize("how", HOW)
-@pytest.mark.parametrize("verify", [True, False])
+@pytest.mark.parametrize(("verify", "passing"), [(True, False), (False, False), (True, True)])
 @settings(max_examples=6, deadline=None)
 @given(
     steps=st.lists(
@@ -126,11 +126,17 @@ def test_any_steps_give_the_sums_of_the_whole(
     tmp_path_factory: pytest.TempPathFactory,
     how: How,
     verify: bool,
+    passing: bool,
     steps: list[tuple[float, int, int, str]],
 ) -> None:
     path = tmp_path_factory.mktemp("parts") / "w.safetensors"
     matrices = write(path, how)
-    store = opened(path, verify=verify)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(neuron_passing, "READ_SHARE", 2.0 if passing else 0.0)
+        store = opened(path, verify=verify)
+    reads = store.shares[0].reads
+    assert reads is not None
+    assert isinstance(reads._memory, neuron_passing.PassingMemory) == passing
     for share, seed, batch, what in steps:
         for at, matrix in enumerate(matrices):
             if what == "dense":
@@ -327,4 +333,23 @@ def test_the_price_is_that_of_the_disk(
             assert_product(store, f"w{at}", matrix, inputs(0.005, turn))
     assert (store.ledger.counters.skipped_bytes > 0) == parts
     assert set(asked) == {path}
+    store.close()
+
+
+def test_parts_that_pass_through_are_read_for_each_use(tmp_path: Path) -> None:
+    """Of more matrices than there is room for; with one, what was read stays."""
+    path = tmp_path / "w.safetensors"
+    matrices = write(path, ("exp", True, 1), count=8)
+    store = opened(path)
+    reads = store.shares[0].reads
+    assert reads is not None
+    assert isinstance(reads._memory, neuron_passing.PassingMemory)
+    for turn in range(3):
+        for at, matrix in enumerate(matrices):
+            assert_product(store, f"w{at}", matrix, inputs(0.005, at + turn))
+    before = store.ledger.snapshot()
+    for _ in range(3):
+        assert_product(store, "w3", matrices[3], inputs(0.005, 3))
+    assert store.ledger.since(before)["reads"] == 1
+    assert reads.nbytes < 2 * max(unit.nbytes for unit in store.units)
     store.close()
