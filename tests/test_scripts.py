@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from safetensors.torch import load_file
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -71,3 +72,18 @@ def test_the_bench_of_chosen_rows_at_toy_size():
     lines = run(SCRIPTS / "chosen_rows_bench.py", *size).splitlines()
     assert [line.count(" ms") for line in lines] == [1, 1]
     assert all("all " in line and "80% " in line for line in lines)
+
+
+def test_neurons_are_busy_by_the_law_that_was_asked_for(tmp_path):
+    """So many of them make 80 % of the activations, by their biases, and so many are zero."""
+    sizes = ("--hidden", 64, "--intermediate", 4000, "--layers", 1, "--heads", 4)
+    run(SCRIPTS / "make_model", "relu", tmp_path / "m", *sizes, "--zeros", 0.93, "--busy", 0.26)
+    (bias,) = (
+        tensor.double()
+        for file in (tmp_path / "m").glob("*.safetensors")
+        for name, tensor in load_file(file).items()
+        if name.endswith("fc1.bias")
+    )
+    shares = torch.special.ndtr(bias / (0.02 * 64**0.5)).sort(descending=True).values
+    assert abs(float(shares.mean()) - 0.07) < 0.002
+    assert abs(float(shares[:1040].sum() / shares.sum()) - 0.8) < 0.01
