@@ -3,8 +3,14 @@
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
+
+from endor import openmp
+from endor.planning import Placement, Tier
+
+from .support.packed_files import make_packed
 
 BURN = """
 import os, sys, threading, time
@@ -75,3 +81,26 @@ def test_threads_sleep_soon() -> None:
 def test_what_the_environment_says_holds(setting: tuple[str, str]) -> None:
     saw, again, idle, tasks, *_ = burn(**{setting[0]: setting[1]})
     assert (saw, again, idle, tasks) == (False, False, 0, 0)
+
+
+@pytest.mark.parametrize(
+    ("shape", "tier", "settles"),
+    [
+        ((1024, 1088), "resident", True),
+        ((1024, 1088), "dense", False),
+        ((1024, 1024), "resident", False),
+    ],
+)
+def test_it_is_for_matrices_that_threads_share(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    shape: tuple[int, int],
+    tier: Tier,
+    settles: bool,
+) -> None:
+    calls: list[bool] = []
+    monkeypatch.setattr(openmp, "settle", lambda: calls.append(True))
+    packed = make_packed(tmp_path / "w.safetensors", [shape, (8, 64)])
+    names = [unit.name for unit in packed.units]
+    packed.store(Placement(dict.fromkeys(names, tier), packed.largest)).close()
+    assert bool(calls) == settles

@@ -23,6 +23,7 @@ from endor.offload.weight import KeptWeight, Matrix, Owner, Weight, refuse_pickl
 from endor.planning.products import Products
 from endor.planning.scratch import scratch_bytes
 from endor.planning.tiers import Placement
+from endor.planning.unit_cost import SMALL_WEIGHTS
 from endor.planning.units import Unit, WeightSpec, stored_dtype
 from endor.planning.workload import Experts
 from endor.storage import FileLayout, RecordReader
@@ -115,8 +116,8 @@ def open_share(
     reads: NeuronReads | None = None
     counts = counted(layouts) if placement.kept_bytes else None
     if device is None:
-        if set(placement.tiers.values()) != {"dense"}:
-            openmp.settle()  # torch's products and ours take turns
+        if _takes_turns(units, placement):
+            openmp.settle()
         scratch = Scratch(nbytes)
         mover = HostMover(units, placement, reader, verify=verify, threads=threads, ledger=ledger)
         reads = NeuronReads.of(units, placement, reader, mover.ledger, verify=verify, counts=counts)
@@ -152,6 +153,16 @@ def open_share(
             weight = KeptWeight(weight)
         weights[spec.name] = weight
     return Share(mover, tuple(units), placement, weights, nbytes, reader, reads)
+
+
+def _takes_turns(units: Sequence[Unit], placement: Placement) -> bool:
+    """Whether several threads of Endor's work between torch's products; small matrices have one."""
+    return any(
+        unit.layout.tensors[name].spec.numel > SMALL_WEIGHTS
+        for unit in units
+        for name in unit.tensors
+        if placement.tiers[unit.name] != "dense"
+    )
 
 
 class Store:
