@@ -117,7 +117,8 @@ def skewed_bias(neurons: int, active: float, busy: float) -> torch.Tensor:
         shares = skewed_shares(neurons, active, middle)
         few = shares[: round(busy * neurons)].sum() / shares.sum()
         low, high = (middle, high) if few < 0.8 else (low, middle)
-    return torch.special.ndtri(skewed_shares(neurons, active, high)).float()
+    shifts: torch.Tensor = torch.special.ndtri(skewed_shares(neurons, active, high)).float()
+    return shifts
 
 
 def skewed_shares(neurons: int, active: float, exponent: float) -> torch.Tensor:
