@@ -19,7 +19,8 @@ Expanding and multiplying share the cores and do not overlap. With the direct pr
 rows, a unit costs p / B_product instead, and a little more for each further row, unless expanding
 is faster even so; and with many rows products may be in float32: `endor.planning.products` has both
 choices.
-Which experts a token needs is known only when it needs them, so nothing hides their reads.
+Which experts a token needs, and which neurons of a matrix stored by neuron, is known only when it
+needs them, so nothing hides the reads of experts and of parts.
 
 On a CUDA device the host only moves bytes:
 
@@ -136,7 +137,8 @@ class _Sums:
     multiply: float = 0.0
     disk_bytes: float = 0.0
     routed_bytes: float = 0.0
-    requests: float = 0.0
+    part_bytes: float = 0.0
+    part_s: float = 0.0
     link_bytes: float = 0.0
     copies: float = 0.0
     moved: float = 0.0
@@ -212,7 +214,9 @@ def predict(
             if by_neuron and cost.assumed is not None:
                 share = kept / cost.packed_bytes
                 nbytes, seconds = cost.assumed.reads(cost.packed_bytes, disk, rows, share)
-                sums.requests += use * (seconds - nbytes / disk.read_gbps / 1e9)
+                if nbytes < cost.packed_bytes:
+                    sums.part_bytes += use * nbytes
+                    sums.part_s += use * seconds
             sums.disk_bytes += use * nbytes
             sums.routed_bytes += 0.0 if cost.scheduled else use * cost.packed_bytes
     if machine.link is not None:
@@ -268,17 +272,17 @@ def _on_cpu(sums: _Sums, machine: Machine, disk: Disk, shape: ModelShape, step: 
         "reads' own": sums.disk_bytes * disk.cpu_s_per_gb / 1e9 / machine.threads,
         "checks": sums.disk_bytes * check_s / machine.threads,
     }
-    routed = sums.routed_bytes * (1 / disk.read_gbps / 1e9 + check_s)
+    unhidden = sums.routed_bytes * (1 / disk.read_gbps / 1e9 + check_s) + sums.part_s
+    ahead = sums.disk_bytes - sums.routed_bytes - sums.part_bytes
     resources = {
         "cpu": sum(parts.values()),
-        "disk": (sums.disk_bytes - sums.routed_bytes + kv_read) / disk.read_gbps / 1e9
-        + sums.requests,
+        "disk": (ahead + kv_read) / disk.read_gbps / 1e9,
     }
     bound = max(resources, key=lambda name: resources[name])
-    seconds = joined(resources.values()) + routed
-    if routed > resources[bound]:
+    seconds = joined(resources.values()) + unhidden
+    if unhidden > resources[bound]:
         bound = "disk"
-    return Prediction(seconds, bound, resources, parts, routed, sums.disk_bytes)
+    return Prediction(seconds, bound, resources, parts, unhidden, sums.disk_bytes)
 
 
 def joined(seconds: Iterable[float]) -> float:
