@@ -29,6 +29,9 @@ MOST_SEQUENCES = 128
 TRIES = 2
 """Shares of expanded units that are tried while batches and places are compared."""
 
+FINALISTS = 3
+"""Batches of the best rates so found that are planned with all shares: rough ones are 8 % off."""
+
 WORTH = 1.01
 """A batch twice as large must be at least so much faster in all: each sequence gets slower."""
 
@@ -109,11 +112,14 @@ def search(
         found = list(_batches(planned, workload, most_sequences, on_device=vram_bytes > 0))
         if not found:
             found = [planned(1, workload.kv, SHARES)]
-        rough = found[0]
-        for each in found[1:]:
-            if each.decode_tokens_per_s > WORTH * rough.decode_tokens_per_s:
-                rough = each
-        first = planned(rough.workload.batch, rough.workload.kv, SHARES)
+        pairs = [
+            (each, planned(each.workload.batch, each.workload.kv, SHARES))
+            for each in _finalists(found)
+        ]
+        rough, first = pairs[0]
+        for each, fine in pairs[1:]:
+            if fine.decode_tokens_per_s > WORTH * first.decode_tokens_per_s:
+                rough, first = each, fine
         others = [each for each in found if each is not rough]
     return replace(first, alternatives=tuple(_best(first, others)))
 
@@ -133,6 +139,17 @@ def _batches(planned: Planner, workload: Workload, most: int, *, on_device: bool
             fits = fits or bool(made)
             yield from made
         batch *= 2
+
+
+def _finalists(found: Iterable[Plan]) -> list[Plan]:
+    """Return the best batches, each with its best place of the cache, the smaller batches first."""
+    batches: dict[int, Plan] = {}
+    for each in found:
+        best = batches.setdefault(each.workload.batch, each)
+        if each.decode_tokens_per_s > best.decode_tokens_per_s:
+            batches[each.workload.batch] = each
+    best_first = sorted(batches.values(), key=lambda each: -each.decode_tokens_per_s)
+    return sorted(best_first[:FINALISTS], key=lambda each: each.workload.batch)
 
 
 def _or_none(planned: Planner, batch: int, kv: KVSetting) -> Iterator[Plan]:

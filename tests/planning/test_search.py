@@ -3,7 +3,7 @@
 from dataclasses import replace
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from endor.errors import BudgetError, ConfigError
@@ -77,6 +77,7 @@ budgets = st.tuples(st.integers(600, 4000), st.integers(700, 3000)).map(
 )
 
 
+@example({"ram": 600_000_000, "vram": 1_184_000_000}, "direct", 0)  # few shares hide batch 16
 @given(budgets, st.sampled_from(["exact", "direct"]), st.sampled_from([0, 4]))
 @settings(max_examples=25, deadline=None)
 def test_throughput_is_at_least_that_of_any_batch_and_place_and_keeps_the_budgets(
