@@ -15,7 +15,7 @@ from endor.codecs.bundles import Bundles
 from endor.errors import BudgetError
 from endor.planning.activity import GROUPS, Activity
 from endor.planning.constants import Disk
-from endor.planning.cost import Step, predict
+from endor.planning.cost import Step, joined, predict
 from endor.planning.keeping import keeping, portions_of
 from endor.planning.plan import Workload, fixed_bytes, plan
 from endor.planning.unit_cost import unit_costs
@@ -286,3 +286,21 @@ def test_a_bundle_is_one_run() -> None:
     assert len(scattered.runs) > len(joined.runs) == 1
     whole, disk = spec.nbytes, replace(FAST, request_us=0.5)
     assert joined.reads(whole, disk, 1, 0.0)[1] < scattered.reads(whole, disk, 1, 0.0)[1]
+
+
+def test_nothing_hides_reads_of_parts() -> None:
+    units, counts = by_neuron()
+    costs = unit_costs(units, CPU, SHAPE, counts)
+    tiers = dict.fromkeys((cost.name for cost in costs), "disk")
+    step = Step(1, 1, 64, "direct")
+    found = predict(costs, tiers, CPU, FAST, SHAPE, step)
+    plain = [cost for cost in costs if not cost.by_neuron]
+    parts = [
+        cost.activity.reads(cost.packed_bytes, FAST, 1, 0.0) for cost in costs if cost.activity
+    ]
+    assert all(nbytes < costs[1].packed_bytes for nbytes, _ in parts)
+    assert found.unhidden == pytest.approx(sum(seconds for _, seconds in parts))
+    ahead = sum(cost.packed_bytes for cost in plain)
+    assert found.resources["disk"] == pytest.approx(ahead / FAST.read_gbps / 1e9)
+    assert found.disk_bytes == pytest.approx(ahead + sum(nbytes for nbytes, _ in parts))
+    assert found.seconds == pytest.approx(joined(found.resources.values()) + found.unhidden)
