@@ -26,7 +26,10 @@ from endor.errors import CheckpointError, EndorError
 from endor.jsontext import parse
 from endor.storage.layout import FORMAT_VERSION
 
-OF_SHARDS = frozenset({"endor.neurons.safetensors", "endor.predictors.safetensors"})
+COUNTS_NAME = "endor.neurons.safetensors"
+PREDICTORS_NAME = "endor.predictors.safetensors"
+
+OF_SHARDS = frozenset({COUNTS_NAME, PREDICTORS_NAME})
 """Files that say something of the shards beside them, and of no others."""
 
 QUANTIZATION_KEY = "quantization_config"

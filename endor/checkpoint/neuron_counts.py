@@ -13,12 +13,13 @@ from typing import Any
 import numpy as np
 
 from endor.checkpoint.beside import Beside
+from endor.checkpoint.companions import COUNTS_NAME
 from endor.errors import FormatError
 from endor.storage import FileLayout
 from endor.storage.safetensors import brief, is_count
 
-COUNTS_NAME = "endor.neurons.safetensors"
-"""Beside the shards of a packed checkpoint."""
+ASSUMED_ACTIVE = 0.1
+"""Share of tokens in which a neuron is active, where none were counted."""
 
 COUNTS = Beside(COUNTS_NAME, "endor.neurons", frozenset({"tokens", "calibration"}))
 
@@ -91,7 +92,7 @@ def counted(layouts: Sequence[FileLayout]) -> NeuronCounts | None:
 def active_shares(counts: NeuronCounts | None, name: str, neurons: int) -> np.ndarray:
     """Return how often the neurons of a matrix are active; as if alike where it is not known."""
     if counts is None or name not in counts.active:
-        return np.full(neurons, 0.1)
+        return np.full(neurons, ASSUMED_ACTIVE)
     return np.asarray(counts.active[name] / counts.tokens)
 
 

@@ -13,12 +13,10 @@ from typing import Any
 import numpy as np
 
 from endor.checkpoint.beside import Beside
+from endor.checkpoint.companions import PREDICTORS_NAME
 from endor.errors import FormatError
 from endor.storage import FileLayout
 from endor.storage.safetensors import Entry, brief, is_count
-
-PREDICTORS_NAME = "endor.predictors.safetensors"
-"""Beside the shards of a packed checkpoint."""
 
 PREDICTORS = Beside(
     PREDICTORS_NAME,

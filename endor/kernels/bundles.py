@@ -1,8 +1,6 @@
 """Matrices in bundles: packed and expanded; products with them are in `endor.kernels.neurons`."""
 
 import ctypes
-import operator
-import weakref
 from dataclasses import replace
 
 import numpy as np
@@ -29,35 +27,18 @@ class View(ctypes.Structure):
     )
 
 
-_Seen = tuple["weakref.ref[Encoded]", tuple[np.ndarray, ...], View]
-
-_views: dict[int, _Seen] = {}
-"""By id, the last view of each live `Encoded`."""
-
-
 def view(encoded: Encoded) -> View:
     """Return the library's view of a matrix in bundles, kept as long as it holds the same arrays.
 
     Raises:
         ShapeError: An array is missing, or is not what the spec promises.
     """
-    key, arrays = id(encoded), encoded.arrays
-    seen = _views.get(key)
-    if (
-        seen is not None
-        and seen[0]() is encoded
-        and len(seen[1]) == len(arrays)
-        and all(map(operator.is_, seen[1], arrays.values()))
-    ):
-        return seen[2]
-    made = _view(encoded.spec, arrays["bundle_offsets"], arrays["bundles"])
-    made.units = arrays["bundles"].size // UNIT
-    _views[key] = (
-        weakref.ref(encoded, lambda _: _views.pop(key, None)),
-        tuple(arrays.values()),
-        made,
-    )
-    return made
+    arrays, spec = encoded.arrays, encoded.spec
+
+    def make() -> View:
+        return _view(spec, arrays["bundle_offsets"], arrays["bundles"])
+
+    return native.kept_view(encoded, make)
 
 
 def encode(
@@ -111,7 +92,7 @@ def decode(encoded: Encoded, threads: int, number: int | None) -> np.ndarray:
         return bundled.decode(encoded).reshape(spec.shape[::-1])
     out = np.empty(spec.shape[::-1], dtype=spec.dtype.uint)
     library, made = native.library(), view(encoded)
-    status = library.endor_bundles_decode(number, ctypes.byref(made), out.ctypes.data, threads, 0)
+    status = library.endor_bundles_decode(number, ctypes.byref(made), out.ctypes.data, threads)
     native.check(status)
     return out
 

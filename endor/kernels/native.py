@@ -10,7 +10,9 @@ import logging
 import operator
 import sys
 import weakref
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -178,7 +180,7 @@ def _bind(library: ctypes.CDLL) -> ctypes.CDLL:
         ),
         ("bundles_count", i32, (pointer, pointer, pointer, i32)),
         ("bundles_pack", i32, (i32, pointer, pointer, pointer, i32)),
-        ("bundles_decode", i32, (i32, pointer, pointer, i32, i32)),
+        ("bundles_decode", i32, (i32, pointer, pointer, i32)),
         (
             "bundles_neurons",
             i32,
@@ -296,16 +298,21 @@ def element_form(spec: TensorSpec) -> Tensor:
     )
 
 
-_Seen = tuple["weakref.ref[Encoded]", tuple[np.ndarray, ...], Tensor | IntTensor]
+View = TypeVar("View", bound=ctypes.Structure)
 
-_views: dict[int, _Seen] = {}
+_views: dict[int, tuple["weakref.ref[Encoded]", tuple[np.ndarray, ...], Any]] = {}
 """By id, the last view of each live `Encoded`: making one takes longer than a small product."""
 
 
 def view(encoded: Encoded) -> Tensor | IntTensor:
-    """Return the library's view of `encoded`, which must outlive it; errors as for `tensor`.
+    """Return the library's view of `encoded`, which must outlive it; errors as for `tensor`."""
+    return kept_view(encoded, lambda: tensor(encoded.spec, dict(encoded.arrays)))
 
-    The view is kept as long as `encoded` lives and holds the same arrays.
+
+def kept_view(encoded: Encoded, make: Callable[[], View]) -> View:
+    """Return the view that `make` gives, kept as long as `encoded` lives and holds the same arrays.
+
+    There is one of each `Encoded`.
     """
     key, arrays = id(encoded), encoded.arrays
     seen = _views.get(key)
@@ -315,8 +322,9 @@ def view(encoded: Encoded) -> Tensor | IntTensor:
         and len(seen[1]) == len(arrays)
         and all(map(operator.is_, seen[1], arrays.values()))
     ):
-        return seen[2]
-    made = tensor(encoded.spec, dict(arrays))
+        found: View = seen[2]
+        return found
+    made = make()
     _views[key] = (
         weakref.ref(encoded, lambda _: _views.pop(key, None)),
         tuple(arrays.values()),

@@ -114,13 +114,7 @@ class HostWeight(Weight):
                 piece = out.new_empty(len(out), rows)
                 self._multiply(part, state, kernel, inputs, piece, hold)
                 out[:, at : at + rows] = piece
-        stop = time.perf_counter()
-        ledger = self.mover.ledger
-        counters = ledger.counters
-        counters.products += 1
-        counters.packed_bytes += self.packed_nbytes
-        counters.product_s += stop - start
-        ledger.note("product", self.name, start, stop, self.packed_nbytes)
+        self.mover.ledger.note_product(self.name, start, self.packed_nbytes)
         return out
 
     def product_of(
@@ -136,16 +130,12 @@ class HostWeight(Weight):
         finally:
             if state.fixed is None:
                 self.mover.release(bound, hold=hold)
-        stop = time.perf_counter()
-        touched = self.packed_nbytes * rows.size // max(1, self.shape[0])
         ledger = self.mover.ledger
-        counters = ledger.counters
-        counters.products += 1
-        counters.packed_bytes += touched
-        counters.product_s += stop - start
-        counters.rows += self.shape[0]
-        counters.chosen_rows += rows.size
-        ledger.note("product", self.name, start, stop, touched)
+        ledger.note_product(
+            self.name, start, self.packed_nbytes * rows.size // max(1, self.shape[0])
+        )
+        ledger.counters.rows += self.shape[0]
+        ledger.counters.chosen_rows += rows.size
         return out
 
     def wide(self, inputs: torch.Tensor, *, hold: bool = False) -> torch.Tensor:

@@ -199,6 +199,14 @@ class Ledger:
             counters.check_s += checked_s - stop_s
             self.note("check", name, stop_s, checked_s, stat.nbytes)
 
+    def note_product(self, name: str, start_s: float, nbytes: int) -> None:
+        """Add and count a product from the packed form, which ends now, with `nbytes` of it."""
+        stop_s = time.perf_counter()
+        self.counters.products += 1
+        self.counters.packed_bytes += nbytes
+        self.counters.product_s += stop_s - start_s
+        self.note("product", name, start_s, stop_s, nbytes)
+
     def note_stall(self, name: str, start_s: float, nbytes: int) -> None:
         """Add and count a wait for a unit, which ends now."""
         stop_s = time.perf_counter()

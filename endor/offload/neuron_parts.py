@@ -10,12 +10,9 @@ from endor.codecs import TILE, Encoded
 from endor.codecs.bundles import UNIT
 from endor.offload.neuron_blocks import Blocks
 from endor.offload.state import State
-from endor.planning.activity import WHOLE
+from endor.planning.activity import BULK, WHOLE
 from endor.storage.layout import ALIGN, TensorEntry
 from endor.storage.scattered import Spans
-
-BULK = ("bitmap", "values", "bytes", "planes", "bundles")
-"""Arrays of which only parts are read; the others stay in memory."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -75,16 +75,12 @@ class NeuronWeight(HostWeight):
             multiply(state.fixed[part.tensor])
         else:
             self._multiply_streamed(part, state, active, multiply, hold=hold)
-        stop = time.perf_counter()
-        touched = self.packed_nbytes * active.size // max(1, self.shape[1])
         ledger = self.mover.ledger
-        counters = ledger.counters
-        counters.products += 1
-        counters.packed_bytes += touched
-        counters.product_s += stop - start
-        counters.neurons += self.shape[1]
-        counters.active_neurons += active.size
-        ledger.note("product", self.name, start, stop, touched)
+        ledger.note_product(
+            self.name, start, self.packed_nbytes * active.size // max(1, self.shape[1])
+        )
+        ledger.counters.neurons += self.shape[1]
+        ledger.counters.active_neurons += active.size
         return out
 
     def _multiply_streamed(

@@ -5,7 +5,8 @@ from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from endor.checkpoint.neuron_counts import COUNTS_NAME, NeuronCounts
+from endor.checkpoint.companions import COUNTS_NAME
+from endor.checkpoint.neuron_counts import NeuronCounts
 from endor.checkpoint.neurons import first_matrices
 from endor.checkpoint.pack_options import Made
 from endor.checkpoint.sources.contract import CheckpointSource

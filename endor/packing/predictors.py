@@ -6,9 +6,10 @@ from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from endor.checkpoint.companions import PREDICTORS_NAME
 from endor.checkpoint.neurons import first_matrices, predicted_matrix
 from endor.checkpoint.pack_options import Made
-from endor.checkpoint.predictors import PREDICTORS_NAME, Predictor, Predictors
+from endor.checkpoint.predictors import Predictor, Predictors
 from endor.checkpoint.sources.contract import CheckpointSource
 from endor.checkpoint.sources.packed import PackedSource
 from endor.errors import ConfigError

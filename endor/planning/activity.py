@@ -22,6 +22,10 @@ Beside reads ahead, parts took 1.5 times what the disk's prices say, and are wai
 and their memory come to it (docs/neurons.md)."""
 
 
+BULK = ("bitmap", "values", "bytes", "planes", "bundles")
+"""Arrays of which only parts are read; the others stay in memory."""
+
+
 @dataclass(frozen=True, slots=True)
 class Activity:
     """What is known of the neurons of one matrix.

@@ -30,9 +30,11 @@ def decoding(
         return None
     held = {"dense": "dense_bytes", "resident": "packed_bytes"}
     room = ram_bytes - sum(getattr(cost, held[tiers[cost.name]]) for cost in costs)
-    # What is decoded passes through a buffer for each of the threads that read.
-    passing = LEAST_UNITS * max((cost.packed_bytes for cost in costs), default=0)
-    room -= max(filled.staging_bytes, passing)
+    # Each thread that reads has the largest packed, expanded and packed again.
+    passing = (
+        c.packed_bytes + c.dense_bytes + c.decoded.nbytes for c in costs if c.decoded is not None
+    )
+    room -= max(filled.staging_bytes, LEAST_UNITS * max(passing, default=0))
     for cost in costs:
         decoded = cost.decoded
         if decoded is None or tiers[cost.name] != "resident" or cost.name in wishes:

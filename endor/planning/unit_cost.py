@@ -3,10 +3,10 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from endor.checkpoint.neuron_counts import NeuronCounts
+from endor.checkpoint.neuron_counts import ASSUMED_ACTIVE, NeuronCounts
 from endor.codecs import TensorSpec
 from endor.codecs.coding import VALUE_DTYPES
-from endor.planning.activity import Activity
+from endor.planning.activity import BULK, Activity
 from endor.planning.constants import Machine
 from endor.planning.device_rates import Rates, modelled
 from endor.planning.shape import ModelShape
@@ -23,8 +23,6 @@ ROWS_APART = 1.7
 """What a row costs that lies apart from the others which are multiplied, of one among all
 (`scripts/chosen_rows_bench.py`: 1.9 at a tenth of the rows, 1.6 at a third)."""
 
-ASSUMED_ACTIVE = 0.1
-"""Share of tokens in which a neuron is active, where none were counted."""
 NEURONS_READ = 0.25
 """Share of a matrix stored by neuron that a product is assumed to take the time of: with 5 to 10 %
 of the neurons active, and rows that lie apart. It is not known before the model runs."""
@@ -140,8 +138,7 @@ def _device_rates(unit: Unit, rates: Rates) -> tuple[float, float] | None:
 
 def _kept_bytes(spec: TensorSpec) -> int:
     """Return what stays in memory of a matrix read by neuron: a sum a block, and offsets."""
-    bulk = ("bitmap", "values", "bytes", "planes", "bundles")
-    small = sum(array.nbytes for array in spec.arrays if array.suffix not in bulk)
+    small = sum(array.nbytes for array in spec.arrays if array.suffix not in BULK)
     return small + spec.nbytes // 512 + 16
 
 

@@ -134,7 +134,8 @@ def test_entropy_codes_are_undone_where_that_is_faster_and_memory_is_left():
     workload = replace(SMALL, product="direct")
     need = reserved(units) + packed(units)
     one = units[0].decoded_nbytes - units[0].nbytes
-    passing = 2 * units[0].nbytes
+    first = units[0]
+    passing = 2 * (first.nbytes + first.dense_nbytes + first.decoded_nbytes)
     for room, count in ((passing + one - 1, 0), (passing + 5 * one, 5), (passing + 28 * one, 28)):
         found = plan(units, SHAPE, SLOW_EXP, DISK, ram_bytes=need + room, workload=workload)
         assert found.count("decoded") == count

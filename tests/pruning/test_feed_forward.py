@@ -12,7 +12,8 @@ import torch
 from click.testing import CliRunner
 
 from endor.checkpoint import inspect_checkpoint, open_source, unpack_checkpoint, verify_checkpoint
-from endor.checkpoint.neuron_counts import COUNTS_NAME, NeuronCounts, read_neuron_counts
+from endor.checkpoint.companions import COUNTS_NAME
+from endor.checkpoint.neuron_counts import NeuronCounts, read_neuron_counts
 from endor.checkpoint.neurons import first_matrices
 from endor.cli.main import cli
 from endor.errors import CheckpointError, ChecksumError, ConfigError, EndorError, PruningError

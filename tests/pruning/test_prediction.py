@@ -10,7 +10,7 @@ from click.testing import CliRunner
 
 import endor
 from endor.checkpoint import inspect_checkpoint, verify_checkpoint
-from endor.checkpoint.predictors import PREDICTORS_NAME
+from endor.checkpoint.companions import PREDICTORS_NAME
 from endor.cli.main import cli
 from endor.errors import ConfigError
 from endor.packing import pack_checkpoint

@@ -56,7 +56,7 @@ typedef struct {
     const uint8_t *src;
     uint8_t *out;     /* elements, or u32[n_bundles][2] of nnz and patches */
     uint64_t first, last, step;
-    int kernel, streaming;
+    int kernel;
     atomic_uint_fast64_t next;
     atomic_int status;
 } bundle_job;
@@ -168,15 +168,14 @@ static void expand_bundles(void *context) {
         endor_tensor t;
         int status = endor_bundle_at(b, index, &t);
         uint8_t *out = job->out + index * b->bundle_rows * b->cols * size;
-        if (status == ENDOR_OK) status = endor_decode(job->kernel, &t, out, 0, t.numel, 1, job->streaming);
+        if (status == ENDOR_OK) status = endor_decode(job->kernel, &t, out, 0, t.numel, 1, 0);
         if (status != ENDOR_OK) atomic_store(&job->status, status);
     }
 }
 
 /* The whole matrix, (rows, cols), to out. */
-ENDOR_API int endor_bundles_decode(int kernel, const endor_bundles *bundles, void *out, int threads, int streaming) {
-    bundle_job job = {.bundles = bundles, .out = out, .last = endor_bundle_count(bundles), .kernel = kernel,
-                      .streaming = streaming};
+ENDOR_API int endor_bundles_decode(int kernel, const endor_bundles *bundles, void *out, int threads) {
+    bundle_job job = {.bundles = bundles, .out = out, .last = endor_bundle_count(bundles), .kernel = kernel};
     if (!endor_ops_of(kernel)) return ENDOR_UNSUPPORTED;
     run_over(&job, threads, expand_bundles);
     return atomic_load(&job.status);

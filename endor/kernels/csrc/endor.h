@@ -194,6 +194,12 @@ const endor_ops *endor_ops_of(int kernel); /* NULL when this CPU lacks it */
  * bytes read or written: little is not shared, and what would be done before a thread is awake wakes none. */
 void endor_parallel(int threads, uint64_t nbytes, void (*fn)(void *), void *context);
 
+/* operand.c: x (batch, cols) in the form that kernels multiply, each row on a cache line, so that its loads never straddle
+ * two; to be freed. Batches of less than three are multiplied as they are, others as the next size that was compiled, on
+ * rows of zeros. */
+uint8_t *endor_operand_of(const endor_ops *ops, const endor_operand *form, uint64_t cols, const uint8_t *x, int x_kind,
+                          uint64_t batch, int arranged);
+
 /* decode.c, used by the product as well */
 void endor_stream_of(const endor_tensor *t, endor_stream *s);
 uint8_t *endor_stream_run(const endor_ops *ops, const endor_tensor *t, const endor_stream *s, uint64_t first,

@@ -264,46 +264,12 @@ static void product_chunks(void *context) {
     }
 }
 
-static void to_float(const uint8_t *x, int kind, uint64_t count, float *out) {
-    if (kind == ENDOR_X_F32) {
-        memcpy(out, x, count * 4);
-        return;
-    }
-    for (uint64_t i = 0; i < count; i++) {
-        uint32_t bits = load16(x + 2 * i);
-        if (kind == ENDOR_X_F16) {
-            out[i] = endor_half(bits);
-        } else {
-            bits <<= 16;
-            memcpy(out + i, &bits, 4);
-        }
-    }
-}
-
-/* x in the form the kernel multiplies, each row on a cache line: its loads never straddle two. Batches of less than
- * three are multiplied as they are, others as the next size that was compiled, on rows of zeros. */
-static uint8_t *copy_operand(const product_job *job, const uint8_t *x, int x_kind, uint64_t batch, int arranged) {
-    uint64_t size = job->x.bf16_pairs ? 2 : 4, in_size = x_kind == ENDOR_X_F32 ? 4 : 2;
-    uint64_t padded = batch < 3 ? batch : (batch + ENDOR_MAX_BATCH - 1) / ENDOR_MAX_BATCH * ENDOR_MAX_BATCH;
-    uint8_t *rows = aligned_alloc(64, padded * job->x.stride * size);
-    if (!rows) return NULL;
-    memset(rows + batch * job->x.stride * size, 0, (padded - batch) * job->x.stride * size);
-    for (uint64_t b = 0; b < batch; b++) {
-        uint8_t *row = rows + b * job->x.stride * size;
-        const uint8_t *in = x + b * job->cols * in_size;
-        if (job->x.bf16_pairs) memcpy(row, in, job->cols * size);
-        else to_float(in, x_kind, job->cols, (float *)row);
-        if (arranged) job->ops->arrange(row, job->cols, (int)size);
-    }
-    return rows;
-}
-
 /* All rows, with the weight that the job names. */
 static int multiply(product_job *job, int reorder, int in_place, const void *x, int x_kind, uint64_t batch,
                     float *out, int threads) {
     job->x.stride = (job->cols + 31) / 32 * 32;
-    uint8_t *operand = copy_operand(job, x, x_kind, batch, reorder);
-    uint8_t *arranged = in_place ? copy_operand(job, x, x_kind, batch, 1) : NULL;
+    uint8_t *operand = endor_operand_of(job->ops, &job->x, job->cols, x, x_kind, batch, reorder);
+    uint8_t *arranged = in_place ? endor_operand_of(job->ops, &job->x, job->cols, x, x_kind, batch, 1) : NULL;
     if (!operand || (in_place && !arranged)) {
         free(operand);
         free(arranged);
