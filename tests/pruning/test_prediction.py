@@ -14,6 +14,8 @@ from endor.checkpoint.companions import PREDICTORS_NAME
 from endor.cli.main import cli
 from endor.errors import ConfigError
 from endor.packing import pack_checkpoint
+from endor.planning import machine as hardware
+from endor.planning.constants import typical
 from endor.pruning.contract import PruneOptions
 from endor.pruning.prediction import Activity, Fitted, fit
 
@@ -147,7 +149,11 @@ def test_packing_makes_them_from_calibration_text(
     model.endor.close()
 
 
-def test_the_command_says_what_it_made(save: Any, text: Path, tmp_path: Path) -> None:
+def test_the_command_says_what_it_made(
+    save: Any, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # by constants of this machine, matrices so small may be expanded instead
+    monkeypatch.setattr(hardware, "machine", lambda dtype="BF16", **_: typical(dtype))
     dense = relu_model(save, tmp_path / "dense", "opt")
     words = ["pack", str(dense), str(tmp_path / "packed"), "--neurons", "--predict"]
     words += ["--recall", "0.9", "--calibration", str(text), "--samples", "12", "--seq-len", "24"]
